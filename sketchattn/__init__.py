@@ -1,0 +1,140 @@
+"""Attention as matrix approximation: study, validate, and serve as the CPU reference.
+
+Softmax attention is a row-stochastic matrix ``A = rowsoftmax(scale Q K^T)`` and its output is
+``O = A V``; every efficient attention replaces ``A`` by a cheaper ``Ahat``.  Names are loaded on
+first use, so that importing the package costs no more than importing NumPy.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .attention import attention as attention
+    from .draws import Draw as Draw
+    from .heads import Heads as Heads
+    from .heads import describe as describe
+    from .heads import load_heads as load_heads
+    from .heads import make_heads as make_heads
+    from .heads import read_heads as read_heads
+    from .heads import write_heads as write_heads
+    from .methods import Exact as Exact
+    from .methods import Method as Method
+    from .methods import SVDFloor as SVDFloor
+    from .methods import TopK as TopK
+    from .methods import Traits as Traits
+    from .methods import UniformColumns as UniformColumns
+    from .methods import VMean as VMean
+    from .methods import Zero as Zero
+    from .methods import methods as methods
+    from .metrics import ErrorCertificate as ErrorCertificate
+    from .metrics import ErrorReport as ErrorReport
+    from .metrics import certify as certify
+    from .metrics import error_report as error_report
+    from .operators import AttentionOperator as AttentionOperator
+    from .operators import FactoredAttention as FactoredAttention
+    from .operators import SampledAttention as SampledAttention
+    from .operators import SoftmaxAttention as SoftmaxAttention
+    from .operators import SparseAttention as SparseAttention
+    from .problem import AttentionProblem as AttentionProblem
+    from .study import StudyResult as StudyResult
+    from .study import study as study
+
+# name -> module that defines it
+_LAZY = {
+    "AttentionOperator": "operators",
+    "AttentionProblem": "problem",
+    "Draw": "draws",
+    "ErrorCertificate": "metrics",
+    "ErrorReport": "metrics",
+    "Exact": "methods",
+    "FactoredAttention": "operators",
+    "Heads": "heads",
+    "Method": "methods",
+    "SVDFloor": "methods",
+    "SampledAttention": "operators",
+    "SoftmaxAttention": "operators",
+    "SparseAttention": "operators",
+    "StudyResult": "study",
+    "TopK": "methods",
+    "Traits": "methods",
+    "UniformColumns": "methods",
+    "VMean": "methods",
+    "Zero": "methods",
+    "attention": "attention",
+    "certify": "metrics",
+    "describe": "heads",
+    "error_report": "metrics",
+    "load_heads": "heads",
+    "make_heads": "heads",
+    "methods": "methods",
+    "read_heads": "heads",
+    "study": "study",
+    "write_heads": "heads",
+}
+
+
+__all__ = [
+    "__version__",
+    "AttentionOperator",
+    "AttentionProblem",
+    "Draw",
+    "ErrorCertificate",
+    "ErrorReport",
+    "Exact",
+    "FactoredAttention",
+    "Heads",
+    "Method",
+    "SVDFloor",
+    "SampledAttention",
+    "SoftmaxAttention",
+    "SparseAttention",
+    "StudyResult",
+    "TopK",
+    "Traits",
+    "UniformColumns",
+    "VMean",
+    "Zero",
+    "attention",
+    "certify",
+    "describe",
+    "error_report",
+    "load_heads",
+    "make_heads",
+    "methods",
+    "read_heads",
+    "study",
+    "write_heads",
+]
+
+
+class _Package(ModuleType):
+    """The package object: a promised name is never shadowed by the module that defines it.
+
+    ``attention``, ``methods`` and ``study`` are functions and live in modules of the same name;
+    the import system binds a submodule to its package under its own name.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and name in _LAZY:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> object:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,1 @@
+"""Compiled kernels: they take prepared arrays, never validate, never raise, never draw."""

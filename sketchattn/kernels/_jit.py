@@ -1,0 +1,66 @@
+"""The one place that touches Numba decorators.
+
+Kernels are compiled lazily, cached on disk where a location is writable, and use a fast-math
+set without ``nnan`` and ``ninf``: NaN and infinities keep their meaning, sums may be reordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import numba
+from numba import prange as prange
+from numba.core import types
+from numba.extending import overload
+
+FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kernel(*, parallel: bool = False) -> Callable[[F], F]:
+    """Decorate a kernel: nopython, no exceptions for division by zero, GIL released.
+
+    Caching needs a writable folder (beside the source, or ``NUMBA_CACHE_DIR``, or the user's
+    cache folder); where there is none Numba raises at decoration and the kernel is compiled
+    once a process instead.
+    """
+
+    def wrap(function: F) -> F:
+        make = partial(
+            numba.njit,
+            parallel=parallel,
+            fastmath=set(FASTMATH),
+            error_model="numpy",
+            nogil=True,
+        )
+        try:
+            return cast(F, make(cache=True)(function))
+        except RuntimeError:
+            return cast(F, make(cache=False)(function))
+
+    return wrap
+
+
+def by_precision(
+    generic: F, *, float32: Callable[..., Any], float64: Callable[..., Any]
+) -> F:
+    """Give ``generic`` one compiled body a precision, chosen by its argument ``x``.
+
+    ``generic`` itself is what runs when compilation is disabled, so it has to be the readable
+    formula.  ``x`` is a scalar or an array of float32 or float64.
+    """
+
+    def choose(x: Any) -> Callable[..., Any] | None:
+        dtype = x.dtype if isinstance(x, types.Array) else x
+        if dtype == types.float32:
+            return float32
+        if dtype == types.float64:
+            return float64
+        return None
+
+    options = {"fastmath": set(FASTMATH), "error_model": "numpy"}
+    overload(generic, jit_options=options)(choose)
+    return generic

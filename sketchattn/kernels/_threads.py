@@ -1,0 +1,117 @@
+"""Threads: how many, and the one place that limits nested threading.
+
+Kernels split their work over Numba threads and call BLAS on one tile a thread, so BLAS must not
+start threads of its own inside them.  The limit is process-wide; it is entered once, however
+many Python threads run kernels at the same time, and restored when the last one leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_lock = threading.Lock()
+_serial = threading.RLock()
+_inside = 0
+_limit: Any = None
+_controller: Any = None
+
+
+def thread_count() -> int:
+    """Return the number of threads that kernels use (``NUMBA_NUM_THREADS`` sets the maximum)."""
+    import numba
+
+    return int(numba.get_num_threads())
+
+
+def _enter() -> None:
+    global _inside, _limit, _controller
+    with _lock:
+        if _inside == 0:
+            if _controller is None:
+                # A controller knows the libraries that are loaded when it is built: SciPy's
+                # BLAS, which Numba calls, has to be loaded before.
+                import scipy.linalg.cython_blas  # noqa: F401  (loads the library)
+                from threadpoolctl import ThreadpoolController
+
+                _controller = ThreadpoolController()
+            _limit = _controller.limit(limits=1, user_api="blas")
+        _inside += 1
+
+
+def _leave() -> None:
+    global _inside, _limit
+    with _lock:
+        _inside -= 1
+        if _inside == 0:
+            _limit.restore_original_limits()
+            _limit = None
+
+
+@contextmanager
+def blas_single_thread() -> Iterator[None]:
+    """Limit BLAS to one thread while inside; re-entrant, and safe from several Python threads."""
+    _enter()
+    try:
+        yield
+    finally:
+        _leave()
+
+
+def _layer_is_safe() -> bool:
+    """Say whether Numba's threading layer allows kernels from two Python threads at once."""
+    import numba
+
+    try:
+        return bool(numba.threading_layer() != "workqueue")
+    except ValueError:  # not known before the first parallel kernel of the process has run
+        return False
+
+
+@contextmanager
+def kernel_threads() -> Iterator[int]:
+    """Enter the state that parallel kernels need and yield their number of threads.
+
+    BLAS runs on one thread.  Numba's ``workqueue`` layer aborts the process when two Python
+    threads run parallel kernels at the same time, so they take turns where it is in use.
+    """
+    serial = not _layer_is_safe()
+    if serial:
+        _serial.acquire()
+    try:
+        with blas_single_thread():
+            yield thread_count()
+    finally:
+        if serial:
+            _serial.release()
+
+
+@contextmanager
+def limit_threads(count: int) -> Iterator[None]:
+    """Run kernels and BLAS on at most ``count`` threads while inside, and restore both after.
+
+    Parameters
+    ----------
+    count : int
+        At least 1; more than Numba's maximum is the maximum.
+    """
+    import numba
+    from threadpoolctl import threadpool_limits
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    try:
+        with threadpool_limits(limits=count, user_api="blas"):
+            yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def cpu_count() -> int:
+    """Return the number of CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

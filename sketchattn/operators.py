@@ -1,0 +1,485 @@
+"""Attention matrices as linear operators: the exact one, and the few kinds of approximations.
+
+Each is a ``scipy.sparse.linalg.LinearOperator`` of shape (n_q, n_k): ``ahat @ v`` and
+``ahat.T @ y`` cost what the structure costs, and nothing of size n_q x n_k is formed unless
+``to_dense`` is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse.linalg import LinearOperator
+
+from .problem import AttentionProblem
+
+Array = NDArray[Any]
+
+UNBOUNDED = 1 << 40  # above any length; positions stay far from the limits of int64
+KEY_TILE = 512
+# Values wider than this are multiplied in pieces, so that a tile's accumulator stays in cache.
+WIDEST = 256
+
+
+def row_tile(rows: int) -> int:
+    """Return how many queries a tile holds when ``rows`` are to be computed in all heads.
+
+    Large tiles make BLAS fast, several tiles keep all threads busy.  The choice must not depend
+    on the number of threads, or the last bits of a result would.
+    """
+    for tile, least in ((256, 2048), (128, 512), (64, 128)):
+        if rows >= least:
+            return tile
+    return 32
+
+
+def softmax_product(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    group: int = 1,
+    softcap: float = 0.0,
+    first: Array | None = None,
+    left: int | None = None,
+    right: int | None = None,
+    key_mask: Array | None = None,
+    key_slab: Array | None = None,
+    mask: Array | None = None,
+    mask_slab: Array | None = None,
+    sink: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return ``(A V, logsumexp)`` of many heads with prepared arrays; nothing is validated.
+
+    Parameters
+    ----------
+    q, k, v : ndarray
+        (H, n_q, d), (H_kv, n_k, d), (H_kv, n_k, m), C-contiguous, one precision; query head h
+        reads ``h // group``.
+    scale, softcap : float
+        ``L = scale Q K^T``, then ``softcap tanh(L / softcap)`` unless it is 0.
+    first : int64 array (H,), optional
+        Position of query 0 of each head among the keys; None is 0.
+    left, right : int, optional
+        Row at position p sees ``p - left <= j <= p + right``; None is unbounded.
+    key_mask, key_slab : bool (S, n_k) and int64 (H,), optional
+        Keys to keep, and the slab of each head.
+    mask, mask_slab : bool or float (M, m_q, m_k) and int64 (H,), optional
+        Visible entries, or a bias added to the logits; axes of length 1 are broadcast.
+    sink : array (H,), optional
+        An extra logit of each head with value zero.
+
+    Returns
+    -------
+    out : ndarray (H, n_q, m)
+    lse : ndarray (H, n_q)
+    """
+    from .kernels import softmax
+    from .kernels._threads import kernel_threads
+
+    heads, n_q, _ = q.shape
+    n_k, width = v.shape[1:]
+    dtype = q.dtype
+    zeros = np.zeros(heads, np.int64)
+    out = np.empty((heads, n_q, width), dtype)
+    lse = np.empty((heads, n_q), dtype)
+    no_mask, no_bias = np.empty((0, 1, 1), bool), np.empty((0, 1, 1), dtype)
+    boolean = mask is not None and mask.dtype == np.bool_
+    tile = row_tile(heads * n_q)
+    with kernel_threads() as threads:
+        for start in range(0, max(width, 1), WIDEST):
+            whole = width <= WIDEST
+            piece = v if whole else np.ascontiguousarray(v[:, :, start : start + WIDEST])
+            target = out if whole else np.empty((heads, n_q, piece.shape[2]), dtype)
+            softmax.attend(
+                q,
+                k,
+                piece,
+                group,
+                scale,
+                softcap,
+                zeros if first is None else first,
+                UNBOUNDED if left is None else left,
+                UNBOUNDED if right is None else right,
+                np.empty((0, n_k), bool) if key_mask is None else key_mask,
+                zeros if key_slab is None else key_slab,
+                mask if mask is not None and boolean else no_mask,
+                mask if mask is not None and not boolean else no_bias,
+                zeros if mask_slab is None else mask_slab,
+                np.empty(0, dtype) if sink is None else sink,
+                tile,
+                min(KEY_TILE, max(n_k, 1)),
+                threads,
+                target,
+                lse,
+            )
+            if not whole:
+                out[:, :, start : start + WIDEST] = target
+    return out, lse
+
+
+def _problem_masks(problem: AttentionProblem) -> dict[str, Any]:
+    mask = problem.key_mask
+    return {
+        "first": np.array([problem.offset]),
+        "right": 0 if problem.causal else None,
+        "key_mask": None if mask is None else mask[None].copy(),
+    }
+
+
+def solve(problem: AttentionProblem, x: Array | None, factor: float = 1.0) -> tuple[Array, Array]:
+    """Return ``(A X, logsumexp)`` of a problem, with its logits times ``factor``."""
+    q, k, _ = problem.arrays
+    x = np.empty((problem.n_k, 0), problem.dtype) if x is None else x
+    out, lse = softmax_product(
+        q[None], k[None], x[None], scale=factor * problem.scale, **_problem_masks(problem)
+    )
+    return out[0], lse[0]
+
+
+class AttentionOperator(LinearOperator):  # type: ignore[misc]  # generic only in the stubs
+    """Represent an n_q x n_k attention matrix by its products.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        (n_q, n_k).
+    dtype : dtype
+        float32 or float64; products are computed in it.
+    effective_rank : int, optional
+        How much of the rank budget could be used; None for matrices without a budget.
+
+    Attributes
+    ----------
+    rank_bound : int
+        An upper bound of the matrix rank.
+    nbytes : int
+        Bytes of the arrays that the operator holds.
+    effective_rank : int or None
+        As given: smaller than the rank asked for where fewer keys could be drawn.
+    path : str
+        ``"exact"`` where the products are those of the exact matrix, otherwise ``"sketch"``.
+    """
+
+    path = "sketch"
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: Any, effective_rank: int | None = None
+    ) -> None:
+        super().__init__(np.dtype(dtype), shape)
+        self.effective_rank = effective_rank
+
+    def _matmat(self, x: Array) -> Array:
+        raise TypeError(f"{type(self).__name__} must define its product A X")
+
+    def _rmatmat(self, y: Array) -> Array:
+        raise TypeError(f"{type(self).__name__} must define its product A^T Y")
+
+    def _matvec(self, x: Array) -> Array:
+        return self._matmat(np.reshape(x, (-1, 1)))[:, 0]
+
+    def _rmatvec(self, y: Array) -> Array:
+        return self._rmatmat(np.reshape(y, (-1, 1)))[:, 0]
+
+    def _cast(self, x: Array) -> Array:
+        return np.require(x, dtype=self.dtype, requirements=["C", "W", "A"])
+
+    @property
+    def rank_bound(self) -> int:
+        """An upper bound of the rank of the matrix."""
+        return min(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that the operator holds."""
+        return sum(x.nbytes for x in self.__dict__.values() if isinstance(x, np.ndarray))
+
+    def rows(self, index: ArrayLike) -> Array:
+        """Return chosen rows of the matrix as a dense array (len(index), n_k)."""
+        pick = np.atleast_1d(np.arange(self.shape[0])[index])
+        unit = np.zeros((self.shape[0], len(pick)), self.dtype)
+        unit[pick, np.arange(len(pick))] = 1
+        return np.ascontiguousarray(self._rmatmat(unit).T)
+
+    def columns(self, index: ArrayLike) -> Array:
+        """Return chosen columns of the matrix as a dense array (n_q, len(index))."""
+        pick = np.atleast_1d(np.arange(self.shape[1])[index])
+        unit = np.zeros((self.shape[1], len(pick)), self.dtype)
+        unit[pick, np.arange(len(pick))] = 1
+        return self._matmat(unit)
+
+    def row_sums(self) -> Array:
+        """Return ``A 1`` (n_q,): ones for a row-stochastic matrix."""
+        return self._matvec(np.ones(self.shape[1], self.dtype))
+
+    def to_dense(self) -> Array:
+        """Return the matrix as a dense array (n_q, n_k)."""
+        return self.rows(np.arange(self.shape[0]))
+
+
+class SoftmaxAttention(AttentionOperator):
+    """Represent the exact matrix ``A = rowsoftmax(scale Q K^T)`` by streaming products.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+        Its masks hold: hidden entries are zero, a row that sees no key is zero.
+
+    Notes
+    -----
+    ``A X`` is an online softmax over tiles of keys, ``A^T Y`` a second pass with the stored
+    row normalisers; both cost ``O(n_q n_k (d + m))`` and memory ``O(n_q + n_k)`` beside the
+    result.  Norms are computed in float64.
+
+    Examples
+    --------
+    >>> import numpy as np, sketchattn as sa
+    >>> a = sa.AttentionProblem(np.eye(3), np.eye(3), np.eye(3)).exact
+    >>> bool(np.allclose(a.row_sums(), 1))
+    True
+    """
+
+    path = "exact"
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        super().__init__((problem.n_q, problem.n_k), problem.dtype)
+        self.problem = problem
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the queries and keys."""
+        return self.problem.arrays.q.nbytes + self.problem.arrays.k.nbytes
+
+    def _matmat(self, x: Array) -> Array:
+        return solve(self.problem, self._cast(x))[0]
+
+    def _rmatmat(self, y: Array) -> Array:
+        return self._transposed(self._cast(y), 1)
+
+    def _transposed(self, y: Array, power: int) -> Array:
+        """Return ``B^T Y`` with ``B_ij = A_ij^power``: logits and normalisers times ``power``."""
+        from .kernels import softmax
+        from .kernels._threads import kernel_threads
+
+        problem = self.problem
+        q, k, _ = problem.arrays
+        mask = problem.key_mask
+        out = np.empty((problem.n_k, y.shape[1]), self.dtype)
+        lse = power * problem.logsumexp
+        with kernel_threads() as threads:
+            for start in range(0, y.shape[1], WIDEST):
+                piece = np.ascontiguousarray(y[:, start : start + WIDEST])
+                target = np.empty((problem.n_k, piece.shape[1]), self.dtype)
+                softmax.attend_transposed(
+                    q,
+                    k,
+                    piece,
+                    lse,
+                    power * problem.scale,
+                    UNBOUNDED,
+                    0 if problem.causal else UNBOUNDED,
+                    problem.offset,
+                    np.empty((0, problem.n_k), bool) if mask is None else mask[None].copy(),
+                    KEY_TILE,
+                    row_tile(problem.n_k),
+                    threads,
+                    target,
+                )
+                out[:, start : start + WIDEST] = target
+        return out
+
+    def rows(self, index: ArrayLike) -> Array:
+        """Return chosen rows as a dense array (len(index), n_k)."""
+        problem = self.problem
+        pick = np.atleast_1d(np.arange(problem.n_q)[index])
+        logits = self._logits(problem.q[pick], problem.k)
+        if problem.causal or problem.key_mask is not None:
+            np.copyto(logits, -np.inf, where=~problem.visible(pick))
+        top = logits.max(axis=1, keepdims=True, initial=-np.inf)
+        logits -= np.where(np.isfinite(top), top, 0)
+        weights = np.exp(logits, out=logits)
+        total = weights.sum(axis=1, keepdims=True)
+        return np.divide(weights, total, out=weights, where=total > 0)
+
+    def columns(self, index: ArrayLike) -> Array:
+        """Return chosen columns as a dense array (n_q, len(index))."""
+        problem = self.problem
+        pick = np.atleast_1d(np.arange(problem.n_k)[index])
+        logits = self._logits(problem.q, problem.k[pick])
+        lse = problem.logsumexp
+        logits -= np.where(np.isfinite(lse), lse, 0)[:, None]
+        weights = np.exp(logits, out=logits)
+        if problem.key_mask is not None:
+            weights[:, ~problem.key_mask[pick]] = 0
+        if problem.causal:
+            weights[pick[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]] = 0
+        return weights
+
+    def _logits(self, q: Array, k: Array) -> Array:
+        return (self.dtype.type(self.problem.scale) * q) @ k.T
+
+    def row_norms(self) -> Array:
+        """Return the Euclidean norms of the rows, float64 (n_q,).
+
+        ``|A_i|^2 = exp(lse(2 L_i) - 2 lse(L_i))``.
+        """
+        wide = self.problem.astype(np.float64)
+        lse = wide.logsumexp
+        doubled = self.problem.cached("doubled", lambda: solve(wide, None, 2.0)[1])
+        seen = np.isfinite(lse)
+        return np.where(seen, np.exp(0.5 * np.where(seen, doubled - 2.0 * lse, 0.0)), 0.0)
+
+    def column_norms(self) -> Array:
+        """Return the Euclidean norms of the columns, float64 (n_k,)."""
+        wide = self.problem.astype(np.float64).exact
+        return np.sqrt(wide._transposed(np.ones((self.shape[0], 1)), 2)[:, 0])
+
+    def column_sums(self) -> Array:
+        """Return ``A^T 1`` (n_k,): how much attention each key receives."""
+        return self._rmatvec(np.ones(self.shape[0], self.dtype))
+
+    def frobenius_norm(self) -> float:
+        """Return ``|A|_F`` in float64."""
+        return float(np.linalg.norm(self.row_norms()))
+
+
+class FactoredAttention(AttentionOperator):
+    """Represent ``Ahat = U S P`` by its factors.
+
+    Parameters
+    ----------
+    u : ndarray (n_q, r)
+    s : ndarray (r, r), (r,) for a diagonal, or None for the identity
+    p : ndarray (r, n_k)
+    effective_rank : int, optional
+        Budget used, by default r.
+
+    Examples
+    --------
+    >>> import numpy as np, sketchattn as sa
+    >>> mean = sa.FactoredAttention(np.ones((4, 1)), None, np.full((1, 2), 0.5))
+    >>> (mean @ np.array([1.0, 3.0])).tolist()
+    [2.0, 2.0, 2.0, 2.0]
+    """
+
+    def __init__(
+        self, u: Array, s: Array | None, p: Array, effective_rank: int | None = None
+    ) -> None:
+        if u.ndim != 2 or p.ndim != 2:
+            raise ValueError(
+                f"u and p must have shapes (n_q, r) and (r, n_k), got {u.shape} and {p.shape}; "
+                f"pass matrices"
+            )
+        inner = (u.shape[1], p.shape[0])
+        if (s is None or s.ndim == 1) and inner[0] != inner[1]:
+            raise ValueError(f"u and p must share r, got {inner[0]} and {inner[1]}; check s")
+        if s is not None and s.shape != (inner if s.ndim == 2 else inner[:1]):
+            raise ValueError(f"s must have shape {inner} or {inner[:1]}, got {s.shape}; check u, p")
+        super().__init__(
+            (u.shape[0], p.shape[1]),
+            np.result_type(u, p),
+            inner[0] if effective_rank is None else effective_rank,
+        )
+        self.u, self.s, self.p = u, s, p
+
+    @property
+    def rank_bound(self) -> int:
+        """The smallest inner dimension of the factors."""
+        return min(*self.u.shape, *self.p.shape)
+
+    def _core(self, x: Array, transpose: bool = False) -> Array:
+        if self.s is None:
+            return x
+        if self.s.ndim == 1:
+            return self.s[:, None] * x
+        return (self.s.T if transpose else self.s) @ x
+
+    def _matmat(self, x: Array) -> Array:
+        return self.u @ self._core(self.p @ self._cast(x))
+
+    def _rmatmat(self, y: Array) -> Array:
+        return self.p.T @ self._core(self.u.T @ self._cast(y), transpose=True)
+
+    def rows(self, index: ArrayLike) -> Array:
+        """Return chosen rows as a dense array (len(index), n_k)."""
+        pick = np.atleast_1d(np.arange(self.shape[0])[index])
+        return self._core(self.u[pick].T, transpose=True).T @ self.p
+
+
+class SampledAttention(AttentionOperator):
+    """Represent ``Ahat`` by weights on few columns, the same for all rows or a row's own.
+
+    Parameters
+    ----------
+    columns : int array (r,) or (n_q, r)
+        Distinct keys of every row, or of each row.
+    weights : ndarray (n_q, r)
+        Entries of ``Ahat`` at these columns; all others are zero.
+    n_k : int
+        Number of keys.
+
+    Examples
+    --------
+    >>> import numpy as np, sketchattn as sa
+    >>> a = sa.SampledAttention(np.array([2, 0]), np.array([[0.25, 0.75]]), n_k=3)
+    >>> a.to_dense().tolist()
+    [[0.75, 0.0, 0.25]]
+    """
+
+    def __init__(
+        self, columns: Array, weights: Array, n_k: int, effective_rank: int | None = None
+    ) -> None:
+        wanted = (weights.shape, weights.shape[1:])
+        if weights.ndim != 2 or columns.shape not in wanted:
+            raise ValueError(
+                f"columns must have the shape {wanted[0]} of weights or {wanted[1]}, "
+                f"got {columns.shape}; give a column for each weight"
+            )
+        super().__init__(
+            (weights.shape[0], n_k),
+            weights.dtype,
+            weights.shape[1] if effective_rank is None else effective_rank,
+        )
+        self.chosen = columns
+        self.weights = weights
+
+    @property
+    def rank_bound(self) -> int:
+        """The number of shared columns, or no less than the smaller side."""
+        return min(*self.shape, self.weights.shape[1]) if self.chosen.ndim == 1 else min(self.shape)
+
+    def _sparse(self) -> Any:
+        from scipy.sparse import csr_array
+
+        n_q, r = self.weights.shape
+        starts = np.arange(0, n_q * r + 1, r) if r else np.zeros(n_q + 1, np.int64)
+        return csr_array((self.weights.ravel(), self.chosen.ravel(), starts), shape=self.shape)
+
+    def _matmat(self, x: Array) -> Array:
+        x = self._cast(x)
+        if self.chosen.ndim == 1:
+            return self.weights @ x[self.chosen]
+        product: Array = self._sparse() @ x
+        return product
+
+    def _rmatmat(self, y: Array) -> Array:
+        y = self._cast(y)
+        if self.chosen.ndim == 1:
+            out = np.zeros((self.shape[1], y.shape[1]), self.dtype)
+            out[self.chosen] = self.weights.T @ y
+            return out
+        product: Array = self._sparse().T @ y
+        return product
+
+    def rows(self, index: ArrayLike) -> Array:
+        """Return chosen rows as a dense array (len(index), n_k)."""
+        pick = np.atleast_1d(np.arange(self.shape[0])[index])
+        out = np.zeros((len(pick), self.shape[1]), self.dtype)
+        if self.chosen.ndim == 1:
+            out[:, self.chosen] = self.weights[pick]
+        else:
+            np.put_along_axis(out, self.chosen[pick], self.weights[pick], axis=1)
+        return out
