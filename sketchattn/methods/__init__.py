@@ -1,0 +1,12 @@
+"""Methods: one file each, registered once, all with the same interface."""
+
+from ._base import Method as Method
+from ._base import Traits as Traits
+from ._base import make_method as make_method
+from ._base import methods as methods
+from .baselines import Exact as Exact
+from .baselines import SVDFloor as SVDFloor
+from .baselines import TopK as TopK
+from .baselines import UniformColumns as UniformColumns
+from .baselines import VMean as VMean
+from .baselines import Zero as Zero

@@ -1,0 +1,229 @@
+"""What every method is: hyper-parameters, a draw, and the approximation that they make."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+
+from ..draws import Draw, Rng, as_generator
+from ..operators import AttentionOperator
+from ..problem import AttentionProblem, check_rank, closest
+
+Array = NDArray[Any]
+M = TypeVar("M", bound="type[Method]")
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """State what a method can do and what its approximation is promised to be.
+
+    Attributes
+    ----------
+    causal, key_mask, rectangular : bool
+        Causal problems, masked keys and ``n_q != n_k`` are honoured; otherwise refused.
+    randomized : bool
+        The draw depends on ``rng``.
+    row_stochastic, nonnegative : bool
+        Rows of ``Ahat`` that see a key sum to one; entries are not negative.
+    target : str
+        The matrix that is approximated: "softmax" or the name of another kernel.
+    claims : tuple of str
+        Ids of the claims that are about this method.
+    uses_rank : bool
+        The result depends on ``rank``.
+    oracle : bool
+        Looks at the exact matrix: a floor for others, not a method of its own.  An oracle that
+        is not causal still accepts causal problems, since its matrix is compared, never used.
+    exact_at_full_rank : bool
+        ``Ahat = A`` when ``rank = n_k``.
+    """
+
+    causal: bool = False
+    key_mask: bool = False
+    rectangular: bool = True
+    randomized: bool = True
+    row_stochastic: bool = False
+    nonnegative: bool = False
+    target: str = "softmax"
+    claims: tuple[str, ...] = ()
+    uses_rank: bool = True
+    oracle: bool = False
+    exact_at_full_rank: bool = False
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Register a method class under its lower-case name; every contract test then runs on it."""
+
+    def add(cls: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"method name {name!r} must be unique; it is taken")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return all methods as a dictionary from names to classes, in alphabetical order.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> "exact" in sa.methods()
+    True
+    """
+    return dict(sorted(_REGISTRY.items()))
+
+
+def make_method(method: str | Method, parameters: Mapping[str, Any]) -> Method:
+    """Return the method object that a name with parameters, or an object, stands for."""
+    if isinstance(method, Method):
+        if parameters:
+            raise ValueError(
+                f"parameters must be given to the method object itself, got "
+                f"{sorted(parameters)} beside {method!r}; use set_params"
+            )
+        return method
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method must be a name or a method object, got {type(method).__name__}; "
+            f"see sketchattn.methods()"
+        )
+    if method not in _REGISTRY:
+        raise ValueError(f"method must be registered, got {method!r}{closest(method, _REGISTRY)}")
+    cls = _REGISTRY[method]
+    known = cls._get_param_names()
+    for name in parameters:
+        if name not in known:
+            hint = closest(name, known) if known else "; it takes no parameters"
+            raise TypeError(f"{name} must be a parameter of method {method!r}, got {name!r}{hint}")
+    if "rank" in known and "rank" not in parameters:
+        raise TypeError(f"rank must be given for method {method!r}, got none; pass rank=")
+    return cls(**parameters)
+
+
+class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not typed
+    """Hold the hyper-parameters of one way to approximate ``A``; no data.
+
+    Subclasses name their parameters in ``__init__`` (scikit-learn's convention), state their
+    ``traits``, and define ``_draw`` and ``_approximate``, which see checked arguments only.
+    """
+
+    name: str
+    draw_names: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def traits(self) -> Traits:
+        """What the method can do and what its approximation is promised to be."""
+
+    def check(self, problem: AttentionProblem) -> None:
+        """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
+        if not isinstance(problem, AttentionProblem):
+            raise TypeError(
+                f"problem must be an AttentionProblem, got {type(problem).__name__}; "
+                f"make one with sketchattn.AttentionProblem(q, k, v)"
+            )
+        traits = self.traits
+        if problem.causal and not traits.causal and not traits.oracle:
+            raise ValueError(
+                f"causal must be False for method {self.name!r}, which sees all keys, got "
+                f"{problem.causal!r}; use a method whose traits.causal is True"
+            )
+        if problem.key_mask is not None and not traits.key_mask:
+            raise ValueError(
+                f"key_mask must be None for method {self.name!r}, got a mask; "
+                f"delete the masked keys first"
+            )
+        if problem.n_q != problem.n_k and not traits.rectangular:
+            raise ValueError(
+                f"n_q and n_k must be equal for method {self.name!r}, got {problem.n_q} and "
+                f"{problem.n_k}; use a method whose traits.rectangular is True"
+            )
+        if hasattr(self, "rank"):
+            check_rank(self.rank, problem.n_k)
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Refuse hyper-parameters out of range; the base class knows only ``rank``."""
+
+    def draw(self, problem: AttentionProblem, rng: Rng = None) -> Draw:
+        """Return everything random that the method uses on a problem.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        rng : None, int or numpy.random.Generator
+            The same integer gives the same draw.
+
+        Returns
+        -------
+        Draw
+            Named arrays; empty for deterministic methods.
+        """
+        self.check(problem)
+        return self._draw(problem, as_generator(rng))
+
+    def approximate(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> AttentionOperator:
+        """Return ``Ahat`` for a problem.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        rng : None, int or numpy.random.Generator
+            Makes the draw; not together with ``draw``.
+        draw : mapping from names to arrays, optional
+            A draw to use: bit-identical to passing the ``rng`` that made it.
+
+        Returns
+        -------
+        AttentionOperator
+            Of shape (n_q, n_k).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the method cannot honour the problem, for hyper-parameters out of range, or for a
+            draw that does not fit.
+        """
+        self.check(problem)
+        if draw is None:
+            return self._approximate(problem, self._draw(problem, as_generator(rng)))
+        if rng is not None:
+            raise ValueError("rng must be None when draw is given, got both; pass one of them")
+        return self._approximate(problem, self._check_draw(problem, draw))
+
+    def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
+        from ..draws import check_draw
+
+        return check_draw(draw, self.draw_names)
+
+    @abstractmethod
+    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
+        """Return the draw; arguments are checked."""
+
+    @abstractmethod
+    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        """Return the approximation; arguments are checked."""
+
+
+class Deterministic(Method):
+    """Base of methods that draw nothing."""
+
+    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
+        return Draw()
