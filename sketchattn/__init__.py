@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from .operators import FactoredAttention as FactoredAttention
     from .operators import SampledAttention as SampledAttention
     from .operators import SoftmaxAttention as SoftmaxAttention
-    from .operators import SparseAttention as SparseAttention
     from .problem import AttentionProblem as AttentionProblem
     from .study import StudyResult as StudyResult
     from .study import study as study
@@ -57,7 +56,6 @@ _LAZY = {
     "SVDFloor": "methods",
     "SampledAttention": "operators",
     "SoftmaxAttention": "operators",
-    "SparseAttention": "operators",
     "StudyResult": "study",
     "TopK": "methods",
     "Traits": "methods",
@@ -91,7 +89,6 @@ __all__ = [
     "SVDFloor",
     "SampledAttention",
     "SoftmaxAttention",
-    "SparseAttention",
     "StudyResult",
     "TopK",
     "Traits",

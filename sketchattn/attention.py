@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -272,9 +272,9 @@ def _computing_dtype(q: Array, compute_dtype: Any) -> np.dtype[Any]:
     if compute_dtype is None:
         return natural
     try:
-        wanted = np.dtype(compute_dtype)
+        wanted: np.dtype[Any] = np.dtype(compute_dtype)
     except TypeError:
-        wanted = np.dtype(object)
+        wanted = np.dtype(np.object_)
     if wanted not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(
             f"compute_dtype must be None, numpy.float32 or numpy.float64, got {compute_dtype!r}; "
@@ -289,14 +289,13 @@ def _computing_dtype(q: Array, compute_dtype: Any) -> np.dtype[Any]:
 
 
 def _check_window(window: object) -> tuple[int | None, int | None]:
-    try:
-        left, right = window  # type: ignore[misc]  # anything else is refused below
-    except (TypeError, ValueError):
+    pair = tuple(window) if isinstance(window, Sequence | np.ndarray) else ()
+    if len(pair) != 2:
         raise TypeError(
             f"window must be a pair (left, right), got {window!r}; (-1, -1) is unbounded"
-        ) from None
+        )
     sides: list[int | None] = []
-    for label, side in (("left", left), ("right", right)):
+    for label, side in zip(("left", "right"), pair, strict=True):
         if isinstance(side, bool | np.bool_) or not isinstance(side, numbers.Integral):
             raise TypeError(
                 f"window must hold two integers, got {label} = {side!r}; -1 is unbounded"
@@ -374,9 +373,7 @@ class _Layout:
 
     def flatten(self, arrays: tuple[Array, ...], dtype: np.dtype[Any]) -> list[Array]:
         """Return q, k, v as contiguous (H, n, d) in the computing precision."""
-        return [prepare(x.reshape((-1, *x.shape[-2:])) if x.size else
-                        x.reshape((math.prod(x.shape[:-2]), *x.shape[-2:])), dtype)
-                for x in arrays]  # fmt: skip
+        return [prepare(x.reshape((math.prod(x.shape[:-2]), *x.shape[-2:])), dtype) for x in arrays]
 
     def per_head(self, x: Array) -> Array:
         """Return one entry for each flat head of an array over heads (h,)."""
@@ -488,7 +485,7 @@ class _Layout:
 def _exact(
     q: Array, k: Array, v: Array, options: dict[str, Any], reference: bool
 ) -> tuple[Array, Array]:
-    from .operators import softmax_product
+    from .kernels.softmax import softmax_product
     from .reference import reference_attention
 
     product = reference_attention if reference else softmax_product
@@ -536,9 +533,7 @@ def _refuse_visible_everywhere(n_q: int, k: Array, v: Array, options: dict[str, 
         bad = ~np.isfinite(x).all(axis=2)
         for h_kv, j in np.argwhere(bad):
             heads = range(h_kv * group, (h_kv + 1) * group)
-            if all(
-                _seen(options, h, rows, k.shape[1], np.array([j]))[0].all() for h in heads
-            ):
+            if all(_seen(options, h, rows, k.shape[1], np.array([j]))[0].all() for h in heads):
                 raise ValueError(
                     f"{label} must be finite where every query sees it, got a non-finite entry at "
                     f"key {j} of key head {h_kv}; replace it, or hide the key with a mask"

@@ -7,118 +7,24 @@ Each is a ``scipy.sparse.linalg.LinearOperator`` of shape (n_q, n_k): ``ahat @ v
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from .problem import AttentionProblem
+from .problem import AttentionProblem, as_array, check_finite, float_dtype
 
 Array = NDArray[Any]
-
-UNBOUNDED = 1 << 40  # above any length; positions stay far from the limits of int64
-KEY_TILE = 512
-# Values wider than this are multiplied in pieces, so that a tile's accumulator stays in cache.
-WIDEST = 256
+Index = ArrayLike | slice
 
 
-def row_tile(rows: int) -> int:
-    """Return how many queries a tile holds when ``rows`` are to be computed in all heads.
-
-    Large tiles make BLAS fast, several tiles keep all threads busy.  The choice must not depend
-    on the number of threads, or the last bits of a result would.
-    """
-    for tile, least in ((256, 2048), (128, 512), (64, 128)):
-        if rows >= least:
-            return tile
-    return 32
-
-
-def softmax_product(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    scale: float,
-    group: int = 1,
-    softcap: float = 0.0,
-    first: Array | None = None,
-    left: int | None = None,
-    right: int | None = None,
-    key_mask: Array | None = None,
-    key_slab: Array | None = None,
-    mask: Array | None = None,
-    mask_slab: Array | None = None,
-    sink: Array | None = None,
-) -> tuple[Array, Array]:
-    """Return ``(A V, logsumexp)`` of many heads with prepared arrays; nothing is validated.
-
-    Parameters
-    ----------
-    q, k, v : ndarray
-        (H, n_q, d), (H_kv, n_k, d), (H_kv, n_k, m), C-contiguous, one precision; query head h
-        reads ``h // group``.
-    scale, softcap : float
-        ``L = scale Q K^T``, then ``softcap tanh(L / softcap)`` unless it is 0.
-    first : int64 array (H,), optional
-        Position of query 0 of each head among the keys; None is 0.
-    left, right : int, optional
-        Row at position p sees ``p - left <= j <= p + right``; None is unbounded.
-    key_mask, key_slab : bool (S, n_k) and int64 (H,), optional
-        Keys to keep, and the slab of each head.
-    mask, mask_slab : bool or float (M, m_q, m_k) and int64 (H,), optional
-        Visible entries, or a bias added to the logits; axes of length 1 are broadcast.
-    sink : array (H,), optional
-        An extra logit of each head with value zero.
-
-    Returns
-    -------
-    out : ndarray (H, n_q, m)
-    lse : ndarray (H, n_q)
-    """
-    from .kernels import softmax
-    from .kernels._threads import kernel_threads
-
-    heads, n_q, _ = q.shape
-    n_k, width = v.shape[1:]
-    dtype = q.dtype
-    zeros = np.zeros(heads, np.int64)
-    out = np.empty((heads, n_q, width), dtype)
-    lse = np.empty((heads, n_q), dtype)
-    no_mask, no_bias = np.empty((0, 1, 1), bool), np.empty((0, 1, 1), dtype)
-    boolean = mask is not None and mask.dtype == np.bool_
-    tile = row_tile(heads * n_q)
-    with kernel_threads() as threads:
-        for start in range(0, max(width, 1), WIDEST):
-            whole = width <= WIDEST
-            piece = v if whole else np.ascontiguousarray(v[:, :, start : start + WIDEST])
-            target = out if whole else np.empty((heads, n_q, piece.shape[2]), dtype)
-            softmax.attend(
-                q,
-                k,
-                piece,
-                group,
-                scale,
-                softcap,
-                zeros if first is None else first,
-                UNBOUNDED if left is None else left,
-                UNBOUNDED if right is None else right,
-                np.empty((0, n_k), bool) if key_mask is None else key_mask,
-                zeros if key_slab is None else key_slab,
-                mask if mask is not None and boolean else no_mask,
-                mask if mask is not None and not boolean else no_bias,
-                zeros if mask_slab is None else mask_slab,
-                np.empty(0, dtype) if sink is None else sink,
-                tile,
-                min(KEY_TILE, max(n_k, 1)),
-                threads,
-                target,
-                lse,
-            )
-            if not whole:
-                out[:, :, start : start + WIDEST] = target
-    return out, lse
+def pick(length: int, index: Index) -> Array:
+    """Return the positions that an index, slice or boolean mask picks, as NumPy would."""
+    return np.atleast_1d(
+        np.arange(length)[index if isinstance(index, slice) else np.asarray(index)]
+    )
 
 
 def _problem_masks(problem: AttentionProblem) -> dict[str, Any]:
@@ -132,6 +38,8 @@ def _problem_masks(problem: AttentionProblem) -> dict[str, Any]:
 
 def solve(problem: AttentionProblem, x: Array | None, factor: float = 1.0) -> tuple[Array, Array]:
     """Return ``(A X, logsumexp)`` of a problem, with its logits times ``factor``."""
+    from .kernels.softmax import softmax_product
+
     q, k, _ = problem.arrays
     x = np.empty((problem.n_k, 0), problem.dtype) if x is None else x
     out, lse = softmax_product(
@@ -140,7 +48,7 @@ def solve(problem: AttentionProblem, x: Array | None, factor: float = 1.0) -> tu
     return out[0], lse[0]
 
 
-class AttentionOperator(LinearOperator):  # type: ignore[misc]  # generic only in the stubs
+class AttentionOperator(LinearOperator[Any]):
     """Represent an n_q x n_k attention matrix by its products.
 
     Parameters
@@ -169,7 +77,7 @@ class AttentionOperator(LinearOperator):  # type: ignore[misc]  # generic only i
     def __init__(
         self, shape: tuple[int, int], dtype: Any, effective_rank: int | None = None
     ) -> None:
-        super().__init__(np.dtype(dtype), shape)
+        super().__init__(np.dtype(dtype), shape)  # type: ignore[call-arg]  # stubs know __new__ only
         self.effective_rank = effective_rank
 
     def _matmat(self, x: Array) -> Array:
@@ -197,18 +105,29 @@ class AttentionOperator(LinearOperator):  # type: ignore[misc]  # generic only i
         """Bytes of the arrays that the operator holds."""
         return sum(x.nbytes for x in self.__dict__.values() if isinstance(x, np.ndarray))
 
-    def rows(self, index: ArrayLike) -> Array:
+    def wide(self) -> AttentionOperator:
+        """Return the operator whose products are computed in float64 from the same arrays."""
+        if self.dtype == np.float64:
+            return self
+        twin = copy.copy(self)
+        twin.dtype = np.dtype(np.float64)
+        for name, x in self.__dict__.items():
+            if isinstance(x, np.ndarray) and x.dtype == np.float32:
+                setattr(twin, name, x.astype(np.float64))
+        return twin
+
+    def rows(self, index: Index) -> Array:
         """Return chosen rows of the matrix as a dense array (len(index), n_k)."""
-        pick = np.atleast_1d(np.arange(self.shape[0])[index])
-        unit = np.zeros((self.shape[0], len(pick)), self.dtype)
-        unit[pick, np.arange(len(pick))] = 1
+        chosen = pick(self.shape[0], index)
+        unit = np.zeros((self.shape[0], len(chosen)), self.dtype)
+        unit[chosen, np.arange(len(chosen))] = 1
         return np.ascontiguousarray(self._rmatmat(unit).T)
 
-    def columns(self, index: ArrayLike) -> Array:
+    def columns(self, index: Index) -> Array:
         """Return chosen columns of the matrix as a dense array (n_q, len(index))."""
-        pick = np.atleast_1d(np.arange(self.shape[1])[index])
-        unit = np.zeros((self.shape[1], len(pick)), self.dtype)
-        unit[pick, np.arange(len(pick))] = 1
+        chosen = pick(self.shape[1], index)
+        unit = np.zeros((self.shape[1], len(chosen)), self.dtype)
+        unit[chosen, np.arange(len(chosen))] = 1
         return self._matmat(unit)
 
     def row_sums(self) -> Array:
@@ -259,67 +178,58 @@ class SoftmaxAttention(AttentionOperator):
     def _rmatmat(self, y: Array) -> Array:
         return self._transposed(self._cast(y), 1)
 
+    def wide(self) -> AttentionOperator:
+        """Return itself: in float64 it would be another matrix, without this one's rounding."""
+        return self
+
     def _transposed(self, y: Array, power: int) -> Array:
         """Return ``B^T Y`` with ``B_ij = A_ij^power``: logits and normalisers times ``power``."""
-        from .kernels import softmax
-        from .kernels._threads import kernel_threads
+        from .kernels.softmax import transposed_product
 
         problem = self.problem
-        q, k, _ = problem.arrays
         mask = problem.key_mask
-        out = np.empty((problem.n_k, y.shape[1]), self.dtype)
-        lse = power * problem.logsumexp
-        with kernel_threads() as threads:
-            for start in range(0, y.shape[1], WIDEST):
-                piece = np.ascontiguousarray(y[:, start : start + WIDEST])
-                target = np.empty((problem.n_k, piece.shape[1]), self.dtype)
-                softmax.attend_transposed(
-                    q,
-                    k,
-                    piece,
-                    lse,
-                    power * problem.scale,
-                    UNBOUNDED,
-                    0 if problem.causal else UNBOUNDED,
-                    problem.offset,
-                    np.empty((0, problem.n_k), bool) if mask is None else mask[None].copy(),
-                    KEY_TILE,
-                    row_tile(problem.n_k),
-                    threads,
-                    target,
-                )
-                out[:, start : start + WIDEST] = target
-        return out
+        return transposed_product(
+            problem.arrays.q,
+            problem.arrays.k,
+            y,
+            power * problem.logsumexp,
+            scale=power * problem.scale,
+            first=problem.offset,
+            right=0 if problem.causal else None,
+            key_mask=None if mask is None else mask[None].copy(),
+        )
 
-    def rows(self, index: ArrayLike) -> Array:
+    def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
         problem = self.problem
-        pick = np.atleast_1d(np.arange(problem.n_q)[index])
-        logits = self._logits(problem.q[pick], problem.k)
+        chosen = pick(problem.n_q, index)
+        logits = self._logits(problem.q[chosen], problem.k)
         if problem.causal or problem.key_mask is not None:
-            np.copyto(logits, -np.inf, where=~problem.visible(pick))
+            np.copyto(logits, -np.inf, where=~problem.visible(chosen))
         top = logits.max(axis=1, keepdims=True, initial=-np.inf)
         logits -= np.where(np.isfinite(top), top, 0)
-        weights = np.exp(logits, out=logits)
+        weights: Array = np.exp(logits, out=logits)
         total = weights.sum(axis=1, keepdims=True)
-        return np.divide(weights, total, out=weights, where=total > 0)
+        np.divide(weights, total, out=weights, where=total > 0)
+        return weights
 
-    def columns(self, index: ArrayLike) -> Array:
+    def columns(self, index: Index) -> Array:
         """Return chosen columns as a dense array (n_q, len(index))."""
         problem = self.problem
-        pick = np.atleast_1d(np.arange(problem.n_k)[index])
-        logits = self._logits(problem.q, problem.k[pick])
+        chosen = pick(problem.n_k, index)
+        logits = self._logits(problem.q, problem.k[chosen])
         lse = problem.logsumexp
         logits -= np.where(np.isfinite(lse), lse, 0)[:, None]
-        weights = np.exp(logits, out=logits)
+        weights: Array = np.exp(logits, out=logits)
         if problem.key_mask is not None:
-            weights[:, ~problem.key_mask[pick]] = 0
+            weights[:, ~problem.key_mask[chosen]] = 0
         if problem.causal:
-            weights[pick[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]] = 0
+            weights[chosen[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]] = 0
         return weights
 
     def _logits(self, q: Array, k: Array) -> Array:
-        return (self.dtype.type(self.problem.scale) * q) @ k.T
+        logits: Array = (self.dtype.type(self.problem.scale) * q) @ k.T
+        return logits
 
     def row_norms(self) -> Array:
         """Return the Euclidean norms of the rows, float64 (n_q,).
@@ -330,7 +240,9 @@ class SoftmaxAttention(AttentionOperator):
         lse = wide.logsumexp
         doubled = self.problem.cached("doubled", lambda: solve(wide, None, 2.0)[1])
         seen = np.isfinite(lse)
-        return np.where(seen, np.exp(0.5 * np.where(seen, doubled - 2.0 * lse, 0.0)), 0.0)
+        norms = np.zeros(len(lse))
+        norms[seen] = np.exp(0.5 * doubled[seen] - lse[seen])
+        return norms
 
     def column_norms(self) -> Array:
         """Return the Euclidean norms of the columns, float64 (n_k,)."""
@@ -403,10 +315,10 @@ class FactoredAttention(AttentionOperator):
     def _rmatmat(self, y: Array) -> Array:
         return self.p.T @ self._core(self.u.T @ self._cast(y), transpose=True)
 
-    def rows(self, index: ArrayLike) -> Array:
+    def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
-        pick = np.atleast_1d(np.arange(self.shape[0])[index])
-        return self._core(self.u[pick].T, transpose=True).T @ self.p
+        chosen = pick(self.shape[0], index)
+        return self._core(self.u[chosen].T, transpose=True).T @ self.p
 
 
 class SampledAttention(AttentionOperator):
@@ -449,7 +361,8 @@ class SampledAttention(AttentionOperator):
     @property
     def rank_bound(self) -> int:
         """The number of shared columns, or no less than the smaller side."""
-        return min(*self.shape, self.weights.shape[1]) if self.chosen.ndim == 1 else min(self.shape)
+        shared = self.chosen.ndim == 1
+        return int(min(*self.shape, self.weights.shape[1] if shared else max(self.shape)))
 
     def _sparse(self) -> Any:
         from scipy.sparse import csr_array
@@ -474,12 +387,95 @@ class SampledAttention(AttentionOperator):
         product: Array = self._sparse().T @ y
         return product
 
-    def rows(self, index: ArrayLike) -> Array:
+    def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
-        pick = np.atleast_1d(np.arange(self.shape[0])[index])
-        out = np.zeros((len(pick), self.shape[1]), self.dtype)
+        chosen = pick(self.shape[0], index)
+        out = np.zeros((len(chosen), self.shape[1]), self.dtype)
         if self.chosen.ndim == 1:
-            out[:, self.chosen] = self.weights[pick]
+            out[:, self.chosen] = self.weights[chosen]
         else:
-            np.put_along_axis(out, self.chosen[pick], self.weights[pick], axis=1)
+            np.put_along_axis(out, self.chosen[chosen], self.weights[chosen], axis=1)
         return out
+
+
+class DenseAttention(AttentionOperator):
+    """Represent a matrix that is held as an array, for instance somebody else's ``Ahat``.
+
+    Parameters
+    ----------
+    matrix : ndarray (n_q, n_k)
+    """
+
+    def __init__(self, matrix: Array) -> None:
+        dtype = np.float32 if matrix.dtype == np.float32 else np.float64
+        super().__init__(matrix.shape, dtype)
+        self.matrix = np.ascontiguousarray(matrix, dtype)
+
+    def _matmat(self, x: Array) -> Array:
+        return self.matrix @ self._cast(x)
+
+    def _rmatmat(self, y: Array) -> Array:
+        return self.matrix.T @ self._cast(y)
+
+    def rows(self, index: Index) -> Array:
+        """Return chosen rows as a dense array (len(index), n_k)."""
+        return self.matrix[pick(self.shape[0], index)]
+
+
+class WrappedAttention(AttentionOperator):
+    """Give a foreign ``LinearOperator`` the interface of an attention operator.
+
+    Parameters
+    ----------
+    operator : scipy.sparse.linalg.LinearOperator (n_q, n_k)
+    """
+
+    def __init__(self, operator: Any) -> None:
+        dtype = np.float32 if operator.dtype == np.float32 else np.float64
+        super().__init__(operator.shape, dtype)
+        self.operator = operator
+
+    def wide(self) -> AttentionOperator:
+        """Return itself: how the products are computed is not known."""
+        return self
+
+    def _matmat(self, x: Array) -> Array:
+        return np.asarray(self.operator @ self._cast(x), self.dtype)
+
+    def _rmatmat(self, y: Array) -> Array:
+        return np.asarray(self.operator.T @ self._cast(y), self.dtype)
+
+
+def as_operator(ahat: object, problem: AttentionProblem) -> AttentionOperator:
+    """Return ``ahat`` as an attention operator of the shape of a problem.
+
+    Parameters
+    ----------
+    ahat : AttentionOperator, LinearOperator, or array (n_q, n_k)
+    problem : AttentionProblem
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is none of these, or of another shape, or not finite.
+    """
+    if isinstance(ahat, AttentionOperator):
+        operator = ahat
+    elif isinstance(ahat, LinearOperator):
+        operator = WrappedAttention(ahat)
+    else:
+        matrix = as_array(ahat, "ahat")
+        if matrix.ndim != 2:
+            raise ValueError(
+                f"ahat must be a matrix of shape ({problem.n_q}, {problem.n_k}), "
+                f"got shape {matrix.shape}; a report is about one head"
+            )
+        float_dtype(matrix, "ahat")
+        check_finite(matrix, "ahat")
+        operator = DenseAttention(matrix)
+    if operator.shape != (problem.n_q, problem.n_k):
+        raise ValueError(
+            f"ahat must have the shape ({problem.n_q}, {problem.n_k}) of the problem, "
+            f"got {operator.shape}; approximate the same problem"
+        )
+    return operator

@@ -255,9 +255,9 @@ def reference_attention(
     right: int | None,
     softcap: float,
     key_mask: BoolArray | None,
-    key_slab: IntArray,
+    key_slab: IntArray | None,
     mask: Mask | None,
-    mask_slab: IntArray,
+    mask_slab: IntArray | None,
     sink: FloatArray | None,
 ) -> tuple[FloatArray, FloatArray]:
     """Return exact attention of all heads, and the log-sum-exp of their logits, in float64.
@@ -285,12 +285,12 @@ def reference_attention(
         0 is off.
     key_mask : bool array of shape (S, n_k), or None
         True keeps the key.
-    key_slab : int64 array of shape (H,)
-        The row of ``key_mask`` that each head reads.
+    key_slab : int64 array of shape (H,), or None
+        The row of ``key_mask`` that each head reads; unused without ``key_mask``.
     mask : bool or float64 array of shape (M, n_q or 1, n_k or 1), or None
         True keeps the pair; numbers are added to the logits, and ``-inf`` removes the pair.
-    mask_slab : int64 array of shape (H,)
-        The slab of ``mask`` that each head reads.
+    mask_slab : int64 array of shape (H,), or None
+        The slab of ``mask`` that each head reads; unused without ``mask``.
     sink : float64 array of shape (H,), or None
         An extra logit a head, whose value is zero.
 
@@ -313,7 +313,7 @@ def reference_attention(
     >>> one, zero = np.ones((1, 2, 1)), np.zeros(1, dtype=np.int64)
     >>> out, lse = reference_attention(
     ...     one, one, np.array([[[1.0], [2.0]]]), group=1, scale=1.0, first=zero, left=None,
-    ...     right=0, softcap=0.0, key_mask=None, key_slab=zero, mask=None, mask_slab=zero,
+    ...     right=0, softcap=0.0, key_mask=None, key_slab=None, mask=None, mask_slab=None,
     ...     sink=None)
     >>> out[0, :, 0]
     array([1. , 1.5])
@@ -329,7 +329,8 @@ def reference_attention(
     def block(task: tuple[int, int]) -> None:
         h, start = task
         stop = min(start + step, n_q)
-        slab = None if mask is None else mask[mask_slab[h]]
+        slab = None if mask is None or mask_slab is None else mask[mask_slab[h]]
+        keys = None if key_mask is None or key_slab is None else key_mask[key_slab[h]]
         seen = visible(
             start,
             stop,
@@ -337,7 +338,7 @@ def reference_attention(
             first=int(first[h]),
             left=left,
             right=right,
-            key_mask=None if key_mask is None else key_mask[key_slab[h]],
+            key_mask=keys,
             mask=slab,
         )
         logits = masked_logits(
@@ -424,12 +425,12 @@ def merge(
     return out, lse
 
 
-def round_to(x: FloatArray, dtype: DTypeLike) -> NDArray[Any]:
-    """Round float64 numbers once, to nearest with ties to even, to a narrower floating type.
+def round_to(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """Round numbers once, to nearest with ties to even, to a floating type.
 
     Parameters
     ----------
-    x : float64 array
+    x : float64 or float32 array
         Any shape; NaN, infinities and signed zeros keep their kind.
     dtype : dtype
         float64, float32, float16, or any type whose name is ``bfloat16`` (NumPy has none of its
@@ -438,6 +439,7 @@ def round_to(x: FloatArray, dtype: DTypeLike) -> NDArray[Any]:
     Returns
     -------
     array of ``dtype``, of the shape of ``x``
+        ``x`` itself if it has this dtype.
 
     Raises
     ------
@@ -459,11 +461,11 @@ def round_to(x: FloatArray, dtype: DTypeLike) -> NDArray[Any]:
     target = np.dtype(dtype)
     with np.errstate(all="ignore"):
         if target in (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16)):
-            return x.astype(target)
+            return x.astype(target, copy=False)
         if target.name == "bfloat16":
             _, exponent = np.frexp(x)  # |x| = f 2^exponent with 1/2 <= f < 1
             places = np.maximum(exponent - 1, -126) - 7
-            rounded: FloatArray = np.ldexp(np.rint(np.ldexp(x, -places)), places)
+            rounded: NDArray[Any] = np.ldexp(np.rint(np.ldexp(x, -places)), places)
             # Exact from here on: every number is a bfloat16, or the power of two above them.
             return rounded.astype(np.float32).astype(target)
     raise TypeError(

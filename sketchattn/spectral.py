@@ -205,7 +205,7 @@ def truncated_svd(problem: AttentionProblem, rank: int) -> tuple[Array, Array, A
     if min(problem.n_q, problem.n_k) <= DENSE_LIMIT:
         u, s, vt = _dense_svd(problem)
         return u[:, :rank], s[:rank], vt[:rank]
-    cache = problem.cached("truncated_svd", dict)
+    cache: dict[int, tuple[Array, Array, Array]] = problem.cached("truncated_svd", dict)
     if not cache or max(cache) < rank:
         cache.clear()
         cache[rank] = block_krylov(problem.astype(np.float64).exact, rank, tolerance=1e-7)

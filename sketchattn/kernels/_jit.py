@@ -44,9 +44,7 @@ def kernel(*, parallel: bool = False) -> Callable[[F], F]:
     return wrap
 
 
-def by_precision(
-    generic: F, *, float32: Callable[..., Any], float64: Callable[..., Any]
-) -> F:
+def by_precision(generic: F, *, float32: Callable[..., Any], float64: Callable[..., Any]) -> F:
     """Give ``generic`` one compiled body a precision, chosen by its argument ``x``.
 
     ``generic`` itself is what runs when compilation is disabled, so it has to be the readable
@@ -61,6 +59,5 @@ def by_precision(
             return float64
         return None
 
-    options = {"fastmath": set(FASTMATH), "error_model": "numpy"}
-    overload(generic, jit_options=options)(choose)
+    overload(generic, jit_options={"fastmath": set(FASTMATH), "error_model": "numpy"})(choose)
     return generic

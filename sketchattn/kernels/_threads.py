@@ -61,14 +61,14 @@ def blas_single_thread() -> Iterator[None]:
         _leave()
 
 
-def _layer_is_safe() -> bool:
-    """Say whether Numba's threading layer allows kernels from two Python threads at once."""
+def threading_layer() -> str | None:
+    """Return the name of Numba's threading layer; None before the first parallel kernel."""
     import numba
 
     try:
-        return bool(numba.threading_layer() != "workqueue")
-    except ValueError:  # not known before the first parallel kernel of the process has run
-        return False
+        return str(numba.threading_layer())  # type: ignore[attr-defined,unused-ignore]  # no stub
+    except ValueError:
+        return None
 
 
 @contextmanager
@@ -78,7 +78,8 @@ def kernel_threads() -> Iterator[int]:
     BLAS runs on one thread.  Numba's ``workqueue`` layer aborts the process when two Python
     threads run parallel kernels at the same time, so they take turns where it is in use.
     """
-    serial = not _layer_is_safe()
+    # Not known yet is as unsafe as the layer that it may turn out to be.
+    serial = threading_layer() in (None, "workqueue")
     if serial:
         _serial.acquire()
     try:
@@ -102,7 +103,8 @@ def limit_threads(count: int) -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     before = numba.get_num_threads()
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    maximum = int(getattr(numba.config, "NUMBA_NUM_THREADS"))  # noqa: B009  (set at run time)
+    numba.set_num_threads(min(count, maximum))
     try:
         with threadpool_limits(limits=count, user_api="blas"):
             yield

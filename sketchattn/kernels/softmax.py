@@ -8,7 +8,7 @@ Shapes and conventions shared by all kernels of this file:
 * ``q (H, n_q, d)``, ``k (H_kv, n_k, d)``, ``v (H_kv, n_k, m)``; head ``h`` reads ``h // group``.
 * Row ``i`` of head ``h`` has position ``p = first[h] + i`` and sees the keys
   ``p - left <= j <= p + right``; an unbounded side is a number above any length.
-* ``keys (S, n_k)`` bool, ``keys_of (H,)``: True keeps the key, slab ``keys_of[h]``; ``S = 0``: none.
+* ``keys (S, n_k)`` bool, ``keys_of (H,)``: True keeps, in slab ``keys_of[h]``; ``S = 0``: none.
 * ``mask (M, m_q, m_k)`` bool, ``bias (M, m_q, m_k)`` in the precision of ``q``, ``mask_of (H,)``:
   an axis of length 1 is broadcast; ``M = 0``: none.
 * Work is split over ``threads`` by (head, tile); every output element is reduced by one thread in
@@ -24,11 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import by_precision, kernel, prange
+from ._threads import kernel_threads
 
 Array = NDArray[Any]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
+
+UNBOUNDED = 1 << 40  # above any length; positions stay far from the limits of int64
+KEY_TILE = 512
+# Values wider than this are multiplied in pieces, so that a tile's accumulator stays in cache.
+WIDEST = 256
 
 
 # --- exponential, hyperbolic tangent, row maximum -------------------------------------------
@@ -60,7 +66,7 @@ def _exp2_float32(x: Any) -> Any:
 
 
 def _exp2_float64(x: Any) -> Any:
-    y = -1022.0 if x < -1022.0 else x
+    y = np.float64(-1022.0 if x < -1022.0 else x)
     j = np.rint(y)
     f = y - j
     p = 4.4549605981865186e-10
@@ -140,9 +146,7 @@ def _row_maximum_float64(x: Any) -> Any:
     return np.int64(top ^ ((top >> np.int64(63)) & flip)).view(np.float64)
 
 
-row_maximum = by_precision(
-    row_maximum, float32=_row_maximum_float32, float64=_row_maximum_float64
-)
+row_maximum = by_precision(row_maximum, float32=_row_maximum_float32, float64=_row_maximum_float64)
 
 
 # --- one tile -------------------------------------------------------------------------------
@@ -340,11 +344,7 @@ def attend(
                 np.dot(scaled, k[h_kv, j0:j1].T, s)
                 if capped:
                     _cap(s, q.dtype.type(cap))
-                if not (
-                    plain
-                    and j0 >= start + i1 - 1 - left
-                    and j1 - 1 <= start + i0 + right
-                ):
+                if not (plain and j0 >= start + i1 - 1 - left and j1 - 1 <= start + i0 + right):
                     _hide(
                         s, i0, j0, start, left, right,
                         keys, keys_of[h], mask, bias, mask_of[h],
@@ -431,3 +431,299 @@ def attend_transposed(
                         s[i, j] = exp2(q.dtype.type(s[i, j] - b))
                 np.dot(s.T, y[i0:i1], part)
                 _add(part, out[j0:j1])
+
+
+# --- A against an approximation -------------------------------------------------------------
+
+
+def log2(x: Any) -> Any:
+    """Return the base-2 logarithm of ``x > 0`` in float64."""
+    return np.log2(x)
+
+
+def _log2_float64(x: Any) -> Any:
+    # x = m 2^e with m in [1/sqrt 2, sqrt 2), and log m = 2 artanh(t) with t = (m - 1)/(m + 1):
+    # |t| <= 0.1716, so that the first term left out is below 2e-17 of the sum.
+    tiny = x < 2.2250738585072014e-308
+    y = np.float64(x * 1.8014398509481984e16 if tiny else x)  # 2^54
+    bits = y.view(np.int64)
+    e = (bits >> np.int64(52)) - np.int64(1023)
+    m = np.int64((bits & np.int64(0x000FFFFFFFFFFFFF)) | np.int64(0x3FF0000000000000)).view(
+        np.float64
+    )
+    high = m > 1.4142135623730951
+    m = np.float64(0.5 * m if high else m)
+    t = (m - 1.0) / (m + 1.0)
+    z = t * t
+    p = 1.0 / 21.0
+    p = p * z + 1.0 / 19.0
+    p = p * z + 1.0 / 17.0
+    p = p * z + 1.0 / 15.0
+    p = p * z + 1.0 / 13.0
+    p = p * z + 1.0 / 11.0
+    p = p * z + 1.0 / 9.0
+    p = p * z + 1.0 / 7.0
+    p = p * z + 1.0 / 5.0
+    p = p * z + 1.0 / 3.0
+    p = p * z + 1.0
+    # The exponent goes through int32, which AVX2 converts to double.
+    whole = np.float64(np.int32(e)) + (1.0 if high else 0.0) - (54.0 if tiny else 0.0)
+    return whole + (2.0 * LOG2E) * t * p
+
+
+log2 = by_precision(log2, float32=_log2_float64, float64=_log2_float64)
+
+
+@kernel(parallel=True)
+def compare(
+    q: Array,
+    k: Array,
+    lse: Array,
+    other: Array,
+    i0: int,
+    scale: float,
+    right: int,
+    first: int,
+    keys: Array,
+    row_tile: int,
+    key_tile: int,
+    threads: int,
+    out: Array,
+) -> None:
+    """Compare rows ``i0 ... i0 + b`` of A with ``other (b, n_k)``; float64 inside.
+
+    ``q (n_q, d)``, ``k (n_k, d)``, ``lse (n_q,)`` natural, all float64.  ``out (n_q, 4)`` receives
+    for each row: ``sum_j A_ij^2``, ``sum_j (A_ij - B_ij)^2``, ``sum_j |A_ij - B_ij|`` and
+    ``sum_j A_ij log(A_ij / B_ij)``, infinite where ``B_ij <= 0 < A_ij``.
+    """
+    n_k, d = k.shape
+    rows_all = other.shape[0]
+    tiles = (rows_all + row_tile - 1) // row_tile
+    factor = scale * LOG2E
+    no_mask = np.empty((0, 1, 1), np.bool_)
+    no_bias = np.empty((0, 1, 1), np.float64)
+    for worker in prange(threads):
+        query_buffer = np.empty(row_tile * d, np.float64)
+        logit_buffer = np.empty(row_tile * key_tile, np.float64)
+        for item in range(worker, tiles, threads):
+            b0 = item * row_tile
+            b1 = min(b0 + row_tile, rows_all)
+            rows = b1 - b0
+            start = i0 + b0
+            scaled = query_buffer[: rows * d].reshape((rows, d))
+            _scale_rows(q[start : start + rows], factor, scaled)
+            out[start : start + rows] = 0.0
+            for j0 in range(0, n_k, key_tile):
+                j1 = min(j0 + key_tile, n_k)
+                cols = j1 - j0
+                s = logit_buffer[: rows * cols].reshape((rows, cols))
+                np.dot(scaled, k[j0:j1].T, s)
+                if keys.shape[0] > 0 or not j1 - 1 <= first + start + right:
+                    _hide(
+                        s, start, j0, first, n_k + abs(first) + out.shape[0], right,
+                        keys, 0, no_mask, no_bias, 0,
+                    )  # fmt: skip
+                for i in range(rows):
+                    row = start + i
+                    b = lse[row] * LOG2E if lse[row] != -np.inf else 0.0
+                    square = 0.0
+                    difference = 0.0
+                    absolute = 0.0
+                    missing = 0
+                    for j in range(cols):
+                        a = exp2(s[i, j] - b)
+                        x = np.float64(other[b0 + i, j0 + j])
+                        square += a * a
+                        difference += (a - x) * (a - x)
+                        absolute += abs(a - x)
+                        missing += 1 if (x <= 0.0 and a > 0.0) else 0
+                    out[row, 0] += square
+                    out[row, 1] += difference
+                    out[row, 2] += absolute
+                    if missing > 0:
+                        out[row, 3] = np.inf
+                    elif out[row, 3] != np.inf:
+                        divergence = 0.0
+                        for j in range(cols):
+                            t = s[i, j] - b
+                            a = exp2(t)
+                            x = np.float64(other[b0 + i, j0 + j])
+                            # Where A is zero the term is zero, whatever the logarithms are.
+                            t = 0.0 if a == 0.0 else t
+                            x = np.float64(1.0 if a == 0.0 else x)
+                            divergence += a * (t - log2(x))
+                        out[row, 3] += divergence * LN2
+
+
+# --- drivers --------------------------------------------------------------------------------
+
+
+def row_tile(rows: int) -> int:
+    """Return how many queries a tile holds when ``rows`` are to be computed in all heads.
+
+    Large tiles make BLAS fast, several tiles keep all threads busy.  The choice must not depend
+    on the number of threads, or the last bits of a result would.
+    """
+    for tile, least in ((256, 2048), (128, 512), (64, 128)):
+        if rows >= least:
+            return tile
+    return 32
+
+
+def softmax_product(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    group: int = 1,
+    softcap: float = 0.0,
+    first: Array | None = None,
+    left: int | None = None,
+    right: int | None = None,
+    key_mask: Array | None = None,
+    key_slab: Array | None = None,
+    mask: Array | None = None,
+    mask_slab: Array | None = None,
+    sink: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return ``(A V, logsumexp)`` of many heads with prepared arrays; nothing is validated.
+
+    Parameters
+    ----------
+    q, k, v : ndarray
+        (H, n_q, d), (H_kv, n_k, d), (H_kv, n_k, m), C-contiguous, one precision; query head h
+        reads ``h // group``.
+    scale, softcap : float
+        ``L = scale Q K^T``, then ``softcap tanh(L / softcap)`` unless it is 0.
+    first : int64 array (H,), optional
+        Position of query 0 of each head among the keys; None is 0.
+    left, right : int, optional
+        Row at position p sees ``p - left <= j <= p + right``; None is unbounded.
+    key_mask, key_slab : bool (S, n_k) and int64 (H,), optional
+        Keys to keep, and the slab of each head.
+    mask, mask_slab : bool or float (M, m_q, m_k) and int64 (H,), optional
+        Visible entries, or a bias added to the logits; axes of length 1 are broadcast.
+    sink : array (H,), optional
+        An extra logit of each head with value zero.
+
+    Returns
+    -------
+    out : ndarray (H, n_q, m)
+    lse : ndarray (H, n_q)
+    """
+    heads, n_q, _ = q.shape
+    n_k, width = v.shape[1:]
+    dtype = q.dtype
+    zeros = np.zeros(heads, np.int64)
+    out = np.empty((heads, n_q, width), dtype)
+    lse = np.empty((heads, n_q), dtype)
+    no_mask, no_bias = np.empty((0, 1, 1), bool), np.empty((0, 1, 1), dtype)
+    boolean = mask is not None and mask.dtype == np.bool_
+    tile = row_tile(heads * n_q)
+    with kernel_threads() as threads:
+        for start in range(0, max(width, 1), WIDEST):
+            whole = width <= WIDEST
+            piece = v if whole else np.ascontiguousarray(v[:, :, start : start + WIDEST])
+            target = out if whole else np.empty((heads, n_q, piece.shape[2]), dtype)
+            attend(
+                q,
+                k,
+                piece,
+                group,
+                scale,
+                softcap,
+                zeros if first is None else first,
+                UNBOUNDED if left is None else left,
+                UNBOUNDED if right is None else right,
+                np.empty((0, n_k), bool) if key_mask is None else key_mask,
+                zeros if key_slab is None else key_slab,
+                mask if mask is not None and boolean else no_mask,
+                mask if mask is not None and not boolean else no_bias,
+                zeros if mask_slab is None else mask_slab,
+                np.empty(0, dtype) if sink is None else sink,
+                tile,
+                min(KEY_TILE, max(n_k, 1)),
+                threads,
+                target,
+                lse,
+            )
+            if not whole:
+                out[:, :, start : start + WIDEST] = target
+    return out, lse
+
+
+def transposed_product(
+    q: Array,
+    k: Array,
+    y: Array,
+    lse: Array,
+    *,
+    scale: float,
+    first: int,
+    right: int | None,
+    key_mask: Array | None,
+) -> Array:
+    """Return ``A^T Y (n_k, m)`` of one head from its row normalisers; nothing is validated.
+
+    ``q (n_q, d)``, ``k (n_k, d)``, ``y (n_q, m)``, ``lse (n_q,)``, ``key_mask (1, n_k)``.
+    """
+    n_k = k.shape[0]
+    out = np.empty((n_k, y.shape[1]), q.dtype)
+    with kernel_threads() as threads:
+        for start in range(0, y.shape[1], WIDEST):
+            piece = np.ascontiguousarray(y[:, start : start + WIDEST])
+            target = np.empty((n_k, piece.shape[1]), q.dtype)
+            attend_transposed(
+                q,
+                k,
+                piece,
+                lse,
+                scale,
+                UNBOUNDED,
+                UNBOUNDED if right is None else right,
+                first,
+                np.empty((0, n_k), bool) if key_mask is None else key_mask,
+                KEY_TILE,
+                row_tile(n_k),
+                threads,
+                target,
+            )
+            out[:, start : start + WIDEST] = target
+    return out
+
+
+def compare_rows(
+    q: Array,
+    k: Array,
+    lse: Array,
+    other: Array,
+    start: int,
+    out: Array,
+    *,
+    scale: float,
+    first: int,
+    right: int | None,
+    key_mask: Array | None,
+) -> None:
+    """Fill ``out[start : start + len(other)]`` with the sums of ``compare``; nothing is validated.
+
+    All float64 but ``other (b, n_k)``; ``key_mask (1, n_k)``, ``out (n_q, 4)``.
+    """
+    n_k = k.shape[0]
+    with kernel_threads() as threads:
+        compare(
+            q,
+            k,
+            lse,
+            other,
+            start,
+            scale,
+            UNBOUNDED if right is None else right,
+            first,
+            np.empty((0, n_k), bool) if key_mask is None else key_mask,
+            min(128, row_tile(len(other))),
+            min(KEY_TILE // 2, n_k),
+            threads,
+            out,
+        )

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ..draws import Draw, check_columns
-from ..operators import AttentionOperator, FactoredAttention, SampledAttention
+from ..operators import AttentionOperator, FactoredAttention, Index, SampledAttention, pick
 from ..problem import AttentionProblem, closest
 from ._base import Deterministic, Method, Traits, register
 
@@ -111,7 +111,8 @@ class VisibleMean(AttentionOperator):
         else:
             prefix = np.concatenate([np.zeros((1, kept.shape[1])), np.cumsum(kept, axis=0)])
             sums = prefix[self.end]
-        return (self.inverse[:, None] * sums).astype(self.dtype)
+        means: Array = (self.inverse[:, None] * sums).astype(self.dtype)
+        return means
 
     def _rmatmat(self, y: Array) -> Array:
         scaled = self.inverse[:, None] * self._cast(y).astype(np.float64)
@@ -124,13 +125,13 @@ class VisibleMean(AttentionOperator):
             sums = suffix[np.searchsorted(self.end, np.arange(self.shape[1]), side="right")]
         return np.where(self.keep[:, None], sums, 0).astype(self.dtype)
 
-    def rows(self, index: ArrayLike) -> Array:
+    def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
-        pick = np.atleast_1d(np.arange(self.shape[0])[index])
-        seen = np.broadcast_to(self.keep, (len(pick), self.shape[1]))
+        chosen = pick(self.shape[0], index)
+        seen = np.broadcast_to(self.keep, (len(chosen), self.shape[1]))
         if self.end is not None:
-            seen = seen & (np.arange(self.shape[1]) < self.end[pick][:, None])
-        return np.where(seen, self.inverse[pick][:, None], 0).astype(self.dtype)
+            seen = seen & (np.arange(self.shape[1]) < self.end[chosen][:, None])
+        return np.where(seen, self.inverse[chosen][:, None], 0).astype(self.dtype)
 
 
 @register("vmean")
@@ -359,4 +360,5 @@ def _softmax_over(problem: AttentionProblem, columns: Array) -> Array:
     logits -= np.where(np.isfinite(top), top, 0)
     weights: Array = np.exp(logits, out=logits)
     total = weights.sum(axis=1, keepdims=True)
-    return np.divide(weights, total, out=weights, where=total > 0)
+    np.divide(weights, total, out=weights, where=total > 0)
+    return weights

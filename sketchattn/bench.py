@@ -1,0 +1,480 @@
+"""Benchmarks against the real competitor: interleaved in one run, medians with spread, ratios."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .problem import AttentionProblem, closest
+
+Array = NDArray[Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Name a question that a run answers, and the function that measures it."""
+
+    name: str
+    description: str
+    run: Callable[[bool, int], Iterator[Row]]
+
+
+BENCHMARKS: dict[str, Benchmark] = {}
+
+
+def _benchmark(name: str, description: str) -> Callable[[Any], Any]:
+    def add(function: Callable[[bool, int], Iterator[Row]]) -> Any:
+        BENCHMARKS[name] = Benchmark(name, description, function)
+        return function
+
+    return add
+
+
+# --- measuring ------------------------------------------------------------------------------
+
+
+def _interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time each call once a round, in turn: slow moments of the machine hit all alike."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _row(
+    benchmark: str,
+    case: str,
+    ours: list[float],
+    *,
+    against: str,
+    theirs: list[float],
+    target: float | None,
+    unit: str = "s",
+    **extra: Any,
+) -> Row:
+    """Return one line of the table: medians, quartiles, and the median of the paired ratios."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratio = float(np.median(ratios))
+    return {
+        "benchmark": benchmark,
+        "case": case,
+        "ours": float(np.median(ours)),
+        "ours_quartiles": [float(x) for x in np.percentile(ours, [25, 75])],
+        "against": against,
+        "theirs": float(np.median(theirs)),
+        "theirs_quartiles": [float(x) for x in np.percentile(theirs, [25, 75])],
+        "unit": unit,
+        "ratio": ratio,
+        "ratio_quartiles": [float(x) for x in np.percentile(ratios, [25, 75])],
+        "target": target,
+        "met": None if target is None else bool(ratio <= target),
+        "rounds": len(ours),
+        **extra,
+    }
+
+
+def _normal(heads: int, n: int, d: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((heads, n, d), np.float32) for _ in range(3))
+    return q, k, v
+
+
+def _torch() -> Any | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    # Setting the number it already has can split a shared OpenMP pool in two, which slows both.
+    if torch.get_num_threads() != _threads():
+        torch.set_num_threads(_threads())
+    return torch
+
+
+def _threads() -> int:
+    from .kernels._threads import thread_count
+
+    return thread_count()
+
+
+def _sdpa(torch: Any, arrays: Sequence[Array], causal: bool = False) -> Callable[[], Any]:
+    tensors = [torch.from_numpy(x)[None] for x in arrays]
+    function = torch.nn.functional.scaled_dot_product_attention
+
+    def call() -> Any:
+        with torch.no_grad():
+            return function(*tensors, is_causal=causal)
+
+    return call
+
+
+def plain_numpy(q: Array, k: Array, v: Array) -> Array:
+    """Return attention by the plain formula, n_q x n_k in memory for each head."""
+    logits = (q * (1 / math.sqrt(q.shape[-1]))) @ np.swapaxes(k, -1, -2)
+    logits -= logits.max(axis=-1, keepdims=True)
+    weights: Array = np.exp(logits)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out: Array = weights @ v
+    return out
+
+
+def _gemm_rate(rounds: int, n: int) -> float:
+    """Return GFLOP/s of a float32 product of square matrices, the machine's practical peak."""
+    a = np.ones((n, n), np.float32)
+    seconds = _interleaved({"gemm": lambda: a @ a}, rounds)["gemm"]
+    return 2 * n**3 / float(np.median(seconds)) / 1e9
+
+
+def _relative_error(out: Array, q: Array, k: Array, v: Array, rows: Array) -> float:
+    """Return the relative Frobenius error of some rows of one head against float64."""
+    from .operators import SoftmaxAttention
+
+    sample = AttentionProblem(*(x.astype(np.float64) for x in (q[rows], k, v)))
+    truth = SoftmaxAttention(sample).rows(slice(None)) @ sample.values
+    return float(np.linalg.norm(out[rows] - truth) / np.linalg.norm(truth))
+
+
+@_benchmark("exact", "exact attention, one head and many, against torch SDPA and plain NumPy")
+def _exact(quick: bool, rounds: int) -> Iterator[Row]:
+    from .attention import attention
+
+    torch = _torch()
+    gemm = _gemm_rate(rounds, 1024 if quick else 4096)
+    n = 2048 if quick else 16384
+    cases: list[tuple[str, int, int, bool, float | None]] = [
+        (f"1 head, n={n}, d=64", 1, n, False, 1.15),
+        (f"1 head, n={n}, d=64, causal", 1, n, True, None),
+        ("12 heads, n=512, d=64", 12, 512, False, 1.5),
+    ]
+    for case, heads, length, causal, target in cases:
+        q, k, v = _normal(heads, length, 64)
+        calls: dict[str, Callable[[], Any]] = {"ours": partial(attention, q, k, v, causal=causal)}
+        if torch is not None:
+            calls["torch SDPA"] = _sdpa(torch, (q, k, v), causal)
+        if not causal:
+            calls["plain NumPy"] = partial(plain_numpy, q, k, v)
+        repeats = rounds if length > 1024 else 10 * rounds
+        seconds = _interleaved(calls, repeats)
+        flops = 4.0 * heads * length**2 * 64 * (0.5 if causal else 1.0)
+        rate = flops / float(np.median(seconds["ours"])) / 1e9
+        rows = np.random.default_rng(1).choice(length, min(256, length), replace=False)
+        for name in list(calls)[1:]:
+            extra: Row = {"gflops": rate, "share_of_gemm": rate / gemm, "gemm_gflops": gemm}
+            if not causal:
+                theirs = np.asarray(calls[name]()).reshape(q.shape)
+                errors = [
+                    _relative_error(x[0], q[0], k[0], v[0], rows) for x in (calls["ours"](), theirs)
+                ]
+                extra |= {"error": errors[0], "their_error": errors[1]}
+            yield _row(
+                "exact",
+                case,
+                seconds["ours"],
+                against=name,
+                theirs=seconds[name],
+                target=target if name == "torch SDPA" else None,
+                **extra,
+            )
+            if name == "torch SDPA" and not causal:
+                yield _row(
+                    "exact",
+                    f"{case}: error against float64",
+                    [errors[0]],
+                    against=name,
+                    theirs=[errors[1]],
+                    target=2.0,
+                    unit="rel",
+                )
+
+
+_MEMORY = """
+import resource, sys
+import numpy as np
+from sketchattn import attention
+n = int(sys.argv[1])
+small = np.ones((64, 64), np.float32)
+attention(small, small, small)
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((n, 64), np.float32) for _ in range(3))
+attention(q[:2048], k[:2048], v[:2048])
+unit = 1 if sys.platform == "darwin" else 1024
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+out = attention(q, k, v)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+print(after - before - out.nbytes)
+"""
+
+
+@_benchmark("memory", "peak memory of exact attention beyond its inputs and output")
+def _memory(quick: bool, rounds: int) -> Iterator[Row]:
+    n = 4096 if quick else 32768
+    extra = float(_child(_MEMORY, str(n))) / 2**20
+    yield _row(
+        "memory",
+        f"1 head, n={n}, d=64: growth beyond inputs and output",
+        [max(extra, 0.0)],
+        against="limit",
+        theirs=[64.0],
+        target=1.0,
+        unit="MB",
+    )
+
+
+@_benchmark("report", "error_report by streaming, against one exact product")
+def _report(quick: bool, rounds: int) -> Iterator[Row]:
+    from .methods import UniformColumns
+    from .metrics import ErrorReport, error_report
+
+    n = 2048 if quick else 16384
+    q, k, v = _normal(1, n, 64)
+    rounds = min(rounds, 3)
+
+    def fresh() -> AttentionProblem:
+        return AttentionProblem(q[0], k[0], v[0])
+
+    def report(spectral: bool) -> ErrorReport:
+        return error_report(fresh(), ahat, path="streaming", spectral=spectral)
+
+    ahat = UniformColumns(rank=256).approximate(fresh(), rng=0)
+    for spectral, target in ((False, 6.0), (True, 40.0)):
+        # A new problem each time: nothing exact is known before.
+        seconds = _interleaved(
+            {
+                "report": partial(report, spectral),
+                "exact": lambda: fresh().output,
+            },
+            rounds,
+        )
+        yield _row(
+            "report",
+            f"1 head, n={n}, d=64, {'with' if spectral else 'without'} spectral fields",
+            seconds["report"],
+            against="one exact product",
+            theirs=seconds["exact"],
+            target=target,
+        )
+
+
+@_benchmark("certify", "certify from 256 exact rows, against one exact product")
+def _certify(quick: bool, rounds: int) -> Iterator[Row]:
+    from .metrics import certify
+
+    n = 2048 if quick else 16384
+    q, k, v = _normal(1, n, 64)
+    problem = AttentionProblem(q[0], k[0], v[0])
+    output = problem.output + np.float32(1e-3)
+    seconds = _interleaved(
+        {
+            "certify": lambda: certify(problem, output, rows=256, rng=0),
+            "exact": lambda: AttentionProblem(q[0], k[0], v[0]).output,
+        },
+        rounds,
+    )
+    yield _row(
+        "certify",
+        f"1 head, n={n}, d=64, rows=256",
+        seconds["certify"],
+        against="one exact product",
+        theirs=seconds["exact"],
+        target=0.1,
+    )
+
+
+_FIRST_CALL = """
+import time
+import numpy as np
+x = np.ones((128, 64), np.float32)
+import sketchattn
+start = time.perf_counter()
+sketchattn.attention(x, x, x)
+print(time.perf_counter() - start)
+"""
+_IMPORT = "import time; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
+
+
+@_benchmark("import", "import time beyond NumPy's, and the first kernel call of a warm cache")
+def _import(quick: bool, rounds: int) -> Iterator[Row]:
+    scripts = {
+        "numpy": _IMPORT.format("numpy"),
+        "sketchattn": _IMPORT.format("numpy, sketchattn"),
+        "first": _FIRST_CALL,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in scripts}
+    for script in scripts.values():
+        _child(script)
+    for _ in range(3 if quick else max(rounds, 5)):
+        for name, script in scripts.items():
+            seconds[name].append(float(_child(script)))
+    base = float(np.median(seconds["numpy"]))
+    yield _row(
+        "import",
+        "import sketchattn beyond import numpy",
+        [x - base for x in seconds["sketchattn"]],
+        against="limit",
+        theirs=[0.15] * len(seconds["sketchattn"]),
+        target=1.0,
+        numpy_seconds=base,
+    )
+    yield _row(
+        "import",
+        "first kernel call of a warm cache",
+        seconds["first"],
+        against="limit",
+        theirs=[0.5] * len(seconds["first"]),
+        target=1.0,
+    )
+
+
+def _child(script: str, *arguments: str) -> str:
+    """Return what a script prints in a new process of this Python."""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": str(_threads())}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
+        raise ValueError(f"a measuring process must succeed, got: {reason}; run it by hand")
+    return done.stdout.strip()
+
+
+# --- machine, table, warm-up ----------------------------------------------------------------
+
+
+def machine() -> Row:
+    """Return what a number depends on: CPU, threads, thread layer, BLAS, versions."""
+    import numba
+    import scipy
+    import scipy.linalg.cython_blas  # noqa: F401  (loads the BLAS that kernels call)
+    from threadpoolctl import threadpool_info
+
+    from .kernels._threads import cpu_count, threading_layer
+
+    small = np.ones((1, 8, 8), np.float32)
+    from .kernels.softmax import softmax_product
+
+    softmax_product(small, small, small, scale=1.0)  # Numba chooses its layer at the first call
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line[:10] == "model name"]
+        model = names[0] if names else model
+    except OSError:
+        pass
+    torch = sys.modules.get("torch")
+    return {
+        "cpu": model,
+        "cpus": cpu_count(),
+        "threads": _threads(),
+        "thread_layer": threading_layer(),
+        "blas": sorted(
+            {f"{x['internal_api']} {x['version']} ({x.get('architecture', '?')})"
+             for x in threadpool_info() if x["user_api"] == "blas"}
+        ),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "numba": numba.__version__,
+        "torch": None if torch is None else str(torch.__version__),
+    }  # fmt: skip
+
+
+def run(
+    names: Sequence[str] | None = None, *, quick: bool = False, rounds: int | None = None
+) -> list[Row]:
+    """Run benchmarks and return one dictionary for each comparison.
+
+    Parameters
+    ----------
+    names : sequence of str, optional
+        Benchmarks to run, by default all of ``BENCHMARKS``.
+    quick : bool
+        Small sizes: shows that everything runs, measures nothing worth quoting.
+    rounds : int, optional
+        Interleaved repetitions, by default 7 (quick: 3).
+
+    Returns
+    -------
+    list of dict
+        ``ours`` and ``theirs`` are medians, ``ratio`` is the median of the paired ratios,
+        ``target`` the largest ratio allowed (None: informative), ``met`` whether it is.
+
+    Raises
+    ------
+    ValueError
+        For unknown names and rounds below 1.
+    """
+    wanted = list(BENCHMARKS) if names is None else list(names)
+    for name in wanted:
+        if name not in BENCHMARKS:
+            raise ValueError(f"name must be a benchmark, got {name!r}{closest(name, BENCHMARKS)}")
+    repeats = (3 if quick else 7) if rounds is None else rounds
+    if repeats < 1:
+        raise ValueError(f"rounds must be at least 1, got {repeats}; 7 is the default")
+    return [row for name in wanted for row in BENCHMARKS[name].run(quick, repeats)]
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "s":
+        return f"{value * 1e3:.3g} ms" if abs(value) < 1 else f"{value:.3g} s"
+    return f"{value:.3g} {unit}"
+
+
+def render(rows: Sequence[Row]) -> str:
+    """Return the results as a table with the machine below."""
+    lines = [
+        f"{'benchmark':<10}{'case':<58}{'ours':>11}  {'against':<18}{'theirs':>11}{'ratio':>8}"
+        f"{'  [quartiles]':<16}{'target':>7}"
+    ]
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        goal = "" if row["target"] is None else f"{row['target']:g}"
+        verdict = {None: "", True: " met", False: " MISSED"}[row["met"]]
+        lines.append(
+            f"{row['benchmark']:<10}{row['case']:<58}{_figure(row['ours'], row['unit']):>11}  "
+            f"{row['against']:<18}{_figure(row['theirs'], row['unit']):>11}{row['ratio']:>8.3f}"
+            f"  [{low:.2f}, {high:.2f}]".ljust(124)
+            + f"{goal:>6}{verdict}"
+        )
+        if "gflops" in row:
+            lines.append(
+                f"{'':<10}{row['gflops']:.0f} GFLOP/s, {100 * row['share_of_gemm']:.0f} % of a "
+                f"float32 GEMM ({row['gemm_gflops']:.0f} GFLOP/s)"
+            )
+    facts = machine()
+    lines.append("")
+    lines += [f"{name}: {value}" for name, value in facts.items()]
+    return "\n".join(lines)
+
+
+def warmup() -> float:
+    """Compile all kernels for both precisions, or load them from the cache; return the seconds."""
+    from .metrics import error_report
+
+    start = time.perf_counter()
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        q, k, v = (rng.standard_normal((8, 4)).astype(dtype) for _ in range(3))
+        problem = AttentionProblem(q, k, v)
+        problem.exact.column_sums()
+        error_report(problem, problem.exact, path="streaming")
+    return time.perf_counter() - start

@@ -1,0 +1,511 @@
+"""What is shipped and how: versions, commands, files, imports; and that every check can fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging_checks import (
+    IMPORT_NAMES,
+    PACKAGE,
+    ROOT,
+    SOURCE_RULES,
+    book_imports,
+    command_problems,
+    full_fastmath,
+    global_random,
+    import_names,
+    large_files,
+    numba_config_assigned,
+    numba_outside_jit,
+    requirements,
+    run_commands,
+    tree_problems,
+    undeclared_imports,
+    unexplained_floors,
+    version_problems,
+    wheel_problems,
+)
+
+import sketchattn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# ``import sketchattn`` loads none of these
+HEAVY = (
+    "joblib",
+    "matplotlib",
+    "numba",
+    "pandas",
+    "safetensors",
+    "scipy.stats",
+    "sklearn",
+    "torch",
+    "tqdm",
+    "typer",
+)
+
+Rule = Callable[[str, str], list[str]]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads(read("pyproject.toml"))
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+def test_the_package_is_the_only_source_of_the_version() -> None:
+    configuration = pyproject()
+    assert "version" not in configuration["project"]
+    assert configuration["project"]["dynamic"] == ["version"]
+    assert configuration["tool"]["hatch"]["version"] == {"path": "sketchattn/__init__.py"}
+
+
+def test_installed_metadata_has_the_version_of_the_package() -> None:
+    try:
+        installed = metadata.version("sketchattn")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed here; ./run tests installs it")
+    assert installed == sketchattn.__version__
+
+
+def test_citation_and_changelog_have_the_version_of_the_package() -> None:
+    citation, changelog = read("CITATION.cff"), read("CHANGELOG.md")
+    assert version_problems(sketchattn.__version__, citation, changelog) == []
+
+
+@pytest.mark.parametrize(
+    ("citation", "changelog"),
+    [
+        ("version: 0.1.1\n", "## 0.1.0\n"),
+        ("cff-version: 0.1.0\n", "## 0.1.0\n"),
+        ("version: 0.1.0\n", "## 0.2.0\n\n## 0.1.0\n"),
+        ("version: 0.1.0\n", ""),
+    ],
+)
+def test_a_wrong_version_is_reported(citation: str, changelog: str) -> None:
+    assert len(version_problems("0.1.0", citation, changelog)) == 1
+
+
+# --- requirements ---------------------------------------------------------------------------------
+
+
+def test_every_floor_has_a_reason() -> None:
+    assert unexplained_floors(read("pyproject.toml")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"numpy",',
+        '"numpy",  # a reason without a floor',
+        '"numpy>=2.1",',
+        '"numpy<3",  # a ceiling alone',
+        '"dask[distributed]>=2024.9",',
+        "\"tomli>=2.0; python_version < '3.11'\",",
+        "\"tomli; python_version >= '3.11'\",  # a floor for Python alone",
+    ],
+)
+def test_a_floor_without_a_reason_is_reported(line: str) -> None:
+    text = (
+        '[build-system]\nrequires = ["hatchling>=1.28"]  # a reason\n'
+        f"[project]\ndependencies = [\n    {line}\n]\n"
+        '[project.optional-dependencies]\ntest = ["pytest>=9"]  # a reason\n'
+    )
+    assert len(unexplained_floors(text)) == 1
+
+
+def test_the_rule_for_floors_sees_every_requirement() -> None:
+    text = read("pyproject.toml")
+    assert len(unexplained_floors(re.sub(r"\s+# .*", "", text))) == len(requirements(text)) > 20
+
+
+def test_every_import_of_the_library_is_declared() -> None:
+    project = pyproject()["project"]
+    extras = project["optional-dependencies"]
+    declared = import_names(
+        [*project["dependencies"], *extras["torch"], *extras["transformers"], *extras["dask"]]
+    )
+    problems = [
+        problem
+        for path in sources()
+        for problem in undeclared_imports(path.read_text(encoding="utf-8"), path.name, declared)
+    ]
+    assert problems == []
+
+
+def test_an_undeclared_import_is_reported() -> None:
+    source = "def f():\n    import requests.adapters\n    import os.path, numpy as np\n"
+    assert len(undeclared_imports(source, "x.py", {"numpy"})) == 1
+    assert len(undeclared_imports(source, "x.py", set())) == 2
+
+
+@pytest.mark.parametrize("name", ["joblib", "threadpoolctl"])
+def test_scikit_learn_brings_what_is_not_declared(name: str) -> None:
+    required = metadata.requires("scikit-learn") or []
+    assert any(re.match(rf"{name}\b(?!.*extra ==)", line) for line in required)
+    assert IMPORT_NAMES["scikit-learn"] == "sklearn"
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_readme_exist_and_ci_calls_them() -> None:
+    assert command_problems(read("README.md"), read("run"), read(".ci/run")) == []
+
+
+@pytest.mark.parametrize(
+    ("readme", "script", "ci"),
+    [
+        ("./run tests\n", "study)\ntests)\n", "./run tests\n"),
+        ("./run study\n./run tests\n./run paint\n", "study)\ntests)\n", "./run tests\n"),
+        ("./run study\n./run tests\n", "tests)\n", "./run tests\n"),
+        ("./run study\n./run tests\n", "study)\ntests)\n", "./run tests -x\n"),
+        ("./run study\n./run tests\n", "study)\ntests)\n", "# ./run tests\n"),
+    ],
+)
+def test_a_command_that_does_not_fit_is_reported(readme: str, script: str, ci: str) -> None:
+    assert len(command_problems(readme, script, ci)) == 1
+
+
+def test_a_command_is_found_with_its_options_and_variables() -> None:
+    text = "Text with ./run inline\n    ./run study --ranks 8\nX=1 ./run tests\n"
+    assert run_commands(text) == ["./run study", "./run tests"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"]])
+def test_run_refuses_what_it_does_not_know(arguments: list[str]) -> None:
+    done = subprocess.run(
+        ["sh", str(ROOT / "run"), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("usage: ./run study")
+
+
+def test_run_says_what_to_do_without_a_python() -> None:
+    done = subprocess.run(
+        ["sh", str(ROOT / "run"), "study"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHON": "no-such-python"},
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        "run: Python must be 3.10 or newer and have its venv module, found none among: "
+        "no-such-python; install one (Debian and Ubuntu: the package python3-venv too) "
+        "or set PYTHON=/path/to/python3.\n"
+    )
+
+
+def fake_python(folder: Path) -> Path:
+    """Write a Python that records its calls; ``-m venv`` makes a folder with the same Python."""
+    python = folder / "fake-python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'echo "$*" >>"{folder}/calls"\n'
+        'case "$*" in\n'
+        "*print*) echo Python 3.10.0 ;;\n"
+        '"-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";'
+        ' printf \'#!/bin/sh\\necho "ran: $*"\\n\' >"$3/bin/sketchattn";'
+        ' chmod +x "$3/bin/sketchattn" ;;\n'
+        f'*torch==*) [ ! -e "{folder}/no-torch" ] ;;\n'
+        f'*"pip install"*) [ ! -e "{folder}/no-index" ] ;;\n'
+        '"-m pytest"*) echo "ran: $*" ;;\n'
+        "esac\n",
+        encoding="utf-8",
+    )
+    python.chmod(0o755)
+    return python
+
+
+class Checkout:
+    """A copy of what ``run`` reads, in a folder whose name has a space, with a fake Python."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "check out"
+        (self.root / "sketchattn").mkdir(parents=True)
+        for name in ("run", "pyproject.toml", "sketchattn/__init__.py"):
+            (self.root / name).write_text(read(name), encoding="utf-8")
+        self.python = fake_python(folder)
+
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        (self.folder / "calls").write_text("", encoding="utf-8")
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(self.python), **variables}
+        return subprocess.run(
+            ["sh", str(self.root / "run"), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            cwd=self.folder,
+        )
+
+    def installs(self) -> list[str]:
+        calls = (self.folder / "calls").read_text(encoding="utf-8").splitlines()
+        return [call.split()[-1] for call in calls if "pip install" in call]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
+    first = checkout.run("study", "--ranks", "4")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == "ran: study --ranks 4"
+    assert checkout.installs() == ["pip>=21.3", "out"]  # the last word of ".../check out"
+    second = checkout.run("study")
+    assert second.stdout == "ran: study\n"
+    assert checkout.installs() == []
+
+
+def test_the_tests_have_torch_and_an_environment_of_their_own(checkout: Checkout) -> None:
+    checkout.run("study")
+    first = checkout.run("tests", "-k", "shape")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == "ran: -m pytest -k shape"
+    assert checkout.installs() == ["pip>=21.3", "out[test]", "torch==2.13.0"]
+    checkout.run("tests")
+    assert checkout.installs() == []
+    checkout.run("tests", SKETCHATTN_TORCH="0")
+    assert checkout.installs() == ["pip>=21.3", "out[test]"]
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "sketchattn/__init__.py"])
+def test_a_changed_project_is_installed_again(checkout: Checkout, name: str) -> None:
+    checkout.run("study")
+    path = checkout.root / name
+    text = path.read_text(encoding="utf-8")
+    path.write_text(f'{text}\n__version__ = "9"\n', encoding="utf-8")
+    checkout.run("study")
+    assert checkout.installs() == ["pip>=21.3", "out"]
+
+
+def test_an_installation_that_failed_is_made_again(checkout: Checkout) -> None:
+    (checkout.folder / "no-index").touch()
+    failed = checkout.run("study")
+    assert failed.returncode == 1
+    assert "run: the installation failed" in failed.stderr
+    assert "ran:" not in failed.stdout
+    (checkout.folder / "no-index").unlink()
+    assert checkout.run("study").stdout.endswith("ran: study\n")
+    assert checkout.installs() == ["pip>=21.3", "out"]
+
+
+def test_without_torch_the_tests_run_but_not_in_ci(checkout: Checkout) -> None:
+    (checkout.folder / "no-torch").touch()
+    failed = checkout.run("tests", CI="true")
+    assert failed.returncode == 1
+    assert failed.stderr.endswith("run: PyTorch 2.13.0 must be installable where CI=true.\n")
+    done = checkout.run("tests")
+    assert done.returncode == 0
+    assert "run: PyTorch 2.13.0 cannot be had here" in done.stdout
+    assert done.stdout.endswith("ran: -m pytest\n")
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", read("README.md"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    assert len(blocks[0].splitlines()) <= 10
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", blocks[0]],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout != ""
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def repository_files() -> list[Path]:
+    """Return what is tracked or about to be; in an unpacked archive, everything."""
+    if not (ROOT / ".git").exists():
+        return list(ROOT.rglob("*"))
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return [ROOT / name for name in listed.stdout.split("\0") if name]
+
+
+def test_no_file_is_large() -> None:
+    files = repository_files()
+    assert ROOT / "pyproject.toml" in files
+    assert large_files(files) == []
+
+
+def test_a_large_file_is_reported(tmp_path: Path) -> None:
+    for name, size in (("fits", 2_000_000), ("large", 2_000_001)):
+        (tmp_path / name).write_bytes(b"\0" * size)
+    assert large_files(tmp_path.iterdir()) == ["large has 2000001 bytes, the limit is 2000000"]
+
+
+WHEEL = (
+    "sketchattn/__init__.py",
+    "sketchattn/py.typed",
+    "sketchattn/data/README.md",
+    "sketchattn/data/heads.safetensors",
+    "sketchattn-0.1.0.dist-info/METADATA",
+    "sketchattn-0.1.0.dist-info/entry_points.txt",
+    "sketchattn-0.1.0.dist-info/licenses/LICENSE",
+)
+
+
+def test_a_right_wheel_has_no_problems() -> None:
+    assert wheel_problems(WHEEL, "0.1.0") == []
+
+
+@pytest.mark.parametrize("name", [name for name in WHEEL[1:] if not name.endswith("METADATA")])
+def test_a_wheel_that_lacks_a_file_is_reported(name: str) -> None:
+    assert len(wheel_problems([other for other in WHEEL if other != name], "0.1.0")) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tests/naive.py", "theory/x.md", "sketchattn/kernels/__pycache__/softmax.nbi", "run"],
+)
+def test_a_wheel_with_another_file_is_reported(name: str) -> None:
+    assert len(wheel_problems([*WHEEL, name], "0.1.0")) == 1
+
+
+def test_a_wheel_that_lacks_a_module_is_reported() -> None:
+    names = [f"sketchattn/{path.relative_to(PACKAGE).as_posix()}" for path in sources()]
+    assert tree_problems(names) == []
+    assert tree_problems(names[1:]) == [f"{names[0]} is missing"]
+
+
+# --- source rules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", SOURCE_RULES, ids=lambda rule: rule.__name__)
+def test_the_library_keeps_the_rule(rule: Rule) -> None:
+    problems = [
+        problem
+        for path in sources()
+        for problem in rule(
+            path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).as_posix()
+        )
+    ]
+    assert problems == []
+
+
+BROKEN: list[tuple[Rule, str, str]] = [
+    (book_imports, "x.py", "import theory"),
+    (book_imports, "x.py", "import numpy, theory.linformer as t"),
+    (book_imports, "x.py", "def f():\n    from theory import verify"),
+    (book_imports, "x.py", "import importlib\nimportlib.import_module('theory.x')"),
+    (book_imports, "x.py", "from importlib import import_module\nimport_module('theory')"),
+    (book_imports, "x.py", "__import__('theory')"),
+    (numba_outside_jit, "x.py", "import numba"),
+    (numba_outside_jit, "kernels/x.py", "from numba import njit"),
+    (numba_outside_jit, "x.py", "def f():\n    import numba.core"),
+    (numba_outside_jit, "x.py", "def f():\n    from numba import prange"),
+    (numba_outside_jit, "x.py", "def f():\n    import numba as nb\n    return nb.njit(f)"),
+    (numba_config_assigned, "x.py", "import numba\nnumba.config.THREADING_LAYER = 'omp'"),
+    (numba_config_assigned, "x.py", "import numba as nb\nnb.config.NUM += 1"),
+    (numba_config_assigned, "x.py", "from numba import config\nconfig.A, b = 1, 2"),
+    (numba_config_assigned, "x.py", "from numba.core import config as c\nsetattr(c, 'A', 1)"),
+    (numba_config_assigned, "x.py", "import numba\nnumba.config = None"),
+    (numba_config_assigned, "x.py", "import numba\nnumba.config.reload_config()"),
+    (full_fastmath, "x.py", "kernel(fastmath=True)"),
+    (full_fastmath, "x.py", "options = {'parallel': True, 'fastmath': True}"),
+    (full_fastmath, "x.py", "FASTMATH = frozenset({'nsz', 'nnan'})"),
+    (full_fastmath, "x.py", "kernel(fastmath={'ninf'})"),
+    (full_fastmath, "x.py", "kernel(fastmath='fast')"),
+    (global_random, "x.py", "import numpy as np\nnp.random.seed(0)"),
+    (global_random, "x.py", "import numpy\nx = numpy.random.rand"),
+    (global_random, "x.py", "from numpy import random as r\nr.shuffle([])"),
+    (global_random, "x.py", "from numpy.random import normal"),
+    (global_random, "x.py", "import numpy.random as r\nr.get_state()"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "source"), BROKEN)
+def test_a_broken_rule_is_reported(rule: Rule, path: str, source: str) -> None:
+    problems = rule(source, path)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{path}:{len(source.splitlines())}: ")
+
+
+def test_every_rule_has_a_broken_input() -> None:
+    assert {rule for rule, _, _ in BROKEN} == set(SOURCE_RULES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "source"),
+    [
+        (book_imports, "x.py", "from sketchattn.theory import claims\nfrom .theory import check"),
+        (book_imports, "x.py", "from . import theory\nimport theoryx"),
+        (numba_outside_jit, "kernels/_jit.py", "import numba\nf = numba.njit"),
+        (numba_outside_jit, "kernels/x.py", "from ._jit import kernel, prange"),
+        (
+            numba_outside_jit,
+            "x.py",
+            "def f():\n    import numba\n    return numba.config.NUMBA_NUM_THREADS",
+        ),
+        (numba_config_assigned, "x.py", "import numba\nx = numba.config.NUMBA_NUM_THREADS"),
+        (numba_config_assigned, "x.py", "config = object()\nconfig.A = 1"),
+        (full_fastmath, "x.py", "kernel(fastmath={'nsz', 'reassoc'})\nkernel(fastmath=False)"),
+        (global_random, "x.py", "import numpy as np\nnp.random.default_rng(0).random()"),
+        (global_random, "x.py", "from numpy.random import Generator, SeedSequence"),
+    ],
+)
+def test_a_kept_rule_is_not_reported(rule: Rule, path: str, source: str) -> None:
+    assert rule(source, path) == []
+
+
+# --- import ---------------------------------------------------------------------------------------
+
+
+def loaded(statement: str, cwd: Path) -> set[str]:
+    """Return which of the heavy modules a fresh Python has loaded after ``statement``."""
+    code = f"import sys\n{statement}\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
+    assert loaded("import sketchattn", tmp_path) == set()
+
+
+def test_a_heavy_import_is_reported(tmp_path: Path) -> None:
+    assert loaded("import sketchattn, numba, scipy.stats", tmp_path) >= {"numba", "scipy.stats"}
