@@ -300,7 +300,7 @@ class FactoredAttention(AttentionOperator):
     @property
     def rank_bound(self) -> int:
         """The smallest inner dimension of the factors."""
-        return min(*self.u.shape, *self.p.shape)
+        return int(min(*self.u.shape, *self.p.shape))
 
     def _core(self, x: Array, transpose: bool = False) -> Array:
         if self.s is None:

@@ -171,15 +171,14 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
     own = frame[~frame["method"].isin(REFERENCES)]
     methods = list(dict.fromkeys(own["method"]))
     seeds = frame["seed"].nunique()
-    pick = np.unique(np.linspace(0, len(heads) - 1, min(len(heads), MOST_HEADS)).round().astype(int))
-    drawn = [heads[i] for i in pick]
+    places = np.linspace(0, len(heads) - 1, min(len(heads), MOST_HEADS)).round().astype(int)
+    drawn = [heads[i] for i in np.unique(places)]
 
     tables = [_table(own, field), _table(references, field)]
     panels: list[tuple[str, list[_Curve]]] = [
         (_summary_title(len(heads), seeds), _summary_curves(tables, methods))
     ]
-    for head in drawn:
-        panels.append((str(head), _head_curves(tables, methods, head)))
+    panels += [(str(head), _head_curves(tables, methods, head)) for head in drawn]
     scale = _scale(field, [curve for _, curves in panels for curve in curves])
 
     what, formula = MEASURES[field]
@@ -223,7 +222,8 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
         if summary:
             _format_axes(axes, scale, sorted({r for c in curves for r in c.ranks}))
             axes.patch.set_facecolor("#f7f7f4")
-        axes.set_title(_shorten(name, 60 if size > 1 else 30), fontsize=10 if size > 1 else 8, pad=6)
+        letters, points = (60, 10) if size > 1 else (30, 8)
+        axes.set_title(_shorten(name, letters), fontsize=points, pad=6)
         axes.tick_params(
             labelsize=9 if size > 1 else 7,
             pad=2,
@@ -362,9 +362,9 @@ def _format_axes(axes: Axes, scale: _Scale, ranks: Sequence[int]) -> None:
     elif scale.kind == "log":
         axes.set_yscale("log")
         decades = math.log10(scale.top / scale.bottom)
-        subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+        subs = [1.0, 2.0, 5.0] if decades < 2.5 else [1.0]
         if decades < 0.5:
-            subs = tuple(float(i) for i in range(1, 10))
+            subs = [float(i) for i in range(1, 10)]
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(scale.bottom, scale.top)
@@ -420,9 +420,8 @@ def _draw(
         style["markersize"] = 4.5 if big else 3.0
         low, _ = _clip(curve.low, scale)
         high, _ = _clip(curve.high, scale)
-        axes.fill_between(
-            curve.ranks, low, high, color=style["color"], alpha=0.18, linewidth=0, zorder=zorder - 0.5
-        )
+        band = {"color": style["color"], "alpha": 0.18, "linewidth": 0, "zorder": zorder - 0.5}
+        axes.fill_between(curve.ranks, low, high, **band)
     if curve.name in PREDICTORS and len(set(curve.middle)) == 1 and math.isfinite(middle[0]):
         line = axes.axhline(middle[0], zorder=zorder, **style)
     else:
@@ -448,7 +447,7 @@ def _draw(
 
 
 def _clip(values: Sequence[float], scale: _Scale) -> tuple[list[float], list[str]]:
-    """Return values that the axis can show, and "top", "bottom" or "gap" where they are not true."""
+    """Return values that the axis can show, and "top", "bottom" or "gap" where it cannot."""
     shown, notes = [], []
     for x in values:
         if math.isnan(x):
@@ -498,7 +497,7 @@ def _legend_handles(methods: Sequence[str], notes: set[str], field: str) -> list
         Line2D([], [], label=REFERENCE_LABELS.get(name, name), **_style(name, methods))
         for name in (*methods, *REFERENCES)
     ]
-    edge = {"linestyle": "none", "color": "0.2", "markersize": 7}
+    edge: dict[str, Any] = {"linestyle": "none", "color": "0.2", "markersize": 7}
     if "top" in notes:
         handles.append(Line2D([], [], marker="^", label="on the upper edge: infinite", **edge))
     if "bottom" in notes:

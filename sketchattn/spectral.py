@@ -118,7 +118,7 @@ def block_krylov(
     )
 
 
-def spectral_norm(operator: Any, *, tolerance: float = 1e-9) -> float:
+def spectral_norm(operator: Any, *, tolerance: float = 1e-8) -> float:
     """Return the largest singular value of an operator in float64.
 
     Parameters

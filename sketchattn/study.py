@@ -31,9 +31,10 @@ import numpy as np
 
 from . import __version__
 from ._files import write_bytes, write_text
+from .methods import Method, make_method
+from .methods import methods as registered
 from .metrics import FIELDS, error_report
-from .methods import Method, make_method, methods as registered
-from .problem import AttentionProblem, closest
+from .problem import AttentionProblem
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,33 +126,19 @@ class StudyResult:
                 rows.append(row)
         return pd.DataFrame(rows).astype({"rank": "Int64"})
 
-    def render(self, width: int = 100) -> str:
-        """Return the summary as text.
-
-        Parameters
-        ----------
-        width : int, default 100
-            Columns of the terminal; where they do not suffice the quartiles are left out.
-        """
-        table = self.summary()
-        sizes = [self.frame[name].nunique() for name in ("head", "method", "rank", "seed")]
-        words = ("head", "method", "rank", "seed")
-        counts = ", ".join(
-            f"{size} {word}{'' if size == 1 else 's'}"
-            for size, word in zip(sizes, words, strict=True)
-        )
-        for quartiles in (True, False):
-            lines = _table_lines(table, quartiles)
-            if max(map(len, lines)) <= width:
-                break
-        what = "median [quartiles]" if quartiles else "median"
-        text = [f"{counts}: {what} over heads and seeds", "", *lines, ""]
-        text += [
+    def render(self) -> str:
+        """Return the summary as text: medians, and the quartiles of the first field."""
+        sizes = {name: self.frame[name].nunique() for name in ("head", "method", "rank", "seed")}
+        counts = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in sizes.items())
+        lines = [f"{counts}: medians [quartiles] over heads and seeds", ""]
+        lines += _table_lines(self.summary())
+        lines += [
+            "",
             "svd: the best matrix of this rank, blind to V; topk: the largest entries of each row;",
             "zero, vmean: what an approximation must beat (skill 0 is the mean of V).",
         ]
-        text += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
-        return "\n".join(text)
+        lines += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.render()
@@ -190,25 +177,24 @@ def quantiles(values: Iterable[float], levels: Sequence[float]) -> list[float]:
     return found
 
 
-def _table_lines(table: pd.DataFrame, quartiles: bool) -> list[str]:
+def _table_lines(table: pd.DataFrame) -> list[str]:
     """Return the summary as aligned lines with a header."""
 
     def number(x: float, digits: int = 3) -> str:
         return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{x:.{digits}g}").replace("e+", "e")
 
-    def shown(x: float, field: str) -> float:  # a skill of 1e-11 is rounding, an error is not
-        return round(x, 3) + 0.0 if field == "skill" and math.isfinite(x) else x
-
-    rows = [["method", "rank", *MAIN_FIELDS, "seconds"]]
+    first, *others = MAIN_FIELDS
+    rows = [["method", "rank", first, *others, "seconds"]]
     groups = [""]
     for record in table.to_dict("records"):
-        cells = [str(record["method"]), "" if _missing(record["rank"]) else str(record["rank"])]
-        for field in MAIN_FIELDS:
-            middle, low, high = (shown(record[field + end], field) for end in ("", "_q25", "_q75"))
-            text = number(middle)
-            if quartiles:
-                text += f" [{number(low, 2)}, {number(high, 2)}]"
-            cells.append(text)
+        rank = "" if _missing(record["rank"]) else str(record["rank"])
+        spread = ", ".join(number(record[first + end], 2) for end in ("_q25", "_q75"))
+        cells = [str(record["method"]), rank, f"{number(record[first])} [{spread}]"]
+        for field in others:
+            x = record[field]
+            # A skill of 1e-11 is rounding, an error of this size is not.
+            small = field == "skill" and abs(x) < 5e-4
+            cells.append("0" if small else number(x))
         rows.append([*cells, number(record["seconds"])])
         predictor = record["role"] == "predictor"
         groups.append("predictors" if predictor else f"{record['role']} {record['method']}")
@@ -379,7 +365,9 @@ class _Variant:
         from sklearn.base import clone
 
         chosen: Method = clone(self.method)
-        return chosen.set_params(rank=rank) if self.ranked else chosen  # type: ignore[no-any-return]  # scikit-learn is not typed
+        if self.ranked:
+            chosen.set_params(rank=rank)
+        return chosen
 
     def check(self, problem: AttentionProblem, ranks: Sequence[int]) -> None:
         """Refuse a head that the method cannot honour at one of the ranks."""
@@ -411,14 +399,12 @@ def _as_methods(
         kept, left_out = [], {}
         for name in default_methods():
             variant = _Variant.of(name, _by_name(name, ranks[0]))
-            for problem in problems:
-                try:
-                    variant.check(problem, ranks)
-                except (TypeError, ValueError) as error:
-                    left_out[name] = f"head {problem.name!r}: {error}"
-                    break
-            else:
+            refused = _refusal(variant, problems, ranks)
+            if refused is None:
                 kept.append(variant)
+            else:
+                head, error = refused
+                left_out[name] = f"head {head!r}: {error}"
         if not kept:
             reasons = "; ".join(f"{name} ({why})" for name, why in left_out.items())
             raise ValueError(
@@ -464,15 +450,28 @@ def _as_methods(
     if not variants:
         raise ValueError("methods must hold at least one method, got none; leave methods out")
     for variant in variants:
-        for problem in problems:
-            try:
-                variant.check(problem, ranks)
-            except (TypeError, ValueError) as error:
-                raise type(error)(
-                    f"methods must honour all heads, got {variant.label!r} with head "
-                    f"{problem.name!r}: {error}"
-                ) from error
+        refused = _refusal(variant, problems, ranks)
+        if refused is not None:
+            head, error = refused
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"methods must honour all heads, got {variant.label!r} with head {head!r}: {error}"
+            ) from error
     return variants, {}
+
+
+def _refusal(
+    variant: _Variant, problems: Sequence[AttentionProblem], ranks: Sequence[int]
+) -> tuple[str, TypeError | ValueError] | None:
+    """Return the first head that a method cannot honour, and why."""
+    name = ""
+    try:
+        for problem in problems:
+            name = str(problem.name)
+            variant.check(problem, ranks)
+    except (TypeError, ValueError) as error:
+        return name, error
+    return None
 
 
 def _as_folder(out: Any) -> Path | None:

@@ -44,8 +44,8 @@ LOCAL_RANDOM = frozenset(
 
 # distribution -> import name, where they differ
 IMPORT_NAMES = {"scikit-learn": "sklearn"}
-# scikit-learn requires these two
-BROUGHT_ALONG = frozenset({"joblib", "threadpoolctl"})
+# scikit-learn requires it
+BROUGHT_ALONG = frozenset({"threadpoolctl"})
 
 
 class Module:

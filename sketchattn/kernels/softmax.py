@@ -564,7 +564,7 @@ def row_tile(rows: int) -> int:
     Large tiles make BLAS fast, several tiles keep all threads busy.  The choice must not depend
     on the number of threads, or the last bits of a result would.
     """
-    for tile, least in ((256, 2048), (128, 512), (64, 128)):
+    for tile, least in ((512, 8192), (256, 2048), (128, 512), (64, 128)):
         if rows >= least:
             return tile
     return 32
