@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .draws import Draw, Rng
+from .draws import Rng, as_generator
 from .problem import (
     AttentionProblem,
     Causal,
     as_array,
+    as_float,
+    as_precision,
     check_causal,
     check_finite,
     check_key_mask,
+    check_logits,
     check_same_dtype,
     check_scale,
     check_width,
@@ -184,46 +187,48 @@ def attention(
     layout = _Layout(*arrays, enable_gqa=enable_gqa)
     computing = _computing_dtype(arrays[0], compute_dtype)
     factor = check_scale(scale, layout.d)
-    alignment = check_causal(causal, layout.n_q, layout.n_k) if offset is None else bool(causal)
-    if offset is not None and not isinstance(causal, bool | np.bool_ | str):
-        check_causal(causal, layout.n_q, layout.n_k)
+    # An offset says where the first query is, so that True needs no square shape.
+    alignment = check_causal(causal, layout.n_q if offset is None else layout.n_k, layout.n_k)
     first = layout.offsets(offset, alignment)
     left, right = _check_window(window)
     if alignment:
         right = 0 if right is None else min(right, 0)
-    cap = _check_softcap(softcap)
+    cap = _check_softcap(softcap, computing)
     flag = _check_flag(return_lse, "return_lse")
     keys = None if key_mask is None else check_key_mask(key_mask, layout.batch, layout.n_k)
     mask = None if attn_mask is None else layout.check_mask(as_array(attn_mask, "attn_mask"))
     sinks = None if sink is None else layout.check_sink(as_array(sink, "sink"))
     check_finite(arrays[0], "q")
 
-    exact = _is_exact(method)
-    if not exact:
+    if not _is_exact(method):
+        from .methods import make_method
+
+        chosen = make_method(method, parameters)
         for name, given, off in (
             ("attn_mask", attn_mask, None),
             ("offset", offset, None),
-            ("softcap", cap, 0.0),
+            ("softcap", softcap, 0),
             ("window", tuple(window), (-1, -1)),
             ("sink", sink, None),
             ("return_lse", flag, False),
         ):
             if given is not off and not (off is not None and given == off):
+                shown = repr(given) if off is not None or np.isscalar(given) else "an array"
                 raise ValueError(
-                    f"{name} must be {off!r} for method {_name(method)!r}, which cannot honour it, "
-                    f"got {'an array' if off is None else repr(given)}; use method='exact'"
+                    f"{name} must be {off!r} for method {chosen.name!r}, which cannot honour it, "
+                    f"got {shown}; use method='exact'"
                 )
         for label, x in (("k", arrays[1]), ("v", arrays[2])):
-            if keys is None:
-                check_finite(x, label)
-        return _approximate(
-            arrays, layout, method, parameters, rng, draw, factor, alignment, keys, computing
-        )
-    if parameters or draw is not None or (isinstance(method, str) and method != "exact"):
+            check_finite(x if keys is None else layout.keep(x, keys), label)
+        return _approximate(arrays, layout, chosen, rng, draw, factor, alignment, keys, computing)
+    if parameters:
         from .methods import make_method
 
-        make_method(method, parameters)
+        make_method(method, parameters)  # refuses them: the exact method has none
+    if draw is not None:
         raise ValueError("draw must be None for method 'exact', got a draw; it draws nothing")
+    if rng is not None:
+        as_generator(rng)  # unused, but a wrong one would fail with any other method
 
     q3, k3, v3 = layout.flatten(arrays, computing)
     options: dict[str, Any] = {
@@ -233,7 +238,7 @@ def attention(
         "first": first,
         "left": left,
         "right": right,
-        "sink": None if sinks is None else layout.per_head(sinks.astype(computing)),
+        "sink": None if sinks is None else layout.per_head(_narrow(sinks, computing)),
         "key_mask": None,
         "key_slab": None,
         "mask": None,
@@ -257,10 +262,6 @@ def _is_exact(method: object) -> bool:
     return type(method).__name__ == "Exact" and getattr(method, "name", None) == "exact"
 
 
-def _name(method: object) -> str:
-    return method if isinstance(method, str) else str(getattr(method, "name", method))
-
-
 def _check_flag(value: object, name: str) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}; pass True or False")
@@ -271,11 +272,8 @@ def _computing_dtype(q: Array, compute_dtype: Any) -> np.dtype[Any]:
     natural = float_dtype(q, "q")
     if compute_dtype is None:
         return natural
-    try:
-        wanted: np.dtype[Any] = np.dtype(compute_dtype)
-    except TypeError:
-        wanted = np.dtype(np.object_)
-    if wanted not in (np.dtype(np.float32), np.dtype(np.float64)):
+    wanted = as_precision(compute_dtype)
+    if wanted is None:
         raise TypeError(
             f"compute_dtype must be None, numpy.float32 or numpy.float64, got {compute_dtype!r}; "
             f"None computes in {natural}"
@@ -304,19 +302,33 @@ def _check_window(window: object) -> tuple[int | None, int | None]:
             raise ValueError(
                 f"window must hold integers of at least -1, got {label} = {side}; -1 is unbounded"
             )
-        sides.append(None if side == -1 else int(side))
+        # No length comes near 2^40, and positions plus it stay far from the limits of int64.
+        sides.append(None if side == -1 or int(side) >= 1 << 40 else int(side))
     return sides[0], sides[1]
 
 
-def _check_softcap(softcap: object) -> float:
+def _check_softcap(softcap: object, dtype: np.dtype[Any]) -> float:
     if isinstance(softcap, bool | np.bool_) or not isinstance(softcap, numbers.Real):
         raise TypeError(
             f"softcap must be a real number, got {type(softcap).__name__}; 0 turns it off"
         )
-    value = float(softcap)
+    value = as_float(softcap)
     if not (math.isfinite(value) and value >= 0.0):
         raise ValueError(f"softcap must be finite and at least 0, got {value}; 0 turns it off")
-    return value
+    # Its inverse and its product with log2(e) have to be finite too; the capped logits are then
+    # zero, or not capped, to rounding.
+    limits = np.finfo(dtype)
+    return min(max(value, float(limits.tiny)), float(limits.max) / 8) if value else 0.0
+
+
+def _narrow(x: Array, dtype: np.dtype[Any]) -> Array:
+    """Return a copy of logits in ``dtype``; finite ones stay finite, so that only -inf hides."""
+    limit = dtype.type(np.finfo(dtype).max / 2)
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = x.astype(dtype)
+    np.clip(narrow, -limit, limit, out=narrow)
+    np.copyto(narrow, -np.inf, where=x == -np.inf)
+    return narrow
 
 
 class _Layout:
@@ -396,12 +408,15 @@ class _Layout:
                 f"offset must be broadcastable to the batch axes {self.batch}, got shape "
                 f"{x.shape}; give one integer or one a batch entry"
             ) from None
-        if x.size and int(np.abs(x).max()) >= 1 << 32:
-            raise ValueError(f"offset must be below 2^32 in size, got {x.flat[0]}; check its units")
+        for extreme in (int(x.min()), int(x.max())) if x.size else ():
+            if abs(extreme) >= 1 << 32:
+                raise ValueError(
+                    f"offset must be below 2^32 in size, got {extreme}; check its units"
+                )
         return np.ascontiguousarray(np.repeat(full.reshape(-1).astype(np.int64), self.h))
 
     def check_mask(self, mask: Array) -> Array:
-        """Refuse a mask whose dtype is ambiguous or whose shape does not broadcast."""
+        """Return a mask without repetition; refuse an ambiguous dtype and a shape that is wrong."""
         full = (*self.lead, self.n_q, self.n_k)
         if mask.dtype != np.bool_ and mask.dtype.name not in (
             "float16", "bfloat16", "float32", "float64",
@@ -417,6 +432,9 @@ class _Layout:
                 f"attn_mask must be broadcastable to {full}, got {mask.shape}; "
                 f"axes are aligned to the right"
             )
+        # An expanded view repeats one entry with stride 0: keep that one.
+        once = (slice(0, 1) if stride == 0 else slice(None) for stride in mask.strides)
+        mask = mask[(*once, ...)]
         if mask.dtype != np.bool_:
             bad = np.isnan(mask) | (mask == np.inf)
             if bad.any():
@@ -437,10 +455,15 @@ class _Layout:
         check_finite(sink, "sink")
         return sink
 
+    def keep(self, x: Array, keys: Array) -> Array:
+        """Return keys or values (..., h_kv, n_k, m) with zeros where a key is masked."""
+        shown = np.expand_dims(keys, -2) if self.has_heads else keys
+        return np.where(shown[..., None], x, x.dtype.type(0))
+
     def key_slabs(self, keys: Array) -> tuple[Array, Array]:
         """Return the masks (S, n_k) and the slab of each flat head."""
-        slabs = keys.reshape(-1, self.n_k) if keys.size else np.empty((1, 0), bool)
         lead = keys.shape[:-1]
+        slabs = keys.reshape((math.prod(lead), self.n_k))
         of_batch = np.broadcast_to(np.arange(math.prod(lead)).reshape(lead), self.batch)
         return (
             np.require(slabs, requirements=["C", "W"]),
@@ -450,18 +473,11 @@ class _Layout:
     def mask_slabs(self, mask: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
         """Return the mask (M, m_q, m_k) and the slab of each flat head; broadcast axes stay 1."""
         mask = mask.reshape((1,) * (2 - mask.ndim) + mask.shape) if mask.ndim < 2 else mask
-        # An expanded view repeats one entry with stride 0: keep that one.
-        for axis, (length, stride) in enumerate(zip(mask.shape, mask.strides, strict=True)):
-            if length > 1 and stride == 0:
-                mask = np.take(mask, [0], axis=axis)
         lead = mask.shape[:-2]
         of_head = np.broadcast_to(np.arange(math.prod(lead)).reshape(lead), self.lead)
         flat = mask.reshape((math.prod(lead), *mask.shape[-2:]))
         if flat.dtype != np.bool_:
-            # Finite entries stay finite in the computing precision: only -inf hides.
-            limit = float(np.finfo(dtype).max) / 2
-            wide = flat.astype(np.float64)
-            flat = np.where(wide == -np.inf, wide, np.clip(wide, -limit, limit)).astype(dtype)
+            flat = _narrow(flat, dtype)
         return (
             np.require(flat, requirements=["C", "W"]),
             np.ascontiguousarray(of_head.reshape(-1).astype(np.int64)),
@@ -473,7 +489,7 @@ class _Layout:
         """Return the results in the layout and dtype of the call."""
         from .reference import round_to
 
-        shaped = round_to(out, dtype).reshape((*self.lead, self.n_q, self.d_v))
+        shaped = round_to(out, dtype.newbyteorder("=")).reshape((*self.lead, self.n_q, self.d_v))
         if not return_lse:
             return shaped
         return shaped, lse.reshape((*self.lead, self.n_q))
@@ -490,15 +506,18 @@ def _exact(
 
     product = reference_attention if reference else softmax_product
     clean = bool(np.isfinite(k).all() and np.isfinite(v).all())
+    if not clean:
+        k, v = _without_hidden(q.shape[1], k, v, options)
+        clean = bool(np.isfinite(k).all() and np.isfinite(v).all())
     if clean:
-        return product(q, k, v, **options)
-    _refuse_visible_everywhere(q.shape[1], k, v, options)
+        out, lse = product(q, k, v, **options)
+        check_logits(lse)
+        return out, lse
     if reference:
         return product(q, k, v, **options)
     # 0 times NaN is NaN: the product runs on finite values, and what the others contribute is
     # added where their keys are seen.
-    finite = np.isfinite(v)
-    out, lse = product(q, k, np.where(finite, v, v.dtype.type(0)), **options)
+    out, lse = product(q, k, np.where(np.isfinite(v), v, v.dtype.type(0)), **options)
     _add_non_finite(out, lse, q, k, v, options)
     return out, lse
 
@@ -525,48 +544,92 @@ def _seen(
     return seen, bias
 
 
-def _refuse_visible_everywhere(n_q: int, k: Array, v: Array, options: dict[str, Any]) -> None:
-    """Refuse a non-finite key or value that no mask hides from any query."""
-    group = options["group"]
-    rows = np.arange(n_q)
+def _reach(n_q: int, n_k: int, options: dict[str, Any]) -> tuple[Array, Array]:
+    """Return which keys every row of a head sees, and which some row may see: both (H, n_k)."""
+    key = np.arange(n_k)
+    first = options["first"][:, None]
+    everyone, someone = np.ones((2, len(first), n_k), bool)
+    if options["left"] is not None:
+        everyone &= key >= first + n_q - 1 - options["left"]
+        someone &= key >= first - options["left"]
+    if options["right"] is not None:
+        everyone &= key <= first + options["right"]
+        someone &= key <= first + n_q - 1 + options["right"]
+    if options["key_mask"] is not None:
+        keep = options["key_mask"][options["key_slab"]]
+        everyone &= keep
+        someone &= keep
+    if options["mask"] is not None:
+        seen = options["mask"] if options["mask"].dtype == np.bool_ else options["mask"] != -np.inf
+        everyone &= seen.all(axis=1)[options["mask_slab"]]
+        someone &= seen.any(axis=1)[options["mask_slab"]]
+    return everyone, someone
+
+
+def _without_hidden(n_q: int, k: Array, v: Array, options: dict[str, Any]) -> tuple[Array, Array]:
+    """Return k and v with zeros where no query looks; refuse non-finite ones that all see."""
+    grouped = (k.shape[0], options["group"], k.shape[1])
+    everyone, someone = (x.reshape(grouped) for x in _reach(n_q, k.shape[1], options))
     for label, x in (("k", k), ("v", v)):
-        bad = ~np.isfinite(x).all(axis=2)
-        for h_kv, j in np.argwhere(bad):
-            heads = range(h_kv * group, (h_kv + 1) * group)
-            if all(_seen(options, h, rows, k.shape[1], np.array([j]))[0].all() for h in heads):
-                raise ValueError(
-                    f"{label} must be finite where every query sees it, got a non-finite entry at "
-                    f"key {j} of key head {h_kv}; replace it, or hide the key with a mask"
-                )
+        wrong = np.argwhere(~np.isfinite(x).all(axis=2) & everyone.all(axis=1))
+        if len(wrong):
+            raise ValueError(
+                f"{label} must be finite where every query sees it, got a non-finite entry at "
+                f"key {wrong[0, 1]} of key head {wrong[0, 0]}; replace it, or hide the key with a "
+                f"mask"
+            )
+    shown: Array = np.expand_dims(someone.any(axis=1), 2)
+    return np.where(shown, k, k.dtype.type(0)), np.where(shown, v, v.dtype.type(0))
+
+
+# Entries of a block of logits between rows and keys that are not finite.
+_BLOCK_ENTRIES = 1 << 20
 
 
 def _add_non_finite(
     out: Array, lse: Array, q: Array, k: Array, v: Array, options: dict[str, Any]
 ) -> None:
-    """Add ``A_ij v_jc`` of non-finite values ``v_jc`` to the rows that see key j."""
-    rows = np.arange(q.shape[1])
+    """Add ``A_ij v_jc`` of non-finite values ``v_jc`` to the rows that see key j.
+
+    The sum over j is NaN if a value is, if a weight is zero or NaN, or if both infinities meet.
+    """
+    n_q, n_k = q.shape[1], k.shape[1]
     for h in range(q.shape[0]):
-        h_kv = h // options["group"]
-        bad = ~np.isfinite(v[h_kv])
-        for j in np.flatnonzero(bad.any(axis=1)):
-            seen, bias = _seen(options, h, rows, k.shape[1], np.array([j]))
-            visible = seen[:, 0]
-            logits = options["scale"] * (q[h][visible] @ k[h_kv, j])
-            if options["softcap"] > 0:
-                logits = options["softcap"] * np.tanh(logits / options["softcap"])
-            if bias is not None:
-                logits = logits + bias[visible, 0]
-            weight = np.exp(logits - lse[h][visible])
-            with np.errstate(invalid="ignore"):
-                extra = weight[:, None] * np.where(bad[j], v[h_kv, j], 0)
-                out[h, visible] += np.where(bad[j], extra, 0)
+        k_h, v_h = k[h // options["group"]], v[h // options["group"]]
+        keys = np.flatnonzero(~(np.isfinite(k_h).all(axis=1) & np.isfinite(v_h).all(axis=1)))
+        up, down, nan = (
+            x.astype(np.float32)
+            for x in (v_h[keys] == np.inf, v_h[keys] == -np.inf, np.isnan(v_h[keys]))
+        )
+        step = max(1, _BLOCK_ENTRIES // max(1, len(keys)))
+        for start in range(0, n_q if len(keys) else 0, step):
+            block = slice(start, min(start + step, n_q))
+            seen, bias = _seen(options, h, np.arange(n_q)[block], n_k, keys)
+            with np.errstate(all="ignore"):
+                logits = options["scale"] * (q[h, block] @ k_h[keys].T)
+                if options["softcap"] > 0:
+                    logits = options["softcap"] * np.tanh(logits / options["softcap"])
+                if bias is not None:
+                    logits = logits + bias
+                weight = np.exp(logits - lse[h, block, None])
+            positive = (seen & (weight > 0)).astype(np.float32)
+            other = seen.astype(np.float32) - positive
+            high, low = positive @ up > 0, positive @ down > 0
+            lost = (seen.astype(np.float32) @ nan + other @ (up + down) > 0) | (high & low)
+            # Logits of -inf alone leave no weight to divide by; an empty row sees no key.
+            void = np.isneginf(lse[h, block]) & seen.any(axis=1)
+            lse[h, block][void] = np.nan
+            lost |= void[:, None]
+            high, low = high & ~lost, low & ~lost
+            target = out[h, block]
+            for where, value in ((lost, np.nan), (high, np.inf), (low, -np.inf)):
+                target[where & ~np.isnan(target)] = value
 
 
 def _approximate(
     arrays: tuple[Array, Array, Array],
     layout: _Layout,
-    method: str | Method,
-    parameters: Mapping[str, Any],
+    chosen: Method,
     rng: Rng,
     draw: Mapping[str, Any] | None,
     scale: float,
@@ -575,10 +638,9 @@ def _approximate(
     computing: np.dtype[Any],
 ) -> Array:
     from .draws import entropy_of, head_generator
-    from .methods import make_method
     from .reference import round_to
 
-    chosen = make_method(method, parameters)
+    native = arrays[0].dtype.newbyteorder("=")
     if draw is not None and rng is not None:
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
     if causal and not chosen.traits.causal:
@@ -590,7 +652,7 @@ def _approximate(
     slabs = None if keys is None else layout.key_slabs(keys)
     out = np.zeros((layout.entries * layout.h, layout.n_q, layout.d_v), computing)
     if layout.n_k == 0 or layout.n_q == 0:
-        return round_to(out, arrays[0].dtype).reshape((*layout.lead, layout.n_q, layout.d_v))
+        return round_to(out, native).reshape((*layout.lead, layout.n_q, layout.d_v))
     entropy = entropy_of(rng) if draw is None and layout.lead else 0
     for flat in range(len(out)):
         problem = AttentionProblem(
@@ -606,6 +668,6 @@ def _approximate(
             single = rng if layout.lead == () else head_generator(entropy, *divmod(flat, layout.h))
             ahat = chosen.approximate(problem, single)
         else:
-            ahat = chosen.approximate(problem, draw=Draw(draw))
+            ahat = chosen.approximate(problem, draw=draw)
         out[flat] = ahat @ problem.values
-    return round_to(out, arrays[0].dtype).reshape((*layout.lead, layout.n_q, layout.d_v))
+    return round_to(out, native).reshape((*layout.lead, layout.n_q, layout.d_v))

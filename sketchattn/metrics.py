@@ -94,9 +94,10 @@ class _Rows:
 
 def _dense_rows(exact: Array, other: Array) -> _Rows:
     difference = other - exact
+    support = exact >= np.finfo(np.float64).tiny  # the kernels, too, take what is below as zero
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(exact) - np.where(other > 0, np.log(np.maximum(other, 1e-320)), -np.inf)
-        terms = np.where(exact > 0, exact * logs, 0.0)
+        terms = np.where(support, exact * logs, 0.0)
     return _Rows(
         (exact * exact).sum(axis=1),
         (difference * difference).sum(axis=1),
@@ -195,7 +196,7 @@ def error_report(
     Raises
     ------
     TypeError, ValueError
-        For an empty problem, an approximation of another shape, or an unknown path.
+        For an empty problem, an unknown path, or an approximation of another shape or not finite.
 
     Notes
     -----
@@ -233,8 +234,14 @@ def error_report(
         rows = _dense_rows(exact, other)
         difference = other - exact
     else:
-        rows = _streamed_rows(wide, operator)
+        rows = _streamed_rows(wide, operator.wide())
         difference = _Difference(wide.exact, operator.wide())
+    spoilt = np.flatnonzero(~np.isfinite(rows.variation))
+    if len(spoilt):
+        raise ValueError(
+            f"ahat must be finite, got NaN or infinity in {len(spoilt)} rows, the first is row "
+            f"{spoilt[0]}; correct the approximation"
+        )
     seen = problem.visible_counts() > 0
     exact_fro = math.sqrt(float(rows.exact_square.sum()))
     matrix_fro = math.sqrt(float(rows.square.sum()))

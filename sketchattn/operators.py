@@ -22,9 +22,21 @@ Index = ArrayLike | slice
 
 def pick(length: int, index: Index) -> Array:
     """Return the positions that an index, slice or boolean mask picks, as NumPy would."""
-    return np.atleast_1d(
-        np.arange(length)[index if isinstance(index, slice) else np.asarray(index)]
-    )
+    if not isinstance(index, slice):
+        index = np.asarray(index)
+        if index.ndim > 1 or index.dtype == np.bool_ and index.ndim == 0:
+            raise ValueError(
+                f"index must be an integer, a slice, or a one-dimensional array of integers or "
+                f"booleans, got {index.dtype} of shape {index.shape}; flatten it"
+            )
+        if index.size == 0 and index.dtype == np.float64:  # what an empty list becomes
+            index = index.astype(np.int64)
+    return np.atleast_1d(np.arange(length)[index])
+
+
+def _precision(*arrays: Array) -> np.dtype[Any]:
+    """Return float32 if arrays are held in no more, else float64, whatever they hold."""
+    return np.dtype(np.float32 if np.result_type(*arrays) == np.float32 else np.float64)
 
 
 def _problem_masks(problem: AttentionProblem) -> dict[str, Any]:
@@ -220,11 +232,13 @@ class SoftmaxAttention(AttentionOperator):
         logits = self._logits(problem.q, problem.k[chosen])
         lse = problem.logsumexp
         logits -= np.where(np.isfinite(lse), lse, 0)[:, None]
-        weights: Array = np.exp(logits, out=logits)
+        # Hidden logits may lie far above the normaliser: out before they overflow.
         if problem.key_mask is not None:
-            weights[:, ~problem.key_mask[chosen]] = 0
+            logits[:, ~problem.key_mask[chosen]] = -np.inf
         if problem.causal:
-            weights[chosen[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]] = 0
+            last = np.arange(problem.n_q) + problem.offset
+            logits[chosen[None, :] > last[:, None]] = -np.inf
+        weights: Array = np.exp(logits, out=logits)
         return weights
 
     def _logits(self, q: Array, k: Array) -> Array:
@@ -292,10 +306,11 @@ class FactoredAttention(AttentionOperator):
             raise ValueError(f"s must have shape {inner} or {inner[:1]}, got {s.shape}; check u, p")
         super().__init__(
             (u.shape[0], p.shape[1]),
-            np.result_type(u, p),
+            _precision(u, p),
             inner[0] if effective_rank is None else effective_rank,
         )
-        self.u, self.s, self.p = u, s, p
+        self.u, self.p = u.astype(self.dtype, copy=False), p.astype(self.dtype, copy=False)
+        self.s = None if s is None else s.astype(self.dtype, copy=False)
 
     @property
     def rank_bound(self) -> int:
@@ -350,13 +365,21 @@ class SampledAttention(AttentionOperator):
                 f"columns must have the shape {wanted[0]} of weights or {wanted[1]}, "
                 f"got {columns.shape}; give a column for each weight"
             )
+        ordered = np.sort(columns, axis=-1)
+        if ordered.size and (
+            ordered.min() < 0 or ordered.max() >= n_k or (np.diff(ordered) == 0).any()
+        ):
+            raise ValueError(
+                f"columns must be distinct in each row and in 0..n_k - 1 = {n_k - 1}, got indices "
+                f"from {ordered.min()} to {ordered.max()}; add the weights of equal columns"
+            )
         super().__init__(
             (weights.shape[0], n_k),
-            weights.dtype,
+            _precision(weights),
             weights.shape[1] if effective_rank is None else effective_rank,
         )
         self.chosen = columns
-        self.weights = weights
+        self.weights = weights.astype(self.dtype, copy=False)
 
     @property
     def rank_bound(self) -> int:
@@ -407,9 +430,8 @@ class DenseAttention(AttentionOperator):
     """
 
     def __init__(self, matrix: Array) -> None:
-        dtype = np.float32 if matrix.dtype == np.float32 else np.float64
-        super().__init__(matrix.shape, dtype)
-        self.matrix = np.ascontiguousarray(matrix, dtype)
+        super().__init__(matrix.shape, _precision(matrix))
+        self.matrix = np.ascontiguousarray(matrix, self.dtype)
 
     def _matmat(self, x: Array) -> Array:
         return self.matrix @ self._cast(x)
@@ -457,11 +479,14 @@ def as_operator(ahat: object, problem: AttentionProblem) -> AttentionOperator:
     Raises
     ------
     TypeError, ValueError
-        If it is none of these, or of another shape, or not finite.
+        If it is none of these, or of another shape, not real, not finite, or an operator without
+        its transposed product.
     """
     if isinstance(ahat, AttentionOperator):
         operator = ahat
     elif isinstance(ahat, LinearOperator):
+        if np.issubdtype(ahat.dtype, np.complexfloating):
+            raise TypeError(f"ahat must be real, got {ahat.dtype}; pass its real part")
         operator = WrappedAttention(ahat)
     else:
         matrix = as_array(ahat, "ahat")
@@ -478,4 +503,12 @@ def as_operator(ahat: object, problem: AttentionProblem) -> AttentionOperator:
             f"ahat must have the shape ({problem.n_q}, {problem.n_k}) of the problem, "
             f"got {operator.shape}; approximate the same problem"
         )
+    if isinstance(operator, WrappedAttention):
+        try:
+            operator.T @ np.zeros(problem.n_q)
+        except (TypeError, NotImplementedError) as error:
+            raise TypeError(
+                f"ahat must have its transposed product, got {type(ahat).__name__} whose rmatvec "
+                f"fails ({error}); define rmatvec or pass an array"
+            ) from error
     return operator

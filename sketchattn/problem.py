@@ -37,7 +37,7 @@ def as_array(x: object, name: str) -> Array:
             f"{name} must be a plain array, got a masked array; pass its data and use key_mask"
         )
     if isinstance(x, np.ndarray):
-        return x
+        return np.asarray(x)  # a subclass may index, reshape or multiply in its own way
     if getattr(x, "requires_grad", False) is True:
         raise TypeError(
             f"{name} must not require a gradient, since none is computed; pass {name}.detach()"
@@ -68,6 +68,17 @@ def float_dtype(x: Array, name: str) -> np.dtype[Any]:
     )
 
 
+def as_precision(dtype: Any) -> np.dtype[Any] | None:
+    """Return float32 or float64 as NumPy's dtype, and None for everything else."""
+    if dtype is None:
+        return None  # which NumPy would take for float64
+    try:
+        wanted: np.dtype[Any] = np.dtype(dtype)
+    except TypeError:
+        return None
+    return wanted if wanted in (np.dtype(np.float32), np.dtype(np.float64)) else None
+
+
 def prepare(x: Array, dtype: np.dtype[Any]) -> Array:
     """Return ``x`` as a C-contiguous writeable array of the native ``dtype``.
 
@@ -95,11 +106,19 @@ def check_width(q: Array, k: Array, v: Array | None) -> None:
 def check_same_dtype(q: Array, k: Array, v: Array | None) -> None:
     """Refuse mixed precisions: which one to compute in would be a guess."""
     for name, x in (("k", k), ("v", v)):
-        if x is not None and x.dtype != q.dtype:
+        if x is not None and x.dtype.name != q.dtype.name:  # the byte order does not matter
             raise TypeError(
                 f"{name} must have the dtype {q.dtype} of q, got {x.dtype}; "
                 f"convert q, k and v to one dtype"
             )
+
+
+def as_float(x: Any) -> float:
+    """Return a real number as a float; an integer beyond all floats is infinite."""
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
 
 
 def check_scale(scale: object, d: int) -> float:
@@ -113,7 +132,7 @@ def check_scale(scale: object, d: int) -> float:
             f"scale must be a real number or None, got {type(scale).__name__}; "
             f"None is 1/sqrt(d) = {1.0 / math.sqrt(d):.6g}"
         )
-    value = float(scale)
+    value = as_float(scale)
     if not math.isfinite(value):
         raise ValueError(
             f"scale must be finite, got {value}; None is 1/sqrt(d) = {1.0 / math.sqrt(d):.6g}"
@@ -175,6 +194,17 @@ def check_finite(x: Array, name: str) -> None:
         raise ValueError(
             f"{name} must be finite, got {x[where]} at index {where}; "
             f"replace it, or hide its key with a mask"
+        )
+
+
+def check_logits(lse: Array) -> None:
+    """Refuse logits that overflowed, which finite inputs show as a logsumexp that is NaN."""
+    wrong = np.isnan(lse)
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"scale * q @ k.T must be finite in {lse.dtype}, got an overflow in row {where}; "
+            f"make scale, q or k smaller, or compute in float64"
         )
 
 
@@ -293,6 +323,10 @@ class AttentionProblem:
                     f"{label} must have two axes (tokens, width), got shape {x.shape}; "
                     f"a problem is one head, use attention for many"
                 )
+        if not (name is None or isinstance(name, str)):
+            raise TypeError(
+                f"name must be a string or None, got {type(name).__name__}; it labels the head"
+            )
         dtype = float_dtype(raw_q, "q")
         check_same_dtype(raw_q, raw_k, raw_v)
         check_width(raw_q, raw_k, raw_v)
@@ -408,9 +442,10 @@ class AttentionProblem:
         Parameters
         ----------
         rows : int array, optional
-            Indices of queries; None is all of them, which is n_q x n_k.
+            Indices of queries, negative ones from the end; None is all of them, n_q x n_k.
         """
-        index = np.arange(self.n_q) if rows is None else np.asarray(rows)
+        index = np.arange(self.n_q)
+        index = index if rows is None else index[np.asarray(rows)]
         keep = np.ones(self.n_k, bool) if self.key_mask is None else self.key_mask
         if not self.causal:
             return np.broadcast_to(keep, (len(index), self.n_k)).copy()
@@ -435,14 +470,15 @@ class AttentionProblem:
 
     def astype(self, dtype: Any) -> AttentionProblem:
         """Return this problem in another precision (itself if it has it already)."""
-        wanted = np.dtype(dtype)
+        wanted = as_precision(dtype)
+        if wanted is None:
+            raise TypeError(f"dtype must be float32 or float64, got {dtype!r}; use one of these")
         if wanted == self.dtype:
             return self
-        if wanted not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise TypeError(f"dtype must be float32 or float64, got {wanted}; use one of these")
 
         def convert() -> AttentionProblem:
-            q, k, v = (None if x is None else x.astype(wanted) for x in self.arrays)
+            with np.errstate(over="ignore"):  # an infinity is refused below
+                q, k, v = (None if x is None else x.astype(wanted) for x in self.arrays)
             return AttentionProblem(
                 q,
                 k,
@@ -482,6 +518,7 @@ class AttentionProblem:
         from .operators import solve
 
         out, lse = solve(self, self.arrays.v)
+        check_logits(lse)
         out.flags.writeable = False
         lse.flags.writeable = False
         return out, lse

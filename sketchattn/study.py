@@ -187,7 +187,7 @@ def _table_lines(table: pd.DataFrame) -> list[str]:
     rows = [["method", "rank", first, *others, "seconds"]]
     groups = [""]
     for record in table.to_dict("records"):
-        rank = "" if _missing(record["rank"]) else str(record["rank"])
+        rank = "" if _is_missing(record["rank"]) else str(record["rank"])
         spread = ", ".join(number(record[first + end], 2) for end in ("_q25", "_q75"))
         cells = [str(record["method"]), rank, f"{number(record[first])} [{spread}]"]
         for field in others:
@@ -209,10 +209,10 @@ def _table_lines(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _missing(x: object) -> bool:
+def _is_missing(x: object) -> bool:
     import pandas as pd
 
-    return x is None or x is pd.NA or (isinstance(x, float) and math.isnan(x))
+    return x is None or x is pd.NA
 
 
 # --- what goes in: all refusals happen here, before any work ------------------------------------
@@ -241,7 +241,7 @@ def as_heads(heads: Any) -> list[AttentionProblem]:
         heads = read_heads(heads) if named_file else load_heads(heads)
     if isinstance(heads, AttentionProblem):
         heads = [heads]
-    if not isinstance(heads, Sequence):
+    if not isinstance(heads, Iterable):
         raise TypeError(
             f"heads must be Heads, problems, a file or the name of a bundled set, got "
             f"{type(heads).__name__}; make problems with sketchattn.AttentionProblem(q, k, v)"
@@ -755,6 +755,27 @@ def _is_held(path: Path, token: str) -> bool:
 # --- work ---------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _share_of_threads(jobs: int) -> Iterator[None]:
+    """Run kernels on this head's share of the threads, and BLAS on one.
+
+    Decompositions round differently with another number of BLAS threads, and results must not
+    depend on ``jobs``.  Numba's number of threads belongs to the calling thread; the limit of
+    BLAS is counted, so that heads in several Python threads do not lift each other's.
+    """
+    import numba
+
+    from .kernels._threads import blas_single_thread, cpu_count
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(before if jobs == 1 else min(before, max(1, cpu_count() // jobs)))
+    try:
+        with blas_single_thread():
+            yield
+    finally:
+        numba.set_num_threads(before)
+
+
 class _Task(NamedTuple):
     problem: AttentionProblem
     cells: list[_Cell]
@@ -766,18 +787,11 @@ class _Task(NamedTuple):
 
 def _run_head(task: _Task) -> tuple[str, dict[Key, Values]]:
     """Compute the cells of one head, append each to its journal, and return them."""
-    from .kernels._threads import blas_single_thread, cpu_count, limit_threads
-
     problem = task.problem
     found: dict[Key, Values] = {}
     warmed: set[str] = set()
     shared = task.lock.exists()  # a worker on another machine may not see the folder
-    with ExitStack() as stack:
-        if task.jobs > 1:
-            stack.enter_context(limit_threads(max(1, cpu_count() // task.jobs)))
-        # Decompositions round differently with another number of BLAS threads, and results must
-        # not depend on ``jobs``.
-        stack.enter_context(blas_single_thread())
+    with _share_of_threads(task.jobs):
         for cell in task.cells:
             if shared and not _is_held(task.lock, task.token):
                 raise RuntimeError(
@@ -872,6 +886,7 @@ def study(
     out: str | PathLike[str] | None = None,
     *,
     resume: bool = True,
+    pictures: bool = True,
     progress: bool | None = None,
 ) -> StudyResult:
     """Measure error against rank: every method on every head, at every rank, for every seed.
@@ -901,6 +916,8 @@ def study(
         Take the cells that the folder holds from an earlier study, finished or killed, of the
         same heads, methods with the same parameters, seeds and library version; ``False``
         computes all of them again.  Code that you changed without its version is not noticed.
+    pictures : bool, default True
+        Draw the pictures into ``out``.
     progress : bool, optional
         Show a bar with the time left on stderr; by default where stderr is a terminal.
 
@@ -943,6 +960,7 @@ def study(
     workers = _integer(jobs, "jobs", 1, "jobs=1 computes one head after the other")
     folder = _as_folder(out)
     resume = _as_flag(resume, "resume")
+    pictures = _as_flag(pictures, "pictures")
     show = (
         sys.stderr is not None and sys.stderr.isatty()
         if progress is None
@@ -992,13 +1010,14 @@ def study(
                 bar.returned(len(fresh))
         frame = _frame(problems, variants, chosen_ranks, chosen_seeds, found)
         beside = _frame(problems, references, chosen_ranks, chosen_seeds[:1], found)
-        pictures: list[Path] = []
+        drawn: list[Path] = []
         if folder is not None:
-            from .plots import plot_study
-
             _write_csv(folder / "results.csv", frame)
             _write_csv(folder / "references.csv", beside)
-            pictures = plot_study(frame, beside, folder)
+            if pictures:
+                from .plots import plot_study
+
+                drawn = plot_study(frame, beside, folder)
             settings = {
                 "version": __version__,
                 "heads": [_describe_head(p) for p in problems],
@@ -1006,18 +1025,16 @@ def study(
                 "left_out": left_out,
                 "ranks": chosen_ranks,
                 "seeds": chosen_seeds,
-                "jobs": workers,
+                "jobs": int(jobs),
                 "machine": _machine(),
             }
             write_text(folder / "study.json", json.dumps(settings, indent=2) + "\n")
         return StudyResult(
-            frame, beside, left_out, folder, tuple(pictures), computed, total - computed
+            frame, beside, left_out, folder, tuple(drawn), computed, total - computed
         )
 
 
-def _in_parallel(
-    tasks: Iterator[_Task], workers: int
-) -> Iterator[tuple[str, dict[Key, Values]]]:
+def _in_parallel(tasks: Iterator[_Task], workers: int) -> Iterator[tuple[str, dict[Key, Values]]]:
     """Yield the results of heads as they are finished."""
     from joblib import Parallel, delayed
 
@@ -1066,14 +1083,8 @@ def _write_csv(path: Path, frame: pd.DataFrame) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(frame.columns)
     for row in frame.itertuples(index=False):
-        writer.writerow("" if x is None or _is_na(x) else x for x in row)
+        writer.writerow("" if _is_missing(x) else x for x in row)
     write_text(path, buffer.getvalue())
-
-
-def _is_na(x: object) -> bool:
-    import pandas as pd
-
-    return x is pd.NA
 
 
 def _describe_head(problem: AttentionProblem) -> dict[str, Any]:

@@ -69,3 +69,28 @@ def naive_attention(
             for c in range(d_v):
                 out[i, c] += weights[i, j] * float(v[j, c])
     return weights, out, lse
+
+
+def naive_transposed(weights: Array, y: Array) -> Array:
+    """Return A^T Y of weights (n_q, n_k) and y (n_q, m)."""
+    out = np.zeros((weights.shape[1], y.shape[1]))
+    for j in range(weights.shape[1]):
+        for c in range(y.shape[1]):
+            out[j, c] = sum(float(weights[i, j]) * float(y[i, c]) for i in range(len(weights)))
+    return out
+
+
+def naive_compare(weights: Array, other: Array) -> Array:
+    """Return for each row of A and B: sum A^2, sum (A - B)^2, sum |A - B|, sum A log(A / B).
+
+    A term of the last sum is 0 where A is 0, and infinite where B is not positive but A is.
+    """
+    out = np.zeros((len(weights), 4))
+    for i in range(len(weights)):
+        for a, b in zip(weights[i].tolist(), other[i].tolist(), strict=True):
+            out[i, 0] += a * a
+            out[i, 1] += (a - b) * (a - b)
+            out[i, 2] += abs(a - b)
+            if a > 0.0:
+                out[i, 3] += a * math.log(a / b) if b > 0.0 else math.inf
+    return out

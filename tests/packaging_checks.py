@@ -1,7 +1,8 @@
 """Checks of the source tree and of the wheel that no linter offers.
 
 Every check takes text or names and returns a list of problems, so that test_packaging.py can
-show each of them a broken input.  ``python tests/packaging_checks.py WHEEL`` checks a wheel.
+show each of them a broken input.  ``python tests/packaging_checks.py wheel FILE`` checks a wheel,
+``floors`` instead of ``wheel FILE`` prints the lowest requirements as constraints for pip.
 """
 
 from __future__ import annotations
@@ -358,10 +359,20 @@ def tree_problems(names: Iterable[str], package: Path = PACKAGE) -> list[str]:
     return [f"{name} is missing" for name in sorted(missing)]
 
 
-def main(wheel: str) -> int:
-    """Print the problems of a wheel and return the exit status."""
+def floors(pyproject: str) -> list[str]:
+    """Return constraints that pin what the library itself requires to its lowest releases."""
+    required: list[str] = tomllib.loads(pyproject)["project"]["dependencies"]
+    return [re.sub(r">=([^,;]+).*", r"==\1", each) for each in required]
+
+
+def main(task: str, *arguments: str) -> int:
+    """``wheel FILE`` prints the problems of a wheel, ``floors`` prints the constraints."""
+    if task == "floors":
+        print(*floors((ROOT / "pyproject.toml").read_text(encoding="utf-8")), sep="\n")
+        return 0
     import sketchattn
 
+    (wheel,) = arguments
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     problems = wheel_problems(names, sketchattn.__version__) + tree_problems(names)

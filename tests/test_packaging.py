@@ -19,6 +19,7 @@ from packaging_checks import (
     SOURCE_RULES,
     book_imports,
     command_problems,
+    floors,
     full_fastmath,
     global_random,
     import_names,
@@ -137,6 +138,14 @@ def test_a_floor_without_a_reason_is_reported(line: str) -> None:
 def test_the_rule_for_floors_sees_every_requirement() -> None:
     text = read("pyproject.toml")
     assert len(unexplained_floors(re.sub(r"\s+# .*", "", text))) == len(requirements(text)) > 20
+
+
+def test_the_floors_are_constraints_for_every_dependency() -> None:
+    text = '[project]\ndependencies = ["a-b>=1.2,<3", "c>=4.0.1; python_version < \'3.11\'"]\n'
+    assert floors(text) == ["a-b==1.2", "c==4.0.1"]
+    ours = floors(read("pyproject.toml"))
+    assert len(ours) == len(pyproject()["project"]["dependencies"]) > 8
+    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", line) for line in ours)
 
 
 def test_every_import_of_the_library_is_declared() -> None:

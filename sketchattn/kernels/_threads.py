@@ -15,7 +15,7 @@ from typing import Any
 
 _lock = threading.Lock()
 _serial = threading.RLock()
-_inside = 0
+_requests: list[int] = []  # of all Python threads that are inside; the smallest one holds
 _limit: Any = None
 _controller: Any = None
 
@@ -27,38 +27,42 @@ def thread_count() -> int:
     return int(numba.get_num_threads())
 
 
-def _enter() -> None:
-    global _inside, _limit, _controller
+def _enter(count: int) -> None:
+    global _limit, _controller
     with _lock:
-        if _inside == 0:
-            if _controller is None:
-                # A controller knows the libraries that are loaded when it is built: SciPy's
-                # BLAS, which Numba calls, has to be loaded before.
-                import scipy.linalg.cython_blas  # noqa: F401  (loads the library)
-                from threadpoolctl import ThreadpoolController
+        if _controller is None:
+            # A controller knows the libraries that are loaded when it is built: SciPy's
+            # BLAS, which Numba calls, has to be loaded before.
+            import scipy.linalg.cython_blas  # noqa: F401  (loads the library)
+            from threadpoolctl import ThreadpoolController
 
-                _controller = ThreadpoolController()
-            _limit = _controller.limit(limits=1, user_api="blas")
-        _inside += 1
+            _controller = ThreadpoolController()
+        if not _requests:
+            _limit = _controller.limit(limits=count, user_api="blas")
+        elif count < min(_requests):
+            _controller.limit(limits=count, user_api="blas")
+        _requests.append(count)
 
 
-def _leave() -> None:
-    global _inside, _limit
+def _leave(count: int) -> None:
+    global _limit
     with _lock:
-        _inside -= 1
-        if _inside == 0:
+        _requests.remove(count)
+        if not _requests:
             _limit.restore_original_limits()
             _limit = None
+        elif count < min(_requests):
+            _controller.limit(limits=min(_requests), user_api="blas")
 
 
 @contextmanager
 def blas_single_thread() -> Iterator[None]:
     """Limit BLAS to one thread while inside; re-entrant, and safe from several Python threads."""
-    _enter()
+    _enter(1)
     try:
         yield
     finally:
-        _leave()
+        _leave(1)
 
 
 def threading_layer() -> str | None:
@@ -100,14 +104,16 @@ def limit_threads(count: int) -> Iterator[None]:
         At least 1; more than Numba's maximum is the maximum.
     """
     import numba
-    from threadpoolctl import threadpool_limits
 
     before = numba.get_num_threads()
     maximum = int(getattr(numba.config, "NUMBA_NUM_THREADS"))  # noqa: B009  (set at run time)
     numba.set_num_threads(min(count, maximum))
     try:
-        with threadpool_limits(limits=count, user_api="blas"):
+        _enter(count)
+        try:
             yield
+        finally:
+            _leave(count)
     finally:
         numba.set_num_threads(before)
 

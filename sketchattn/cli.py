@@ -1,0 +1,564 @@
+"""The command line: ``sketchattn VERB``.
+
+Only Typer is loaded here; each verb imports what it needs, so that ``--help`` is quick.  Errors are
+one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .heads import Heads
+
+HEADS_HELP = (
+    "A .safetensors or .npz file, the name of a bundled set (minilm), or made heads such as "
+    "clustered:n=512,d=64,heads=2,rng=0."
+)
+JSON_HELP = "Print JSON instead of a table; numbers that are not finite become strings."
+
+# Exit codes: 0 done, 2 refused or failed, 130 interrupted (128 + SIGINT).
+FAILED = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="sketchattn",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        By default those of the process.
+
+    Returns
+    -------
+    int
+        0; 2 after an error, which is one line on stderr; 130 after Ctrl-C.  With the environment
+        variable ``SKETCHATTN_TRACEBACK`` set, errors are raised instead.
+
+    Examples
+    --------
+    >>> main(["--version"]) == 0
+    sketchattn ...
+    True
+    """
+    try:
+        given = None if arguments is None else list(arguments)
+        code = app(args=given, prog_name="sketchattn", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if os.environ.get("SKETCHATTN_TRACEBACK"):
+            raise
+        print(f"sketchattn: {_one_line(error)}", file=sys.stderr)
+        return FAILED
+    if code == INTERRUPTED:
+        print("sketchattn: interrupted; the same command continues a study", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _one_line(error: Exception) -> str:
+    """Return what an error says, on one line."""
+    if hasattr(error, "format_message"):  # a usage error of Typer, whichever parser it uses
+        text = f"{error.format_message().rstrip('.')}; see sketchattn --help"
+    elif isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError):
+        text = str(error) or type(error).__name__
+    else:
+        text = f"{type(error).__name__}: {error}; SKETCHATTN_TRACEBACK=1 shows where"
+    return " ".join(text.split())
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    from .study import encode
+
+    if isinstance(value, dict):
+        return {str(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if hasattr(value, "item"):  # a NumPy number
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return encode(value)
+    return str(value)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """Return aligned columns: the first ``left`` and a last one without numbers to the left."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    last = len(header) - 1
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left or i == last else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+# --- what arguments stand for -------------------------------------------------------------------
+
+
+def parse_heads(text: str) -> Heads:
+    """Return the heads that an argument names: a file, a bundled set, or a family to make.
+
+    Parameters
+    ----------
+    text : str
+        ``FILE``, ``NAME``, or ``FAMILY:n=N[,d=D][,heads=H][,rng=SEED][,PARAMETER=X]``; the seed is
+        0 unless given, so that the same words are the same heads.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything else, with the closest name.
+
+    Examples
+    --------
+    >>> parse_heads("peaked:n=32,d=8,heads=2").names
+    ('peaked/head0', 'peaked/head1')
+    """
+    from .heads import BUNDLED, FAMILIES, load_heads, make_heads, read_heads
+    from .problem import closest
+
+    if Path(text).suffix in (".safetensors", ".npz") or Path(text).is_file():
+        return read_heads(text)
+    family, colon, rest = text.partition(":")
+    if not colon:
+        if text in BUNDLED:
+            return load_heads(text)
+        if text in FAMILIES:
+            raise ValueError(
+                f"heads must say how many tokens to make, got {text!r}; write '{text}:n=512'"
+            )
+        raise ValueError(
+            f"heads must be a file, a bundled set or a family, got {text!r}"
+            f"{closest(text, [*BUNDLED, *FAMILIES])}"
+        )
+    parameters: dict[str, Any] = {}
+    for part in rest.split(","):
+        name, equals, value = (x.strip() for x in part.partition("="))
+        if not equals or not name or name in parameters:
+            raise ValueError(
+                f"heads must be written as family:name=number,..., each name once, got {part!r} "
+                f"in {text!r}; for instance '{family}:n=512,d=64'"
+            )
+        parameters[name] = value if name == "dtype" else _number(name, value)
+    if "n" not in parameters:
+        raise ValueError(f"heads must say how many tokens to make, got {text!r}; add n=512")
+    return make_heads(family, **({"rng": 0} | parameters))
+
+
+def _number(name: str, text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, got {text!r}; correct it") from None
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _integers(text: str | None, name: str) -> list[int] | None:
+    words = _words(text)
+    if words is None:
+        return None
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise ValueError(
+            f"{name} must be integers separated by commas, got {text!r}; for instance 8,16,32"
+        ) from None
+
+
+def read_output(path: Path) -> NDArray[Any]:
+    """Return the array of an output file: ``.npy``, or ``output`` or the only one of the others.
+
+    Raises
+    ------
+    ValueError
+        For another ending, no such file, a damaged file, or several arrays without ``output``.
+    """
+    import io
+
+    import numpy as np
+
+    if path.suffix not in (".npy", ".npz", ".safetensors"):
+        raise ValueError(
+            f"output must end in .npy, .npz or .safetensors, got {str(path)!r}; "
+            f"write it in one of these formats"
+        )
+    if not path.is_file():
+        raise ValueError(f"output must be an existing file, got {str(path)!r}; check its name")
+    raw = path.read_bytes()
+    if path.suffix == ".safetensors":
+        from .heads import _from_safetensors
+
+        arrays: dict[str, NDArray[Any]] = _from_safetensors(raw)[0]
+    else:
+        try:
+            loaded = np.load(io.BytesIO(raw), allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            arrays = {name: loaded[name] for name in loaded.files}
+        except Exception as error:  # the formats raise many kinds for damaged files
+            raise ValueError(
+                f"output must be a whole {path.suffix} file, got {str(path)!r}, which is not "
+                f"({_one_line(error) if str(error) else type(error).__name__}); write it again"
+            ) from error
+    if "output" in arrays:
+        return arrays["output"]
+    if len(arrays) != 1:
+        raise ValueError(
+            f"output must be an array named 'output' or the only one in its file, got "
+            f"{', '.join(sorted(arrays)) or 'none'}; rename it"
+        )
+    return next(iter(arrays.values()))
+
+
+def _pick(heads: Heads, head: str | None) -> list[int]:
+    """Return the positions of the heads that ``--head`` names, all without it."""
+    from .problem import closest
+
+    if head is None:
+        return list(range(len(heads)))
+    if head in heads.names:
+        return [heads.names.index(head)]
+    if head.isdecimal():
+        if int(head) < len(heads):
+            return [int(head)]
+        raise ValueError(
+            f"head must be a name or a number in 0..{len(heads) - 1}, got {head}; "
+            f"numbers start at 0"
+        )
+    raise ValueError(
+        f"head must be a name or a number in 0..{len(heads) - 1}, got {head!r}"
+        f"{closest(head, heads.names)}"
+    )
+
+
+# --- verbs --------------------------------------------------------------------------------------
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"sketchattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Softmax attention as matrix approximation: study, certify, and compare with exact attention.
+
+    The main job is "sketchattn study": error against rank on real attention heads.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("study")
+def _study(
+    heads: Annotated[str, typer.Option(help=HEADS_HELP, metavar="HEADS")] = "minilm",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Names separated by commas; all that apply by default.", metavar="A,B"),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks separated by commas; powers of two from 8 to n/2 by default.",
+            metavar="R,R",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds for random methods.")] = 4,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Heads computed at the same time; all CPUs by default."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for tables, pictures and finished cells.")
+    ] = Path("sketchattn-study"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Compute again what the folder holds already.")
+    ] = False,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")
+    ] = True,
+    progress: Annotated[
+        bool | None,
+        typer.Option(
+            "--progress/--no-progress",
+            help="Show a progress bar; by default on terminals.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Measure error against rank on many heads, with pictures.
+
+    One picture for each error measure.  Every method runs on every head, at every rank, for every
+    seed, beside the floors that nobody can beat and the predictors that everybody must beat.
+    Killed and started again with the same folder, it continues.
+    """
+    from .kernels._threads import cpu_count
+    from .study import study
+
+    result = study(
+        parse_heads(heads),
+        methods=_words(methods),
+        ranks=_integers(ranks, "ranks"),
+        seeds=seeds,
+        jobs=cpu_count() if jobs is None else jobs,
+        out=out,
+        resume=not fresh,
+        pictures=pictures,
+        progress=progress,
+    )
+    if as_json:
+        summary = result.summary()
+        _print_json(
+            {
+                "out": out,
+                "results": out / "results.csv",
+                "references": out / "references.csv",
+                "pictures": result.pictures,
+                "left_out": result.left_out,
+                "computed": result.computed,
+                "reused": result.reused,
+                "summary": [
+                    {key: None if key == "rank" and x != x else x for key, x in record.items()}
+                    for record in summary.astype({"rank": object}).to_dict("records")
+                ],
+            }
+        )
+        return
+    typer.echo(result.render())
+    typer.echo(f"\nrows: {out / 'results.csv'}, {out / 'references.csv'}")
+    if result.pictures:
+        typer.echo("pictures:")
+    for path in result.pictures:
+        typer.echo(f"  {path}")
+
+
+@app.command("certify")
+def _certify(
+    heads: Annotated[str, typer.Argument(help=HEADS_HELP, metavar="HEADS")],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            help="Output of any implementation: .npy, .npz or .safetensors, shape (n_q, d_v) for "
+            "one head or (heads, n_q, d_v); the array named output, or the only one.",
+        ),
+    ],
+    head: Annotated[
+        str | None, typer.Option(help="Name or number (from 0) of one head.", metavar="NAME|INDEX")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Exact rows to compute.")] = 256,
+    confidence: Annotated[
+        float, typer.Option(help="Probability that the interval holds the error.")
+    ] = 0.95,
+    kind: Annotated[
+        str, typer.Option(help="finite-sample (always valid) or approximate (tight).")
+    ] = "finite-sample",
+    seed: Annotated[int, typer.Option(help="Seed of the sample of rows.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Bound the error of any output array from exact rows.
+
+    The rows are a random sample; the error is |Ohat - O|_F / |O|_F of each head, with the exact
+    output O of HEADS.
+    """
+    from .metrics import certify
+
+    given = parse_heads(heads)
+    chosen = _pick(given, head)
+    outputs = _per_head(read_output(output), given, chosen, head)
+    records = []
+    for i, array in zip(chosen, outputs, strict=True):
+        certificate = certify(given[i], array, rows, confidence, seed, kind=kind)
+        names = ("estimate", "low", "high", "rows", "confidence", "kind")
+        records.append(
+            {"head": given.names[i]} | {name: getattr(certificate, name) for name in names}
+        )
+    if as_json:
+        _print_json(records)
+        return
+    cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in r.values()] for r in records]
+    typer.echo(_table(list(records[0]), cells, left=1))
+
+
+def _per_head(
+    array: NDArray[np.generic], heads: Heads, chosen: list[int], head: str | None
+) -> list[NDArray[np.generic]]:
+    """Return the output of each chosen head."""
+    one = (heads.n_q, heads.d_v)
+    if array.shape == (len(heads), *one):
+        return [array[i] for i in chosen]
+    if array.shape == one:
+        if len(chosen) == 1:
+            return [array]
+        raise ValueError(
+            f"head must be given for an output of one head, got {len(heads)} heads; "
+            f"add --head NAME or --head NUMBER"
+        )
+    raise ValueError(
+        f"output must have the shape {one} of one head or {(len(heads), *one)} of all, got "
+        f"{array.shape}; check that it belongs to these heads"
+    )
+
+
+@app.command("bench")
+def _bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Benchmarks; all by default.", metavar="[NAME]...")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: shows that it runs, measures nothing.")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(help="Interleaved repetitions; 7 by default, 3 if quick.")
+    ] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Name the benchmarks and exit.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Time this library beside what it competes with."""
+    from . import bench
+
+    if only_list:
+        listed = [(name, item.description) for name, item in bench.BENCHMARKS.items()]
+        if as_json:
+            _print_json([{"name": name, "description": text} for name, text in listed])
+        else:
+            typer.echo(_table(("name", "description"), listed, left=1))
+        return
+    rows = bench.run(names or None, quick=quick, rounds=rounds)
+    if as_json:
+        _print_json({"rows": rows, "machine": bench.machine()})
+    else:
+        typer.echo(bench.render(rows))
+
+
+_TRAITS = {
+    "causal": "causal",
+    "key_mask": "mask",
+    "rectangular": "rect",
+    "randomized": "random",
+    "row_stochastic": "rowsum",
+    "nonnegative": "nonneg",
+    "oracle": "oracle",
+    "exact_at_full_rank": "exact",
+}
+
+
+@app.command("methods")
+def _methods(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
+    """List the methods, their traits and parameters."""
+    import dataclasses
+    import inspect
+
+    from .methods import make_method, methods
+
+    records: list[dict[str, Any]] = []
+    for name, cls in methods().items():
+        known = inspect.signature(cls).parameters
+        defaults = {
+            p: None if value.default is inspect.Parameter.empty else value.default
+            for p, value in known.items()
+        }
+        method = make_method(name, {"rank": 1} if "rank" in known else {})
+        records.append(
+            {
+                "name": name,
+                "class": cls.__name__,
+                "traits": dataclasses.asdict(method.traits),
+                "parameters": defaults,
+            }
+        )
+    if as_json:
+        _print_json(records)
+        return
+    rows = [
+        [
+            r["name"],
+            r["class"],
+            *("yes" if r["traits"][trait] else "-" for trait in _TRAITS),
+            ", ".join(p if x is None else f"{p}={x}" for p, x in r["parameters"].items()) or "-",
+        ]
+        for r in records
+    ]
+    typer.echo(_table(["name", "class", *_TRAITS.values(), "parameters"], rows, left=2))
+    typer.echo(
+        "\n"
+        "causal, mask, rect: honours causal problems, masked keys, n_q != n_k; random: seeded;\n"
+        "rowsum: rows sum to one; nonneg: no negative entry; oracle: looks at the exact matrix;\n"
+        "exact: equals the exact matrix at rank = n_k.  Traits are those of the defaults."
+    )
+
+
+@app.command("warmup")
+def _warmup(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
+    """Compile all kernels once, so that later calls are quick."""
+    from . import bench
+
+    seconds = bench.warmup()
+    folder = _cache_folder()
+    if as_json:
+        _print_json({"seconds": seconds, "cache": folder})
+        return
+    where = f"cached in {folder}" if folder else "not cached: no folder can be written"
+    typer.echo(f"kernels ready in {seconds:.2f} s, {where}")
+
+
+def _cache_folder() -> str | None:
+    """Return where compiled kernels are kept, None where they are not."""
+    from .kernels import softmax
+
+    for kernel in vars(softmax).values():
+        path = getattr(getattr(kernel, "stats", None), "cache_path", None)
+        if path:
+            return str(path)
+    return None

@@ -1,0 +1,29 @@
+"""Sampling of columns: the laws, the draws with their exact weights, and leverage scores."""
+
+from .draws import ColumnDraw as ColumnDraw
+from .draws import check_probabilities as check_probabilities
+from .draws import inclusion_probabilities as inclusion_probabilities
+from .draws import sample_columns as sample_columns
+from .draws import sample_gumbel as sample_gumbel
+from .draws import sample_poisson as sample_poisson
+from .draws import sample_uniform as sample_uniform
+from .draws import sample_with_replacement as sample_with_replacement
+from .draws import self_normalize as self_normalize
+from .leverage import ExponentialKernel as ExponentialKernel
+from .leverage import PsdCheck as PsdCheck
+from .leverage import RecursiveRidge as RecursiveRidge
+from .leverage import css_relative_error as css_relative_error
+from .leverage import d_eff as d_eff
+from .leverage import fast_sketch_rows as fast_sketch_rows
+from .leverage import leverage_approx_factor as leverage_approx_factor
+from .leverage import leverage_quality as leverage_quality
+from .leverage import leverage_scores as leverage_scores
+from .leverage import leverage_scores_fast as leverage_scores_fast
+from .leverage import nystrom_factor as nystrom_factor
+from .leverage import ridge_leverage as ridge_leverage
+from .leverage import ridge_leverage_recursive as ridge_leverage_recursive
+from .leverage import ridge_psd_check as ridge_psd_check
+from .probabilities import LAWS as LAWS
+from .probabilities import check_unbiased as check_unbiased
+from .probabilities import pilot_rows as pilot_rows
+from .probabilities import probabilities as probabilities

@@ -1,0 +1,994 @@
+"""Leverage and ridge leverage scores, exact and approximate, and what samples by them promise.
+
+The score of row i of X is ``l_i = |U_i|^2`` for any orthonormal basis U of the range of X: how much
+the row alone decides what the range is.  ``0 <= l_i <= 1`` and the scores sum to the rank.  Rows
+drawn with ``p_i >= beta l_i/rank`` embed the range: with r draws (with replacement)
+``P(|U^T S^T S U - I|_2 > eps) <= 2 q exp(-beta r eps^2/(3 q))``, q the rank.
+
+Ridge scores of a positive semidefinite K are ``l_i = (K (K + lam I)^{-1})_ii``; columns drawn by
+them give Nystrom approximations with ``0 <= K - Kt <= c lam I``.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..draws import Rng, as_generator
+from ..problem import as_array, check_finite, closest, float_dtype
+from .draws import ColumnDraw, check_probabilities
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+Array = NDArray[Any]
+
+LEVERAGE_METHODS = ("auto", "gram", "qr", "svd")
+
+# Rows a tile: 2048 x 64 float64 is 1 MB, which stays in cache between product and row norms.
+TILE_ROWS = 2048
+# Smallest eigenvalue of the Gram matrix over its largest.  The relative error of scores from one
+# Cholesky factorisation is about u/ratio, with u = 1.1e-16; a second one on X R^{-1} removes it
+# as long as the first leaves a well-conditioned matrix.
+ONE_PASS_RATIO = 1e-4
+TWO_PASS_RATIO = 1e-8
+
+
+def as_matrix(x: ArrayLike, name: str = "x") -> Array:
+    """Return a finite float32 or float64 matrix."""
+    matrix = as_array(x, name)
+    if matrix.dtype.kind in "iu":
+        matrix = matrix.astype(np.float64)
+    matrix = matrix.astype(float_dtype(matrix, name), copy=False)
+    if matrix.ndim != 2:
+        raise ValueError(f"{name} must have two axes, got shape {matrix.shape}; pass a matrix")
+    # The sum of finite entries is finite unless it overflows; one pass and no array of flags.
+    if not np.isfinite(matrix.sum(dtype=np.float64)):
+        check_finite(matrix, name)
+    return matrix
+
+
+def _positive(value: object, name: str, *, below: float = math.inf) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}; give one > 0")
+    if not 0.0 < float(value) < below:
+        limit = "" if math.isinf(below) else f" and below {below:g}"
+        raise ValueError(f"{name} must be positive{limit}, got {float(value):.6g}; change {name}")
+    return float(value)
+
+
+# --- leverage scores ----------------------------------------------------------------------------
+
+
+def _cutoff(x: Array, sigma: float, tol: float | None) -> float:
+    """Return the singular value up to which directions count as rounding of the data."""
+    if tol is not None:
+        return tol * sigma
+    if x.dtype == np.float64:
+        return float(max(x.shape)) * float(np.finfo(np.float64).eps) * sigma
+    # Rounding every entry to float32 moves X by at most u |X|_F; eps = 2 u leaves a factor 2.
+    size = float(np.linalg.norm(x.astype(np.float64)))
+    return float(np.finfo(np.float32).eps) * size
+
+
+def _gram(x: Array, basis: Array | None = None) -> Array:
+    """Return ``(X B)^T (X B)`` in float64, tile by tile."""
+    width = x.shape[1] if basis is None else basis.shape[1]
+    total = np.zeros((width, width))
+    for start in range(0, len(x), TILE_ROWS):
+        tile = x[start : start + TILE_ROWS].astype(np.float64)
+        if basis is not None:
+            tile = tile @ basis
+        total += tile.T @ tile
+    return total
+
+
+def _row_squares(x: Array, basis: Array) -> Array:
+    """Return ``|X_i B|^2`` of all rows, float64 (n,), tile by tile in the precision of B."""
+    out = np.empty(len(x))
+    for start in range(0, len(x), TILE_ROWS):
+        part = slice(start, start + TILE_ROWS)
+        tile = x[part].astype(basis.dtype, copy=False) @ basis
+        out[part] = np.einsum("ij,ij->i", tile, tile)
+    return out
+
+
+def _inverse_root(gram: Array) -> tuple[Array, float] | None:
+    """Return ``R^{-1}`` of ``G = R^T R`` and G's smallest eigenvalue over the largest, or None.
+
+    ``X R^{-1}`` has orthonormal columns for ``G = X^T X``; None where the ratio is too small.
+    """
+    from scipy.linalg import solve_triangular
+
+    if not np.isfinite(gram).all():
+        return None
+    eigenvalues = np.linalg.eigvalsh(gram)
+    # 1e-280: below, the entries of G have lost digits to underflow.
+    if not eigenvalues[-1] > 1e-280 or eigenvalues[0] < TWO_PASS_RATIO * eigenvalues[-1]:
+        return None
+    upper = np.linalg.cholesky(gram).T
+    inverse = solve_triangular(upper, np.eye(len(gram)), check_finite=False)
+    return inverse, float(eigenvalues[0] / eigenvalues[-1])
+
+
+def _whitening(x: Array) -> Array | None:
+    """Return B (d, d) such that ``X B`` has orthonormal columns, from Gram matrices, or None."""
+    if x.shape[0] < x.shape[1]:
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        first = _inverse_root(_gram(x))
+    if first is None or first[1] >= ONE_PASS_RATIO:
+        return None if first is None else first[0]
+    # Cholesky QR, twice: the Gram matrix of X R1^{-1} is I up to u cond(X)^2.
+    second = _inverse_root(_gram(x, first[0]))
+    return None if second is None else first[0] @ second[0]
+
+
+def _orthonormal_basis(x: Array, k: int | None, tol: float | None) -> Array:
+    """Return orthonormal U (n, q) of the range of X, or of its k leading directions."""
+    from scipy.linalg import qr, svd
+
+    wide = x.astype(np.float64)
+    q, r = qr(wide, mode="economic", check_finite=False)
+    u, s, _ = svd(r, full_matrices=False, check_finite=False)
+    top = float(s[0]) if len(s) else 0.0
+    rank = int(np.count_nonzero(s > _cutoff(x, top, tol)))
+    if k is not None and k < rank:
+        # Subspaces turn by about u sigma_1 / gap: a gap of rounding size leaves them undefined.
+        if s[k - 1] - s[k] <= max(x.shape) * float(np.finfo(np.float64).eps) * top:
+            warnings.warn(
+                f"k must separate singular values, got k = {k} where sigma_k = {s[k - 1]:.9g} "
+                f"and sigma_(k+1) = {s[k]:.9g} are equal; the scores depend on rounding, change k",
+                stacklevel=3,
+            )
+        rank = k
+    basis: Array = q @ u[:, :rank]
+    return basis
+
+
+def _pivoted_basis(x: Array, tol: float | None) -> Array:
+    """Return orthonormal U (n, q) from a QR factorisation with column pivoting."""
+    from scipy.linalg import qr
+
+    q, r, _ = qr(x.astype(np.float64), mode="economic", pivoting=True, check_finite=False)
+    size = np.abs(np.diag(r))
+    top = float(size[0]) if len(size) else 0.0
+    basis: Array = q[:, : int(np.count_nonzero(size > _cutoff(x, top, tol)))]
+    return basis
+
+
+def _squares(basis: Array) -> Array:
+    scores: Array = np.minimum(np.einsum("ij,ij->i", basis, basis), 1.0)
+    return scores
+
+
+def leverage_scores(
+    x: ArrayLike, *, k: int | None = None, tol: float | None = None, method: str = "auto"
+) -> Array:
+    """Return the leverage scores ``l_i = |U_i|^2`` of the rows of a matrix.
+
+    U is an orthonormal basis of the range of X, or of its k leading left singular vectors.
+
+    Parameters
+    ----------
+    x : array (n, d)
+        float32 or float64 (halves and integers are widened); computed in float64.
+    k : int, optional
+        Scores of the best rank-k subspace instead of the range, in 1..min(n, d).  A UserWarning
+        says so where ``sigma_k = sigma_(k+1)``: that subspace is not defined.
+    tol : float, optional
+        Singular values up to ``tol sigma_1`` count as zero.  By default ``max(n, d) eps`` for
+        float64, and for float32 ``eps |X|_F / sigma_1``, which covers the rounding of the entries.
+    method : {"auto", "gram", "qr", "svd"}, default "auto"
+        "svd" is a thin QR factorisation and the SVD of R.  "qr" is QR with column pivoting,
+        truncated where the diagonal of R falls to the tolerance.  "gram" is Cholesky on
+        ``X^T X``, the fastest; twice where one pass would lose digits, and refused where
+        cond(X) > 1e4.  "auto" is "gram" where it is accurate, otherwise "svd".
+
+    Returns
+    -------
+    ndarray, float64 (n,)
+        In [0, 1], with the (numerical) rank as their sum.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For shapes, k, tol and method out of range, and where "gram" is not accurate.
+
+    Notes
+    -----
+    Invariant under ``X -> X T`` for invertible T.  QR without pivoting and without truncation is
+    wrong for rank-deficient matrices: it gives (1, 1, 0) in the example below.  Cost
+    ``O(n d^2)``; a Gram matrix and a product are matrix products, which is why they are several
+    times faster than a QR factorisation of the same count of operations.
+
+    Examples
+    --------
+    >>> leverage_scores([[1, 1], [1, 1], [0, 0]]).round(12).tolist()
+    [0.5, 0.5, 0.0]
+    """
+    matrix = as_matrix(x)
+    if method not in LEVERAGE_METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(LEVERAGE_METHODS)}, got {method!r}"
+            f"{closest(str(method), LEVERAGE_METHODS)}"
+        )
+    if tol is not None:
+        tol = _positive(tol, "tol", below=1.0)
+    if k is not None:
+        if isinstance(k, bool | np.bool_) or not isinstance(k, numbers.Integral):
+            raise TypeError(f"k must be an integer or None, got {type(k).__name__}; give a rank")
+        if not 1 <= int(k) <= min(matrix.shape):
+            raise ValueError(
+                f"k must be between 1 and min(n, d) = {min(matrix.shape)}, got {int(k)}; "
+                f"None is the whole range"
+            )
+        if method in ("gram", "qr"):
+            raise ValueError(
+                f"k must be None for method={method!r}, which has no singular vectors, got "
+                f"{int(k)}; use method='svd'"
+            )
+        return _squares(_orthonormal_basis(matrix, int(k), tol))
+    if min(matrix.shape) == 0:
+        return np.zeros(len(matrix))
+    if method == "qr":
+        return _squares(_pivoted_basis(matrix, tol))
+    # A tolerance above 1e-4 may cut singular values that the Gram matrix resolves.
+    if method == "gram" or (method == "auto" and (tol is None or tol < 1e-4)):
+        whitening = _whitening(matrix)
+        if whitening is not None:
+            return np.minimum(_row_squares(matrix, whitening), 1.0)
+        if method == "gram":
+            raise ValueError(
+                "x must have full column rank and a condition number of at most 1e4 for "
+                "method='gram', got a Gram matrix that is singular to working accuracy; "
+                "use method='svd'"
+            )
+    return _squares(_orthonormal_basis(matrix, None, tol))
+
+
+def fast_sketch_rows(n: int, q: int, error: float = 0.1, delta: float = 0.1) -> int:
+    """Return the sketch rows that keep n fast leverage scores within ``1 +- error``.
+
+    The smallest r, at most n, with ``n P(|r/c - 1| > error) <= delta`` for
+    ``c ~ chi^2_{r-q+1}``: the law of ``l~_i / l_i = r/c`` with a Gaussian sketch.
+
+    Parameters
+    ----------
+    n : int
+        Number of scores.
+    q : int
+        Rank of the matrix (its width is on the safe side).
+    error : float
+        Relative error of every score, in (0, 1).
+    delta : float
+        Probability that some score is worse, in (0, 1).
+
+    Returns
+    -------
+    int
+
+    Notes
+    -----
+    With ``M = (Pi U)^T (Pi U)``, ``r M ~ Wishart_q(r, I)`` and ``l~ = u^T M^{-1} u``; for fixed u
+    ``|u|^2/(u^T (r M)^{-1} u) ~ chi^2_{r-q+1}`` (Muirhead 1982, Theorem 3.2.12).  A union bound
+    over the rows is far below what embedding the whole range within ``error`` needs
+    (about ``4 q/error^2`` rows).
+
+    Examples
+    --------
+    >>> fast_sketch_rows(65536, 64)
+    6255
+    """
+    from scipy.special import chdtr, chdtrc
+
+    error = _positive(error, "error", below=1.0)
+    delta = _positive(delta, "delta", below=1.0)
+    for name, value in (("n", n), ("q", q)):
+        if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}; give a size")
+        if int(value) < 1:
+            raise ValueError(f"{name} must be at least 1, got {int(value)}; give a size")
+
+    def fails(r: int) -> bool:
+        # l~/l > 1 + error iff c < r/(1 + error); l~/l < 1 - error iff c > r/(1 - error).
+        freedom = r - q + 1
+        tail = chdtr(freedom, r / (1 + error)) + chdtrc(freedom, r / (1 - error))
+        return bool(n * tail > delta)
+
+    low, high = q - 1, q
+    while high < n and fails(high):
+        low, high = high, 2 * high
+    if high >= n and fails(n):
+        return int(n)
+    high = min(high, n)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fails(middle) else (low, middle)
+    return int(high)
+
+
+def leverage_scores_fast(
+    x: ArrayLike,
+    *,
+    error: float = 0.1,
+    delta: float = 0.1,
+    rows: int | None = None,
+    sketch: Any = "countsketch",
+    projection: int | None = None,
+    tol: float | None = None,
+    rng: Rng = None,
+) -> Array:
+    """Return approximate leverage scores of the rows of a tall matrix from a sketch of it.
+
+    ``Z = Pi1 X``, ``Z = Q R``, ``l~_i = |(X R^{-1} Pi2)_i|^2``.
+
+    Parameters
+    ----------
+    x : array (n, d)
+        float32 or float64; computed in its own precision, with the Gram matrix of Z in float64.
+    error, delta : float
+        Give ``rows`` by ``fast_sketch_rows(n, d, error, delta)``; in (0, 1).
+    rows : int, optional
+        Rows r1 of Pi1, at least d.
+    sketch : str, LinearOperator, object with ``apply``, or array (r1, n)
+        Pi1: the kind that ``sketchattn.sketches.make_sketch`` knows by this name, or a sketch
+        itself (then ``rows``, ``error`` and ``delta`` do not matter).
+    projection : int, optional
+        Columns r2 of a Gaussian Pi2 (d, r2).  None leaves it out, which is cheaper and exact
+        unless ``r2 < d``: an error of 10 % takes hundreds of columns.
+    tol : float, optional
+        As in ``leverage_scores``, for the singular values of Z.
+    rng : None, int or numpy.random.Generator
+
+    Returns
+    -------
+    ndarray, float64 (n,)
+        Not clipped to [0, 1] and not rescaled.
+
+    Notes
+    -----
+    Drineas, Magdon-Ismail, Mahoney and Woodruff, "Fast approximation of matrix coherence and
+    statistical leverage" (2012), Algorithm 1, with Z factored by Cholesky where that is accurate.
+    If Pi1 distorts the range of X by gam, ``|U^T Pi1^T Pi1 U - I|_2 <= gam``, then
+    ``l_i/(1+gam) <= l~_i <= l_i/(1-gam)`` without Pi2, and the normalised scores have
+    ``leverage_quality >= leverage_approx_factor(gam, e)`` with an e-accurate Pi2.  ``rows`` follows
+    the exact law for a Gaussian Pi1; other kinds come close to it where no row has a leverage
+    near one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((500, 3))
+    >>> identity = np.eye(500)
+    >>> bool(np.allclose(leverage_scores_fast(x, sketch=identity), leverage_scores(x)))
+    True
+    """
+    matrix = as_matrix(x)
+    n, d = matrix.shape
+    if min(n, d) == 0:
+        return np.zeros(n)
+    if tol is not None:
+        tol = _positive(tol, "tol", below=1.0)
+    if projection is not None:
+        if isinstance(projection, bool | np.bool_) or not isinstance(projection, numbers.Integral):
+            raise TypeError(
+                f"projection must be an integer or None, got {type(projection).__name__}; "
+                f"None leaves the projection out"
+            )
+        if int(projection) < 1:
+            raise ValueError(
+                f"projection must be at least 1, got {int(projection)}; None leaves it out"
+            )
+    generator = as_generator(rng)
+    small = _sketched(matrix, sketch, rows, error, delta, generator)
+    basis = _whitening(small) if tol is None else None
+    if basis is None:
+        basis = _truncated_inverse(small, tol)
+    if projection is not None:
+        basis = basis @ (
+            generator.standard_normal((basis.shape[1], int(projection))) / math.sqrt(projection)
+        )
+    return _row_squares(matrix, basis.astype(matrix.dtype))
+
+
+def _sketched(
+    x: Array, sketch: Any, rows: int | None, error: float, delta: float, rng: Generator
+) -> Array:
+    """Return ``Pi1 X`` for a named, ready or dense sketch."""
+    n, d = x.shape
+    if isinstance(sketch, str):
+        from ..sketches import make_sketch
+
+        if rows is None:
+            rows = max(d, fast_sketch_rows(n, d, error, delta))
+        elif isinstance(rows, bool | np.bool_) or not isinstance(rows, numbers.Integral):
+            raise TypeError(f"rows must be an integer or None, got {type(rows).__name__}; give one")
+        elif int(rows) < d:
+            raise ValueError(
+                f"rows must be at least the width d = {d} of x, got {int(rows)}; raise rows"
+            )
+        small = make_sketch(sketch, int(rows), n, rng, dtype=x.dtype).apply(x)
+    else:
+        operator = sketch if hasattr(sketch, "shape") else as_array(sketch, "sketch")
+        if len(operator.shape) != 2 or operator.shape[1] != n:
+            raise ValueError(
+                f"sketch must have shape (r1, n) with n = {n}, got {tuple(operator.shape)}; "
+                f"make it for the rows of x"
+            )
+        small = operator.apply(x) if hasattr(operator, "apply") else operator @ x
+    return np.asarray(small)
+
+
+def _truncated_inverse(z: Array, tol: float | None) -> Array:
+    """Return ``V_q diag(1/s_q)`` of ``Z = U diag(s) V^T`` without directions of rounding size."""
+    from scipy.linalg import svd
+
+    _, s, vt = svd(z.astype(np.float64), full_matrices=False, check_finite=False)
+    kept = s > _cutoff(z, float(s[0]), tol)
+    inverse: Array = vt[kept].T / s[kept]
+    return inverse
+
+
+def leverage_quality(p: ArrayLike, leverage: ArrayLike) -> float:
+    """Return ``beta = min_i p_i q / l_i`` over ``l_i > 0``, with q the sum of the scores.
+
+    The largest beta with ``p_i >= beta l_i/q``: sampling from p needs 1/beta times the draws
+    that sampling from the scores themselves needs.
+
+    Parameters
+    ----------
+    p : array (n,)
+        Probabilities with sum 1.
+    leverage : array (n,)
+        Leverage or ridge leverage scores, not all zero.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Examples
+    --------
+    >>> leverage_quality([0.5, 0.5], [1.0, 0.5])
+    0.75
+    """
+    scores = np.asarray(_scores(leverage))
+    law = check_probabilities(p, len(scores))
+    seen = scores > 0
+    if not seen.any():
+        raise ValueError("leverage must have a positive score, got none; give those of a matrix")
+    return float(np.min(law[seen] / scores[seen]) * scores.sum())
+
+
+def _scores(leverage: ArrayLike) -> Array:
+    scores = as_array(leverage, "leverage")
+    if scores.dtype.kind not in "fiu":
+        raise TypeError(f"leverage must hold real numbers, got {scores.dtype}; give scores")
+    if scores.ndim != 1:
+        raise ValueError(f"leverage must have shape (n,), got {scores.shape}; give a score a row")
+    check_finite(scores, "leverage")
+    if len(scores) and scores.min() < 0:
+        raise ValueError(f"leverage must not be negative, got {scores.min():.6g}; give scores")
+    return scores.astype(np.float64)
+
+
+def leverage_approx_factor(gam: float, e: float = 0.0) -> float:
+    """Return ``beta = (1-gam)(1-e)/((1+gam)(1+e))`` that fast scores keep after normalisation.
+
+    Parameters
+    ----------
+    gam : float
+        Distortion of the range by Pi1, in [0, 1).
+    e : float
+        Relative error of all squared norms under Pi2, in [0, 1); 0 without Pi2.
+
+    Examples
+    --------
+    >>> round(leverage_approx_factor(0.5), 12)
+    0.333333333333
+    """
+    for name, value in (("gam", gam), ("e", e)):
+        if not 0.0 <= float(value) < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {float(value):.6g}; change {name}")
+    return (1 - gam) * (1 - e) / ((1 + gam) * (1 + e))
+
+
+def css_relative_error(x: ArrayLike, columns: ArrayLike, k: int) -> float:
+    """Return ``|X - C C^+ X|_F / |X - X_k|_F`` of a column subset.
+
+    Parameters
+    ----------
+    x : array (m, n)
+    columns : int array (c,), or array (m, c)
+        Indices of the chosen columns, or C itself.
+    k : int
+        Rank of the best approximation ``X_k`` to compare with, in 1..min(m, n).
+
+    Returns
+    -------
+    float
+        inf if ``X = X_k`` but C does not span it, and 1 if both errors are zero.  Errors up to
+        ``max(m, n) eps |X|_F`` count as zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> round(css_relative_error(np.diag([2.0, 1.0, 1.0]), [0], 1), 12)
+    1.0
+    """
+    matrix = as_matrix(x).astype(np.float64)
+    chosen = as_array(columns, "columns")
+    if chosen.ndim == 1:
+        if chosen.dtype.kind not in "iu":
+            raise TypeError(f"columns must hold indices, got {chosen.dtype}; give integers")
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < matrix.shape[1]:
+            raise ValueError(
+                f"columns must be in 0..{matrix.shape[1] - 1}, got "
+                f"{int(chosen.min())}..{int(chosen.max())}; give indices of columns of x"
+            )
+        subset = matrix[:, chosen]
+    else:
+        subset = as_matrix(chosen, "columns").astype(np.float64)
+        if subset.shape[0] != len(matrix):
+            raise ValueError(
+                f"columns must have the {len(matrix)} rows of x, got {subset.shape[0]}; "
+                f"pass a matrix C of chosen columns"
+            )
+    if isinstance(k, bool | np.bool_) or not isinstance(k, numbers.Integral):
+        raise TypeError(f"k must be an integer, got {type(k).__name__}; give a rank")
+    if not 1 <= int(k) <= min(matrix.shape):
+        raise ValueError(
+            f"k must be between 1 and min(m, n) = {min(matrix.shape)}, got {int(k)}; change k"
+        )
+    if min(subset.shape):
+        basis = _orthonormal_basis(subset, None, None)
+        residual = float(np.linalg.norm(matrix - basis @ (basis.T @ matrix)))
+    else:
+        residual = float(np.linalg.norm(matrix))
+    best = float(np.linalg.norm(np.linalg.svd(matrix, compute_uv=False)[int(k) :]))
+    zero = max(matrix.shape) * float(np.finfo(np.float64).eps) * float(np.linalg.norm(matrix))
+    if best <= zero:
+        return 1.0 if residual <= zero else math.inf
+    return residual / best
+
+
+# --- kernel matrices and ridge leverage ---------------------------------------------------------
+
+
+class ExponentialKernel:
+    """Represent ``K_ij = exp(scale x_i.x_j - shift)``, the kernel of unnormalised attention.
+
+    Parameters
+    ----------
+    points : array (n, d)
+        Keys, or queries stacked on keys: then ``exp(scale Q K^T - shift)`` is an off-diagonal
+        block of this positive semidefinite matrix.
+    scale : float
+        Not negative: otherwise the matrix is not positive semidefinite.
+
+    Attributes
+    ----------
+    shift : float
+        ``scale max_i |x_i|^2``, which keeps all entries at most 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ExponentialKernel(np.eye(2), 1.0).to_dense().round(3).tolist()
+    [[1.0, 0.368], [0.368, 1.0]]
+    """
+
+    def __init__(self, points: ArrayLike, scale: float) -> None:
+        self.points: Array = as_matrix(points, "points").astype(np.float64)
+        if isinstance(scale, bool | np.bool_) or not isinstance(scale, numbers.Real):
+            raise TypeError(f"scale must be a real number, got {type(scale).__name__}; give one")
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(
+                f"scale must be finite and not negative for a positive semidefinite kernel, got "
+                f"{float(scale)}; change the sign of one factor"
+            )
+        self.scale: float = float(scale)
+        self._squares: Array = self.scale * np.einsum("ij,ij->i", self.points, self.points)
+        self.shift: float = float(self._squares.max(initial=0.0))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return len(self.points), len(self.points)
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, float64 (n,)."""
+        diagonal: Array = np.exp(self._squares - self.shift)
+        return diagonal
+
+    def block(self, rows: Array, columns: Array) -> Array:
+        """Return the entries of chosen rows and columns, float64 (len(rows), len(columns))."""
+        logits = (self.scale * self.points[rows]) @ self.points[columns].T
+        logits -= self.shift
+        # |x_i.x_j| <= max |x|^2 up to rounding of the product.
+        entries: Array = np.exp(np.minimum(logits, 0.0, out=logits), out=logits)
+        return entries
+
+    def to_dense(self) -> Array:
+        """Return the matrix, float64 (n, n)."""
+        everything = np.arange(len(self.points))
+        dense = self.block(everything, everything)
+        return (dense + dense.T) / 2
+
+
+class _DenseKernel:
+    """Give a matrix in memory the interface of ``ExponentialKernel``."""
+
+    def __init__(self, matrix: Array) -> None:
+        self.matrix = matrix
+        self.shape = matrix.shape
+
+    def diagonal(self) -> Array:
+        diagonal: Array = self.matrix.diagonal()
+        return diagonal
+
+    def block(self, rows: Array, columns: Array) -> Array:
+        entries: Array = self.matrix[np.ix_(rows, columns)]
+        return entries
+
+
+def _symmetric(kernel: Any, name: str = "kernel") -> Array:
+    """Return a symmetric float64 matrix (n, n)."""
+    if isinstance(kernel, ExponentialKernel):
+        return kernel.to_dense()
+    matrix = as_matrix(kernel, name).astype(np.float64)
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{name} must be square, got shape {matrix.shape}; pass K (n, n)")
+    size = float(np.max(np.abs(matrix), initial=0.0))
+    # Entries that were computed in float32 differ from their mirror image by rounding.
+    if np.max(np.abs(matrix - matrix.T), initial=0.0) > 1e-5 * size:
+        raise ValueError(
+            f"{name} must be symmetric, got entries that differ by "
+            f"{np.max(np.abs(matrix - matrix.T)):.6g} from their mirror image; pass (K + K.T)/2"
+        )
+    return (matrix + matrix.T) / 2
+
+
+def _as_kernel(kernel: Any) -> ExponentialKernel | _DenseKernel:
+    if isinstance(kernel, ExponentialKernel):
+        return kernel
+    dense = _DenseKernel(_symmetric(kernel))
+    if len(dense.matrix) and dense.diagonal().min() < 0:
+        raise ValueError(
+            f"kernel must be positive semidefinite, got the diagonal entry "
+            f"{dense.diagonal().min():.6g}; pass K = B B^T"
+        )
+    return dense
+
+
+def _eigh(kernel: Any) -> tuple[Array, Array]:
+    """Return eigenvalues, none negative, and eigenvectors of a positive semidefinite matrix."""
+    from scipy.linalg import eigh
+
+    matrix = _symmetric(kernel)
+    if len(matrix) == 0:
+        return np.zeros(0), np.zeros((0, 0))
+    values, vectors = eigh(matrix, check_finite=False)
+    # Negative only by rounding: of eigh in float64, or of entries that were computed in float32.
+    if values[0] < -1e-5 * max(values[-1], -values[0]):
+        raise ValueError(
+            f"kernel must be positive semidefinite, got the eigenvalue {values[0]:.6g}; "
+            f"pass K = B B^T"
+        )
+    return np.maximum(values, 0.0), vectors
+
+
+def ridge_leverage(kernel: Any, lam: float) -> Array:
+    """Return the ridge leverage scores ``l_i = (K (K + lam I)^{-1})_ii``.
+
+    Parameters
+    ----------
+    kernel : array (n, n) or ExponentialKernel
+        K, symmetric positive semidefinite; float64 (n, n) in memory.
+    lam : float
+        Ridge, > 0, in the units of K.
+
+    Returns
+    -------
+    ndarray, float64 (n,)
+        In [0, 1), with the sum ``d_eff``; all zero for K = 0.
+
+    Notes
+    -----
+    Alaoui and Mahoney, "Fast randomized kernel methods with statistical guarantees" (2015).
+    From the eigendecomposition, ``l_i = sum_k U_ik^2 s_k/(s_k + lam)``: a sum of terms that are
+    not negative, so that small scores keep their digits.  The equal form
+    ``(K - K (K + lam I)^{-1} K)_ii / lam`` cancels.  Cost O(n^3).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ridge_leverage(np.diag([3.0, 1.0]), 1.0).tolist()
+    [0.75, 0.5]
+    """
+    lam = _positive(lam, "lam")
+    values, vectors = _eigh(kernel)
+    scores: Array = (vectors * vectors) @ (values / (values + lam))
+    return scores
+
+
+def d_eff(kernel: Any, lam: float) -> float:
+    """Return the effective dimension ``sum_k s_k/(s_k + lam)`` of a kernel matrix.
+
+    Parameters
+    ----------
+    kernel : array (n, n) or ExponentialKernel
+        Symmetric positive semidefinite, with eigenvalues s_k.
+    lam : float
+        Ridge, > 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> d_eff(np.diag([3.0, 1.0]), 1.0)
+    1.25
+    """
+    from scipy.linalg import eigvalsh
+
+    lam = _positive(lam, "lam")
+    matrix = _symmetric(kernel)
+    if len(matrix) == 0:
+        return 0.0
+    values = eigvalsh(matrix, check_finite=False)
+    if values[0] < -1e-5 * max(values[-1], -values[0]):
+        raise ValueError(
+            f"kernel must be positive semidefinite, got the eigenvalue {values[0]:.6g}; "
+            f"pass K = B B^T"
+        )
+    values = np.maximum(values, 0.0)
+    return float(np.sum(values / (values + lam)))
+
+
+class RecursiveRidge(NamedTuple):
+    """Hold the result of recursive ridge leverage sampling.
+
+    Attributes
+    ----------
+    scores : float64 array (n,)
+        Overestimates of the ridge leverage scores, at most 1.
+    draw : ColumnDraw
+        Columns kept independently with ``min(1, oversampling l_i ln(sum l/delta))``; the number
+        of them is random.
+    """
+
+    scores: Array
+    draw: ColumnDraw
+
+
+def ridge_leverage_recursive(
+    kernel: Any,
+    lam: float,
+    *,
+    delta: float = 0.1,
+    oversampling: float = 16.0,
+    base: int | None = None,
+    rng: Rng = None,
+) -> RecursiveRidge:
+    """Return overestimates of ridge leverage scores and a draw by them, without forming K.
+
+    Half of the points, drawn at random, are sampled recursively; with their columns and weights S
+    ``l_i = (3/(2 lam)) (K - K S^T (S K S^T + lam I)^{-1} S K)_ii``, at most 1.
+
+    Parameters
+    ----------
+    kernel : array (n, n) or ExponentialKernel
+        K, symmetric positive semidefinite.
+    lam : float
+        Ridge, > 0.
+    delta : float
+        Failure probability, in (0, 1); each level of the recursion takes a third.
+    oversampling : float
+        Factor of the keep probabilities, > 0.  With 16 the guarantee holds; less is cheaper.
+    base : int, optional
+        Up to so many points K itself is used; by default ``ceil(192 ln(1/delta))``.
+    rng : None, int or numpy.random.Generator
+
+    Returns
+    -------
+    RecursiveRidge
+
+    Notes
+    -----
+    Musco and Musco, "Recursive sampling for the Nystrom method" (2017), Algorithm 2
+    (RecursiveRLS-Nystrom).  They prove that with probability ``1 - 3 delta`` the scores are no
+    less than the exact ones, at most ``384 d_eff ln(d_eff/delta)`` columns are drawn, and the
+    Nystrom approximation by these columns has ``Kt <= K <= Kt + lam I``.  O(n s) entries of K and
+    O(n s^2) time for s columns.  Deviations: scores are at least ``K_ii/(tr K + lam)``, as the
+    exact ones are, so that rounding cannot turn one into zero; and up to ``base`` points one pass
+    with ``S = I`` is made, where the algorithm returns all points without scores.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> result = ridge_leverage_recursive(np.eye(3), 1.0, rng=0)
+    >>> result.scores.round(12).tolist(), result.draw.columns.tolist()
+    ([0.75, 0.75, 0.75], [0, 1, 2])
+    """
+    whole = _as_kernel(kernel)
+    lam = _positive(lam, "lam")
+    delta = _positive(delta, "delta", below=1.0)
+    oversampling = _positive(oversampling, "oversampling")
+    if base is not None:
+        if isinstance(base, bool | np.bool_) or not isinstance(base, numbers.Integral):
+            raise TypeError(f"base must be an integer or None, got {type(base).__name__}")
+        if int(base) < 1:
+            raise ValueError(f"base must be at least 1, got {int(base)}; None is 192 ln(1/delta)")
+    generator = as_generator(rng)
+    n = whole.shape[0]
+    floor = whole.diagonal() / (float(whole.diagonal().sum()) + lam)
+    # Nested halves from the outside in; then samples from the inside out.
+    halves = [np.arange(n)]
+    budgets = [delta]
+    while True:
+        limit = base if base is not None else math.ceil(192 * math.log(1 / budgets[-1]))
+        if len(halves[-1]) <= limit:
+            break
+        kept = generator.random(len(halves[-1])) < 0.5
+        halves.append(halves[-1][kept])
+        budgets.append(budgets[-1] / 3)
+    columns, weights = halves[-1], np.ones(len(halves[-1]))
+    scores = probabilities = np.ones(len(columns))
+    # The innermost set is taken whole; if it is everything, scores still come from one more pass.
+    levels = list(zip(halves[:-1], budgets[:-1], strict=True)) or [(halves[0], delta)]
+    for index, budget in reversed(levels):
+        scores = _ridge_from_sample(whole, index, columns, weights, lam)
+        scores = np.minimum(np.maximum(1.5 * scores, floor[index]), 1.0)
+        factor = oversampling * max(math.log(max(scores.sum(), 1e-300) / budget), 0.0)
+        probabilities = np.minimum(1.0, factor * scores)
+        drawn = generator.random(len(index)) < probabilities
+        columns, weights = index[drawn], 1.0 / probabilities[drawn]
+    draw = ColumnDraw(columns.astype(np.int64), weights, 1.0 / weights, n, len(columns), False)
+    return RecursiveRidge(scores, draw)
+
+
+def _ridge_from_sample(
+    kernel: ExponentialKernel | _DenseKernel,
+    index: Array,
+    columns: Array,
+    weights: Array,
+    lam: float,
+) -> Array:
+    """Return ``(1/lam) (K - K S^T (S K S^T + lam I)^{-1} S K)_ii`` for i in ``index``.
+
+    For K = B B^T this is ``b_i^T (B^T S^T S B + lam I)^{-1} b_i``: with S = I the exact scores.
+    """
+    from scipy.linalg import cholesky, solve_triangular
+
+    diagonal = kernel.diagonal()[index]
+    if len(columns) == 0:
+        return diagonal / lam
+    root = np.sqrt(weights)
+    cross = kernel.block(index, columns) * root
+    core = kernel.block(columns, columns) * root * root[:, None]
+    core[np.diag_indices(len(core))] += lam
+    lower = cholesky(core, lower=True, check_finite=False)
+    half = solve_triangular(lower, cross.T, lower=True, check_finite=False)
+    scores: Array = np.maximum(diagonal - np.einsum("ij,ij->j", half, half), 0.0) / lam
+    return scores
+
+
+def nystrom_factor(kernel: Any, columns: ArrayLike, tol: float | None = None) -> Array:
+    """Return F (n, q) with ``Kt = F F^T = K_:J (K_JJ)^+ K_J:``, the Nystrom approximation of K.
+
+    Parameters
+    ----------
+    kernel : array (n, n) or ExponentialKernel
+        K, symmetric positive semidefinite.
+    columns : int array (s,)
+        J; repeats do not matter.
+    tol : float, optional
+        Eigenvalues of ``K_JJ`` up to ``tol`` times the largest count as zero, by default
+        ``s eps``.
+
+    Returns
+    -------
+    ndarray, float64 (n, q)
+        q is the numerical rank of ``K_JJ``.
+
+    Notes
+    -----
+    ``0 <= Kt <= K`` in the semidefinite order, up to rounding.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> f = nystrom_factor(np.array([[2.0, 1.0], [1.0, 2.0]]), [0])
+    >>> (f @ f.T).round(12).tolist()
+    [[2.0, 1.0], [1.0, 0.5]]
+    """
+    from scipy.linalg import eigh
+
+    whole = _as_kernel(kernel)
+    chosen = as_array(columns, "columns")
+    if chosen.size == 0:
+        return np.zeros((whole.shape[0], 0))
+    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+        raise TypeError(
+            f"columns must be a one-dimensional integer array, got {chosen.dtype} of shape "
+            f"{chosen.shape}; give indices"
+        )
+    chosen = np.unique(chosen)
+    if not 0 <= chosen[0] <= chosen[-1] < whole.shape[0]:
+        raise ValueError(
+            f"columns must be in 0..{whole.shape[0] - 1}, got {int(chosen[0])}.."
+            f"{int(chosen[-1])}; give indices of rows of K"
+        )
+    relative = len(chosen) * float(np.finfo(np.float64).eps) if tol is None else tol
+    if tol is not None:
+        relative = _positive(tol, "tol", below=1.0)
+    cross = whole.block(np.arange(whole.shape[0]), chosen)
+    core = cross[chosen]
+    values, vectors = eigh((core + core.T) / 2, check_finite=False)
+    kept = values > relative * max(values[-1], 0.0)
+    factor: Array = cross @ (vectors[:, kept] / np.sqrt(values[kept]))
+    return factor
+
+
+class PsdCheck(NamedTuple):
+    """Hold the extreme eigenvalues of ``K - Kt`` and what they mean.
+
+    Attributes
+    ----------
+    lowest, highest : float
+        Eigenvalues of ``K - Kt``.
+    below : bool
+        ``Kt <= K``: the lowest is at least ``-1e-8 tr K``.
+    within : bool
+        ``K - Kt <= lam I``, with the same allowance.
+    """
+
+    lowest: float
+    highest: float
+    below: bool
+    within: bool
+
+
+def ridge_psd_check(kernel: Any, approximation: ArrayLike, lam: float) -> PsdCheck:
+    """Check ``0 <= K - Kt <= lam I`` in the semidefinite order by eigenvalues.
+
+    Parameters
+    ----------
+    kernel : array (n, n) or ExponentialKernel
+        K.
+    approximation : array (n, n)
+        Kt, symmetric.
+    lam : float
+        Bound, > 0.
+
+    Returns
+    -------
+    PsdCheck
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ridge_psd_check(np.eye(2), np.diag([1.0, 0.0]), 1.0).within
+    True
+    """
+    from scipy.linalg import eigvalsh
+
+    lam = _positive(lam, "lam")
+    matrix = _symmetric(kernel)
+    other = _symmetric(approximation, "approximation")
+    if matrix.shape != other.shape:
+        raise ValueError(
+            f"approximation must have the shape {matrix.shape} of kernel, got {other.shape}; "
+            f"pass Kt (n, n)"
+        )
+    if len(matrix) == 0:
+        return PsdCheck(0.0, 0.0, True, True)
+    values = eigvalsh(matrix - other, check_finite=False)
+    slack = 1e-8 * float(np.trace(matrix))
+    lowest, highest = float(values[0]), float(values[-1])
+    return PsdCheck(lowest, highest, lowest >= -slack, highest <= lam + slack)

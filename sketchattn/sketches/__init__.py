@@ -1,0 +1,19 @@
+"""Sketches: random matrices S (r, n) with ``E[S^T S] = I``, one immutable object a draw."""
+
+from ._base import Sketch as Sketch
+from ._base import make_sketch as make_sketch
+from ._base import sketches as sketches
+from .dense import DenseSketch as DenseSketch
+from .dense import GaussianSketch as GaussianSketch
+from .dense import GivenSketch as GivenSketch
+from .dense import RademacherSketch as RademacherSketch
+from .dense import UniformSketch as UniformSketch
+from .dense import check_sketch as check_sketch
+from .hashing import CountSketch as CountSketch
+from .hashing import OSNAPSketch as OSNAPSketch
+from .hashing import SJLTSketch as SJLTSketch
+from .orthogonal import DCTSketch as DCTSketch
+from .orthogonal import HaarSketch as HaarSketch
+from .orthogonal import SRHTSketch as SRHTSketch
+from .sparse import LessUniformSketch as LessUniformSketch
+from .sparse import SparseSketch as SparseSketch

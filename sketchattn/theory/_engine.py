@@ -1,0 +1,898 @@
+"""Claims and verdicts: what a theorem says, what is observed, and how the two are compared.
+
+A claim is registered with the function that observes it.  ``check`` evaluates its assumptions,
+lets it observe seeded independent trials, and decides:
+
+- *tail* (``P(observed > bound) <= delta``): failures are counted and the Clopper-Pearson limits of
+  the rate of failure are compared with delta;
+- *equality* and *expectation* (of a mean): ``z = (mean - theory) / (std / sqrt(trials))``, an
+  alarm above 5;
+- *inequality* and *existence*: every single observation must obey.
+
+Whatever the kind, the draws themselves are audited: a sketch whose mean is off, whose signs are
+missing, or that is the same in all trials is not the one that the claim is about.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import pkgutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..draws import Rng, entropy_of
+from ..problem import closest
+from ._instances import Instance, as_instance, get_instance
+
+Array = NDArray[Any]
+
+STATUSES = ("published", "derived", "refuted")
+KINDS = ("equality", "expectation", "tail", "inequality", "existence")
+VERDICTS = ("holds", "violated", "vacuous", "not applicable", "inconclusive")
+
+# An alarm of a z-score: 5.7e-7 two-sided for a normal mean.
+ALARM = 5.0
+# Fewer trials say nothing about a mean through its z-score.
+LEAST_TRIALS = 30
+# Deterministic inequalities may be missed by this factor: rounding in float64.
+ROUNDING = 1e-9
+
+# What a claim on a bundled head is recorded under, and on anything else without a record.
+HEADS = "heads"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Hold a statement with its constants, its source, and the verdicts that it gets.
+
+    Attributes
+    ----------
+    id : str
+        ``topic.name``.
+    title, statement, source : str
+        The exact statement as text, and where it comes from.
+    status : {"published", "derived", "refuted"}
+    kind : {"equality", "expectation", "tail", "inequality", "existence"}
+    observes : str
+        The observed quantity: which norm, and over which denominator.
+    assumptions : tuple of str
+        Evaluated on the problem; where one fails the claim is not applicable.
+    recorded : mapping from str to str
+        The verdict on named instances, on single heads, and under "heads" on the bundled heads
+        that are not named.
+    constants : mapping from str to float
+        The constants of the theorem, and the parameters with which it is checked by default.
+    """
+
+    id: str
+    title: str
+    statement: str
+    source: str
+    status: str
+    kind: str
+    observes: str
+    assumptions: tuple[str, ...]
+    recorded: Mapping[str, str]
+    constants: Mapping[str, float]
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """Names of the built-in instances that have a record, in order."""
+        return tuple(x for x in self.recorded if x != HEADS and "/" not in x)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python objects, for JSON."""
+        out = asdict_shallow(self)
+        out["assumptions"] = list(self.assumptions)
+        return out
+
+
+def asdict_shallow(record: Any) -> dict[str, Any]:
+    """Return the fields of a record, with mappings as dictionaries and numbers for JSON."""
+    return {name: plain(getattr(record, name)) for name in record.__dataclass_fields__}
+
+
+def plain(value: Any) -> Any:
+    """Return a value for JSON; numbers that are not finite become "inf", "-inf" or "nan"."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(x) for name, x in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(x) for x in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Hold the outcome of a check.
+
+    Attributes
+    ----------
+    claim : str
+        Id of the claim.
+    status : {"holds", "violated", "vacuous", "not applicable", "inconclusive"}
+    observed : float
+        For a tail the (1 - delta)-quantile of the observations, for a mean their mean, otherwise
+        the observation that comes nearest to its bound.
+    bound : float
+        What the claim puts against it.
+    slack : float
+        ``bound / observed``: how loose the claim is.
+    trials : int
+        Independent draws; 0 where nothing had to be drawn.
+    failures : int or None
+        Observations beyond the bound; None for means.
+    interval : (float, float) or None
+        For a tail the one-sided lower and upper limit of the rate of failure, each at the
+        confidence asked for; for a mean its two-sided interval.
+    notes : str
+        Reasons and particulars.
+    instance : str
+        Name of the problem.
+    rank : int or None
+        Rows, columns or products that were used.
+    delta : float or None
+        The rate of failure that a tail claims.
+    z : float or None
+        Of a mean.
+    vacuous : str
+        Why the claim promises nothing here, whatever its verdict; empty otherwise.
+    """
+
+    claim: str
+    status: str
+    observed: float
+    bound: float
+    slack: float
+    trials: int
+    failures: int | None
+    interval: tuple[float, float] | None
+    notes: str
+    instance: str = ""
+    rank: int | None = None
+    delta: float | None = None
+    z: float | None = None
+    vacuous: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python objects, for JSON."""
+        return asdict_shallow(self)
+
+    def __str__(self) -> str:
+        numbers_ = f"observed {self.observed:.4g}, bound {self.bound:.4g}"
+        count = "" if self.failures is None else f", {self.failures} failures"
+        trials = f"{self.trials} trials" if self.trials != 1 else "1 trial"
+        note = f" ({self.notes})" if self.notes else ""
+        return (
+            f"{self.claim} on {self.instance}: {self.status}; {numbers_}{count} in {trials}{note}"
+        )
+
+
+# --- what an observer is given and gives --------------------------------------------------------
+
+
+class Assumption(NamedTuple):
+    """Pair the text of an assumption with its test, which returns the reason of a failure."""
+
+    text: str
+    test: Callable[[Instance], str | None]
+
+
+class Series(NamedTuple):
+    """Hold trials of a quantity whose mean must be ``target``."""
+
+    name: str
+    values: Sequence[float]
+    target: float
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Hold what an observer saw.
+
+    Attributes
+    ----------
+    values : sequence of float (trials,)
+        One observation a trial.
+    bound : float or sequence of float (trials,)
+        What the claim puts against each; for equalities the theory.
+    delta : float, optional
+        Of a tail.
+    rank : int, optional
+        Rows, columns or products that were used.
+    trivial : float, optional
+        What the trivial predictor reaches in the units of ``values``.
+    rounding : float, default 0
+        Absolute error of an observation through rounding.
+    bound_error : float, default 0
+        Standard error of the bound where it was simulated itself.
+    series : tuple of Series
+        Further means that must be right, such as a bias of zero.
+    notes : str
+        Particulars.
+    """
+
+    values: Sequence[float] | Array
+    bound: float | Sequence[float] | Array
+    delta: float | None = None
+    rank: int | None = None
+    trivial: float | None = None
+    rounding: float = 0.0
+    bound_error: float = 0.0
+    series: tuple[Series, ...] = ()
+    notes: str = ""
+
+
+class _Stop(Exception):  # noqa: N818  (control flow, not an error)
+    """End an observation early."""
+
+
+class _NotApplicable(_Stop):
+    pass
+
+
+class _Vacuous(_Stop):
+    def __init__(self, reason: str, bound: float, rank: int | None, delta: float | None) -> None:
+        super().__init__(reason)
+        self.bound, self.rank, self.delta = bound, rank, delta
+
+
+OperatorFactory = Callable[..., Any]
+
+
+@dataclass
+class Context:
+    """Give an observer its problem, its trials and its random operators.
+
+    Attributes
+    ----------
+    instance : Instance
+        The matrices A (m, n) and V (n, d_v), or the problem itself.
+    trials : int
+    factory : callable
+        ``factory(kind, r, n, rng, **parameters)`` makes a random S (r, n).
+    """
+
+    instance: Instance
+    trials: int
+    entropy: int
+    key: tuple[int, ...]
+    factory: OperatorFactory
+    audits: dict[str, tuple[float, list[float]]] = field(default_factory=dict)
+    fingerprints: list[float] = field(default_factory=list)
+
+    def generators(self) -> Iterator[np.random.Generator]:
+        """Yield one independent generator for each trial, the same for the same seed."""
+        for i in range(self.trials):
+            yield np.random.default_rng(
+                np.random.SeedSequence(self.entropy, spawn_key=(*self.key, i))
+            )
+
+    def operator(
+        self, kind: str, r: int, n: int, rng: np.random.Generator, **parameters: Any
+    ) -> Any:
+        """Return a random S (r, n) with ``E[S^T S] = I``."""
+        return self.factory(kind, r, n, rng, **parameters)
+
+    def audit(self, name: str, value: float, target: float) -> None:
+        """Record one trial of a quantity whose mean is ``target`` for the operators meant."""
+        self.audits.setdefault(name, (target, []))[1].append(value)
+
+    def fingerprint(self, value: float) -> None:
+        """Record a number that two independent draws do not share."""
+        self.fingerprints.append(value)
+
+    def require(self, condition: bool, reason: str) -> None:
+        """End with "not applicable" unless a condition on problem and parameters holds."""
+        if not condition:
+            raise _NotApplicable(reason)
+
+    def below(self, rank: int, n: int, bound: float, delta: float | None = None) -> None:
+        """End with "vacuous" where as many rows are asked for as the problem has columns."""
+        if rank >= n:
+            raise _Vacuous(
+                f"asks rank r = {rank} >= n = {n}, where the exact product costs no more",
+                bound,
+                rank,
+                delta,
+            )
+
+
+Observer = Callable[..., Observations]
+
+
+class Entry(NamedTuple):
+    """Hold a registered claim with what the engine needs beside its text."""
+
+    claim: Claim
+    observe: Observer
+    assumptions: tuple[Assumption, ...]
+    parameters: Mapping[str, Any]
+    ladder: tuple[Mapping[str, Any], ...]
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def claim(
+    id: str,  # noqa: A002  (the name of the field)
+    *,
+    title: str,
+    statement: str,
+    source: str,
+    status: str,
+    kind: str,
+    observes: str,
+    recorded: Mapping[str, str],
+    assumptions: Sequence[Assumption] = (),
+    constants: Mapping[str, float] | None = None,
+    ladder: Sequence[Mapping[str, Any]] = (),
+) -> Callable[[Observer], Observer]:
+    """Register the observer of a claim.
+
+    Parameters
+    ----------
+    id, title, statement, source, status, kind, observes, recorded
+        As in `Claim`.
+    assumptions : sequence of Assumption
+    constants : mapping, optional
+        Constants of the theorem; numeric parameters of the observer are added.
+    ladder : sequence of mappings
+        Parameters of the steps of its picture, from few to many rows.
+
+    Returns
+    -------
+    callable
+        Decorator of ``observe(context, *, parameter=default, ...) -> Observations``, whose
+        keyword-only parameters are those of the claim.
+    """
+    for value, name, known in ((status, "status", STATUSES), (kind, "kind", KINDS)):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}; choose one")
+    wrong = [x for x in recorded.values() if x not in VERDICTS]
+    if wrong:
+        raise ValueError(f"recorded must hold verdicts, got {wrong[0]!r}; choose from {VERDICTS}")
+    if "." not in id:
+        raise ValueError(f"id must be topic.name, got {id!r}; name the topic")
+
+    def register(observe: Observer) -> Observer:
+        if id in _ENTRIES:
+            raise ValueError(f"id must be unique, got {id!r} twice; rename one")
+        parameters = {
+            name: p.default
+            for name, p in inspect.signature(observe).parameters.items()
+            if p.kind is p.KEYWORD_ONLY
+        }
+        numeric = {
+            name: float(x)
+            for name, x in parameters.items()
+            if isinstance(x, numbers.Real) and not isinstance(x, bool)
+        }
+        record = Claim(
+            id,
+            title,
+            " ".join(statement.split()),
+            source,
+            status,
+            kind,
+            observes,
+            tuple(a.text for a in assumptions),
+            MappingProxyType(dict(recorded)),
+            MappingProxyType({**(constants or {}), **numeric}),
+        )
+        _ENTRIES[id] = Entry(record, observe, tuple(assumptions), parameters, tuple(ladder))
+        return observe
+
+    return register
+
+
+def load() -> None:
+    """Import every topic of the package, which registers its claims and instances."""
+    package = import_module(__package__ or "sketchattn.theory")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            import_module(f"{package.__name__}.{module.name}")
+
+
+def claims() -> dict[str, Claim]:
+    """Return all claims as a dictionary from ids to records, in alphabetical order.
+
+    Examples
+    --------
+    >>> import sketchattn.theory
+    >>> sketchattn.theory.claims()["sketching.moment_gaussian"].kind
+    'equality'
+    """
+    load()
+    return {name: _ENTRIES[name].claim for name in sorted(_ENTRIES)}
+
+
+def get_entry(id: str) -> Entry:  # noqa: A002  (the name of the field)
+    """Return a registered claim with its observer; refuse an unknown id."""
+    load()
+    if not isinstance(id, str):
+        raise TypeError(
+            f"id must be a string, got {type(id).__name__}; see sketchattn.theory.claims()"
+        )
+    if id not in _ENTRIES:
+        raise ValueError(f"id must be that of a claim, got {id!r}{closest(id, _ENTRIES)}")
+    return _ENTRIES[id]
+
+
+# --- checking -----------------------------------------------------------------------------------
+
+
+def check_trials(trials: object) -> int:
+    """Return ``trials`` as an integer of at least 1."""
+    if isinstance(trials, bool | np.bool_) or not isinstance(trials, numbers.Integral):
+        raise TypeError(f"trials must be an integer, got {type(trials).__name__}; 200 is usual")
+    if int(trials) < 1:
+        raise ValueError(f"trials must be at least 1, got {int(trials)}; 200 is usual")
+    return int(trials)
+
+
+def check_confidence(confidence: object) -> float:
+    """Return ``confidence`` as a number strictly between 0 and 1."""
+    if isinstance(confidence, bool | np.bool_) or not isinstance(confidence, numbers.Real):
+        raise TypeError(
+            f"confidence must be a real number, got {type(confidence).__name__}; 0.95 is usual"
+        )
+    if not 0.0 < float(confidence) < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {float(confidence)}; 0.95 is usual")
+    return float(confidence)
+
+
+def _parameters(entry: Entry, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = entry.parameters
+    for name in given:
+        if name not in known:
+            hint = closest(name, known) if known else "; it takes none"
+            raise TypeError(
+                f"{name} must be a parameter of claim {entry.claim.id!r}, got {name!r}{hint}"
+            )
+    return {**known, **given}
+
+
+def default_factory(kind: str, r: int, n: int, rng: np.random.Generator, **parameters: Any) -> Any:
+    """Return a random operator S (r, n): a sketch, or for ``sample_*`` a draw of columns.
+
+    Parameters
+    ----------
+    kind : str
+        A kind of ``sketchattn.sketches``, or "sample_wr", "sample_wor", "sample_poisson" or
+        "sample_gumbel".
+    r, n : int
+    rng : numpy.random.Generator
+    **parameters
+        Those of the sketch; for a draw ``p``, the law (n,), but for "sample_wor".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> default_factory("sample_wor", 2, 5, rng).to_dense().shape
+    (2, 5)
+    """
+    if kind.startswith("sample_"):
+        from .. import sampling
+
+        if kind == "sample_wor":
+            return sampling.sample_uniform(n, r, rng)
+        draw = {
+            "sample_wr": sampling.sample_with_replacement,
+            "sample_poisson": sampling.sample_poisson,
+            "sample_gumbel": sampling.sample_gumbel,
+        }[kind]
+        return draw(parameters["p"], r, rng)
+    from ..sketches import make_sketch
+
+    return make_sketch(kind, r, n, rng, **parameters)
+
+
+def check(
+    id: str,  # noqa: A002  (the name of the field)
+    problem: object = None,
+    *,
+    trials: int = 200,
+    confidence: float = 0.95,
+    rng: Rng = 0,
+    sketch: OperatorFactory | None = None,
+    **parameters: Any,
+) -> Verdict:
+    """Check a claim on a problem.
+
+    Parameters
+    ----------
+    id : str
+        A key of `claims`.
+    problem : AttentionProblem, Instance, name of an instance, or pair (A, V), optional
+        By default the first instance that the claim has a record for.
+    trials : int, default 200
+        Independent draws.
+    confidence : float, default 0.95
+        Of the limits of a rate of failure, each one-sided.
+    rng : None, int or numpy.random.Generator
+        The same integer gives the same verdict.
+    sketch : callable, optional
+        ``sketch(kind, r, n, rng, **parameters)`` makes the random operators in place of the
+        library's own: an array (r, n), a LinearOperator or a Sketch.  For other people's
+        sketches, and to see that broken ones are noticed.
+    **parameters
+        Those of the claim, such as ``eps``, ``delta`` or ``rank``; its ``constants`` say what
+        they are by default.
+
+    Returns
+    -------
+    Verdict
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an unknown id or parameter, and values out of range.
+
+    Notes
+    -----
+    - tail: *holds* if the upper limit of the rate of failure is at most delta, *violated* if the
+      lower one is above, otherwise *inconclusive*.  Without a failure delta is certified from
+      ``ln(1 - confidence)/ln(1 - delta)`` trials on: 59 for 0.05.
+    - equality and expectation: *violated* if ``|z| > 5`` (``z > 5`` where the claim is an upper
+      bound); *inconclusive* below 30 trials, or where an error of the size of the theory itself
+      could not have been seen.
+    - inequality and existence: *violated* by a single observation beyond rounding.
+    - *vacuous*: not violated, but the bound is not below what the trivial predictor (zero, or the
+      mean of V) reaches, or it asks for as many rows as there are columns; then nothing is drawn.
+    - *not applicable*: an assumption fails; the notes say which.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> problem = sa.make_heads("clustered", n=64, d=8, rng=0)[0]
+    >>> sa.theory.check("sketching.moment_countsketch", problem).status
+    'holds'
+    """
+    entry = get_entry(id)
+    count, level = check_trials(trials), check_confidence(confidence)
+    chosen = _parameters(entry, parameters)
+    if sketch is not None and not callable(sketch):
+        raise TypeError(
+            f"sketch must be callable, got {type(sketch).__name__}; "
+            f"pass a function of kind, r, n and rng"
+        )
+    if problem is None:
+        instance = get_instance(entry.claim.instances[0])
+    else:
+        instance = as_instance(problem)
+    return run(entry, instance, count, level, entropy_of(rng), chosen, sketch)
+
+
+def _context(
+    entry: Entry, instance: Instance, trials: int, entropy: int, sketch: OperatorFactory | None
+) -> Context:
+    key = tuple(zlib.crc32(text.encode()) for text in (entry.claim.id, instance.name))
+    return Context(instance, trials, entropy, key, sketch or default_factory)
+
+
+def run(
+    entry: Entry,
+    instance: Instance,
+    trials: int,
+    confidence: float,
+    entropy: int,
+    parameters: Mapping[str, Any],
+    sketch: OperatorFactory | None = None,
+) -> Verdict:
+    """Return the verdict on checked arguments."""
+    nothing = {
+        "claim": entry.claim.id,
+        "instance": instance.name,
+        "observed": math.nan,
+        "slack": math.nan,
+        "trials": 0,
+        "failures": None,
+        "interval": None,
+    }
+    for assumption in entry.assumptions:
+        reason = assumption.test(instance)
+        if reason is not None:
+            return Verdict(status="not applicable", bound=math.nan, notes=reason, **nothing)
+    context = _context(entry, instance, trials, entropy, sketch)
+    try:
+        seen = entry.observe(context, **parameters)
+    except _NotApplicable as stop:
+        return Verdict(status="not applicable", bound=math.nan, notes=str(stop), **nothing)
+    except _Vacuous as stop:
+        return Verdict(
+            status="vacuous",
+            bound=stop.bound,
+            notes=str(stop),
+            vacuous=str(stop),
+            rank=stop.rank,
+            delta=stop.delta,
+            **nothing,
+        )
+    verdict = _decide(entry.claim, seen, confidence)
+    broken = _audit(context)
+    status, notes = verdict.status, [seen.notes, verdict.notes]
+    if broken:
+        status = "violated"
+        notes.insert(0, f"the draws are not those of the claim: {broken}")
+    elif verdict.vacuous and status in ("holds", "inconclusive"):
+        status = "vacuous"
+        notes.append(verdict.vacuous)
+    fields = {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
+    text = "; ".join(x for x in notes if x)
+    return Verdict(**{**fields, "status": status, "notes": text, "instance": instance.name})
+
+
+def sample(
+    entry: Entry,
+    instance: Instance,
+    trials: int,
+    entropy: int,
+    parameters: Mapping[str, Any],
+) -> Observations | None:
+    """Return the observations themselves, None where the claim is not applicable or vacuous.
+
+    ``trials`` 0 gives the bound alone.
+    """
+    if any(a.test(instance) is not None for a in entry.assumptions):
+        return None
+    try:
+        return entry.observe(_context(entry, instance, trials, entropy, None), **parameters)
+    except _Stop:
+        return None
+
+
+def bound(id: str, problem: object = None, **parameters: Any) -> float:  # noqa: A002
+    """Return what a claim puts against its observation, without drawing anything.
+
+    Parameters
+    ----------
+    id : str
+        A key of `claims`, whose ``observes`` says in which units the bound is.
+    problem, **parameters
+        As for `check`.
+
+    Returns
+    -------
+    float
+        NaN where the claim is not applicable, or where each draw has a bound of its own.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> problem = sa.make_heads("gaussian", n=64, d=8, rng=0)[0]
+    >>> points = [sa.theory.bound("sketching.moment_gaussian", problem, rank=r) for r in (8, 16)]
+    >>> round(points[0] / points[1], 12)
+    2.0
+    """
+    entry = get_entry(id)
+    chosen = _parameters(entry, parameters)
+    instance = get_instance(entry.claim.instances[0]) if problem is None else as_instance(problem)
+    for assumption in entry.assumptions:
+        if assumption.test(instance) is not None:
+            return math.nan
+    try:
+        seen = entry.observe(_context(entry, instance, 0, 0, None), **chosen)
+    except _NotApplicable:
+        return math.nan
+    except _Vacuous as stop:
+        return stop.bound
+    return float(seen.bound) if np.ndim(seen.bound) == 0 else math.nan
+
+
+# --- deciding -----------------------------------------------------------------------------------
+
+
+def clopper_pearson(failures: int, trials: int, confidence: float) -> tuple[float, float]:
+    """Return the lower and the upper limit of a rate, each one-sided.
+
+    Parameters
+    ----------
+    failures, trials : int
+    confidence : float
+
+    Examples
+    --------
+    >>> low, high = clopper_pearson(0, 59, 0.95)
+    >>> low, high < 0.05 < clopper_pearson(0, 58, 0.95)[1]
+    (0.0, True)
+    """
+    from scipy.stats import beta
+
+    low = 0.0
+    high = 1.0
+    if failures > 0:
+        low = float(beta.ppf(1 - confidence, failures, trials - failures + 1))
+    if failures < trials:
+        high = float(beta.ppf(confidence, failures + 1, trials - failures))
+    return low, high
+
+
+def can_certify(delta: float | None, trials: int, confidence: float) -> bool:
+    """Return whether ``trials`` without a failure would certify a rate of at most delta."""
+    return delta is None or trials == 0 or clopper_pearson(0, trials, confidence)[1] <= delta
+
+
+class _Mean(NamedTuple):
+    mean: float
+    error: float
+    z: float
+
+
+def z_score(
+    values: Sequence[float] | Array, target: float, *, rounding: float = 0.0, error: float = 0.0
+) -> _Mean:
+    """Return mean, standard error and ``z = (mean - target)/error`` of independent trials.
+
+    Parameters
+    ----------
+    values : (trials,)
+    target : float
+    rounding : float
+        A difference up to this is none.
+    error : float
+        Standard error of the target itself.
+
+    Returns
+    -------
+    (mean, error, z)
+        z is 0 for a difference within rounding, infinite where all values are equal and wrong.
+    """
+    x = np.asarray(values, np.float64)
+    mean = float(x.mean())
+    spread = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+    spread = math.hypot(spread, error)
+    difference = mean - target
+    allowed = max(rounding, 1e-12 * abs(target), 1e-12 * float(np.abs(x).max(initial=0.0)))
+    if not math.isfinite(mean):
+        return _Mean(mean, spread, math.inf)
+    if abs(difference) <= allowed:
+        return _Mean(mean, spread, 0.0)
+    return _Mean(
+        mean, spread, difference / spread if spread > 0 else math.copysign(math.inf, difference)
+    )
+
+
+def _audit(context: Context) -> str:
+    """Return what is wrong with the draws, empty if nothing is."""
+    marks = context.fingerprints
+    if len(marks) > 1 and len(set(marks)) == 1:
+        return f"all {len(marks)} trials drew the same operator"
+    for name, (target, values) in context.audits.items():
+        seen = z_score(values, target)
+        enough = len(values) >= LEAST_TRIALS or seen.error == 0.0
+        if abs(seen.z) > ALARM and enough:
+            return f"{name} has the mean {seen.mean:.4g} and not {target:.4g} (z = {seen.z:.3g})"
+    return ""
+
+
+def _ratio(bound: float, observed: float) -> float:
+    if observed > 0:
+        return bound / observed
+    return math.inf if bound > 0 else 1.0
+
+
+def _vacuous(bound: float, trivial: float | None) -> str:
+    if trivial is None or bound < trivial:
+        return ""
+    return f"the bound {bound:.4g} is not below the trivial predictor's {trivial:.4g}"
+
+
+def _decide(claim: Claim, seen: Observations, confidence: float) -> Verdict:
+    values = np.asarray(seen.values, np.float64)
+    if claim.kind == "tail":
+        return _decide_tail(claim, seen, values, confidence)
+    if claim.kind in ("equality", "expectation"):
+        return _decide_mean(claim, seen, values, confidence)
+    return _decide_each(claim, seen, values)
+
+
+def _decide_tail(claim: Claim, seen: Observations, values: Array, confidence: float) -> Verdict:
+    assert seen.delta is not None  # every tail has one
+    delta, trials = seen.delta, len(values)
+    bounds = np.broadcast_to(np.asarray(seen.bound, np.float64), values.shape)
+    # NaN is a failure
+    failures = int(np.count_nonzero(~(values <= bounds * (1 + ROUNDING) + seen.rounding)))
+    low, high = clopper_pearson(failures, trials, confidence)
+    status = "holds" if high <= delta else "violated" if low > delta else "inconclusive"
+    notes = ""
+    if status == "inconclusive" and not can_certify(delta, trials, confidence):
+        notes = f"{trials} trials cannot certify delta = {delta:.3g}"
+    ratios = values / np.where(bounds > 0, bounds, 1.0)
+    bound = float(np.median(bounds))
+    observed = float(np.quantile(ratios, max(0.0, 1 - delta), method="higher"))
+    observed *= bound if bound > 0 else 1.0
+    vacuous = _vacuous(float(bounds.max()), seen.trivial)
+    if delta >= 1:
+        vacuous = f"the claimed rate of failure is {delta:.3g}"
+    return Verdict(
+        claim.id,
+        status,
+        observed,
+        bound,
+        _ratio(bound, observed),
+        trials,
+        failures,
+        (low, high),
+        notes,
+        rank=seen.rank,
+        delta=delta,
+        vacuous=vacuous,
+    )
+
+
+def _decide_mean(claim: Claim, seen: Observations, values: Array, confidence: float) -> Verdict:
+    from scipy.stats import norm
+
+    target = float(np.asarray(seen.bound, np.float64))
+    trials = len(values)
+    mean, error, z = z_score(values, target, rounding=seen.rounding, error=seen.bound_error)
+    one_sided = claim.kind == "expectation"
+    wrong = z > ALARM if one_sided else abs(z) > ALARM
+    certain = error == 0.0  # every trial gave the same number
+    notes = []
+    for series in seen.series:
+        other = z_score(series.values, series.target, rounding=math.sqrt(seen.rounding))
+        if abs(other.z) > ALARM and (trials >= LEAST_TRIALS or other.error == 0.0):
+            wrong = True
+            notes.append(
+                f"{series.name}: {other.mean:.4g} and not {series.target:.4g}, z = {other.z:.3g}"
+            )
+    if trials < LEAST_TRIALS and not certain:
+        status = "inconclusive"
+        notes.append(f"a mean of {trials} trials; {LEAST_TRIALS} are the least")
+    elif wrong:
+        status = "violated"
+    elif ALARM * error > abs(target) + seen.rounding and z != 0.0:
+        status = "inconclusive"
+        notes.append("heavy tails: an error of the size of the theory could not be seen")
+    else:
+        status = "holds"
+    half = float(norm.isf((1 - confidence) / 2)) * error
+    return Verdict(
+        claim.id,
+        status,
+        mean,
+        target,
+        _ratio(target, mean),
+        trials,
+        None,
+        (mean - half, mean + half),
+        "; ".join(notes),
+        rank=seen.rank,
+        z=z,
+        vacuous=_vacuous(target, seen.trivial),
+    )
+
+
+def _decide_each(claim: Claim, seen: Observations, values: Array) -> Verdict:
+    bounds = np.broadcast_to(np.asarray(seen.bound, np.float64), values.shape)
+    failures = int(np.count_nonzero(~(values <= bounds * (1 + ROUNDING) + seen.rounding)))
+    ratios = [_ratio(float(b), float(x)) for x, b in zip(values, bounds, strict=True)]
+    worst = int(np.argmin(ratios))
+    return Verdict(
+        claim.id,
+        "violated" if failures else "holds",
+        float(values[worst]),
+        float(bounds[worst]),
+        ratios[worst],
+        len(values),
+        failures,
+        None,
+        "",
+        rank=seen.rank,
+        vacuous=_vacuous(float(bounds[worst]), seen.trivial),
+    )

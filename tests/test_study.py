@@ -1,0 +1,850 @@
+"""Studies: the full grid, the same numbers however it is computed, killed and continued."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import sketchattn as sa
+from sketchattn.draws import Draw
+from sketchattn.methods import _base
+from sketchattn.metrics import FIELDS
+from sketchattn.operators import AttentionOperator
+from sketchattn.problem import AttentionProblem
+from sketchattn.study import (
+    COLUMNS,
+    REFERENCES,
+    as_heads,
+    decode,
+    default_methods,
+    default_ranks,
+    describe_method,
+    encode,
+    quantiles,
+)
+
+# The package binds the name to the function; this is the module.
+module = importlib.import_module("sketchattn.study")
+
+RANKS = [2, 4, 8]
+
+
+def small_heads(heads: int = 3, n: int = 24, rng: int = 0) -> sa.Heads:
+    return sa.make_heads("clustered", n=n, d=4, heads=heads, rng=rng)
+
+
+def untimed(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.drop(columns="seconds")
+
+
+def same_rows(a: sa.StudyResult, b: sa.StudyResult) -> bool:
+    return all(
+        untimed(x).equals(untimed(y)) for x, y in ((a.frame, b.frame), (a.references, b.references))
+    )
+
+
+def journal_lines(folder: Path) -> list[dict[str, Any]]:
+    files = sorted((folder / "cells").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def cell_keys(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(x["problem"], x["method"], x["rank"], x["seed"], x["version"]) for x in lines]
+
+
+# --- the grid -----------------------------------------------------------------------------------
+
+
+def test_frame_is_the_full_grid_in_order() -> None:
+    heads = small_heads()
+    result = sa.study(heads, methods={"b": "uniform", "a": "exact"}, ranks=[8, 2], seeds=[3, 1])
+    wanted = [
+        (head, method, rank, seed)
+        for head in heads.names
+        for method in ("b", "a")
+        for rank in (8, 2)
+        for seed in (3, 1)
+    ]
+    assert tuple(result.frame.columns) == COLUMNS
+    columns = ["head", "method", "rank", "seed"]
+    assert list(result.frame[columns].itertuples(index=False, name=None)) == wanted
+    wanted_references = [
+        (head, method, rank, 3) for head in heads.names for method in REFERENCES for rank in (8, 2)
+    ]
+    assert tuple(result.references.columns) == COLUMNS
+    assert list(result.references[columns].itertuples(index=False, name=None)) == wanted_references
+
+
+def test_rows_are_error_reports_of_the_same_draw() -> None:
+    heads = small_heads(2)
+    result = sa.study(heads, methods="uniform", ranks=[4], seeds=[7])
+    for i, problem in enumerate(heads):
+        ahat = sa.UniformColumns(rank=4).approximate(problem, rng=7)
+        wanted = sa.error_report(problem, ahat)
+        row = result.frame.iloc[i]
+        # One thread or several may round a decomposition differently in its last digits.
+        for field, value in wanted.as_dict().items():
+            assert row[field] == pytest.approx(value, rel=1e-12)
+        assert row["bytes"] == ahat.nbytes
+        assert row["effective_rank"] == ahat.effective_rank == 4
+        assert row["seconds"] > 0
+
+
+def test_deterministic_rows_are_repeated_and_random_rows_are_not() -> None:
+    result = sa.study(small_heads(1), methods=["exact", "topk", "uniform"], ranks=[2, 4], seeds=3)
+    by_method = dict(list(untimed(result.frame).groupby("method", sort=False)))
+    values = [c for c in COLUMNS if c in FIELDS]
+    assert len(by_method["exact"][values].drop_duplicates()) == 1
+    assert len(by_method["topk"][values].drop_duplicates()) == 2
+    assert len(by_method["uniform"][values].drop_duplicates()) == 6
+    # exact (1), uniform (2 x 3), svd and topk (2 each), zero and vmean (1 each); topk is shared.
+    assert result.computed == 13
+    assert result.frame["effective_rank"].isna().sum() == 6
+
+
+def test_variants_of_one_method_are_compared_under_their_labels() -> None:
+    unbiased = sa.UniformColumns(rank=1, estimator="horvitz-thompson")
+    pairs: list[tuple[str, str | sa.Method]] = [("biased", "uniform"), ("unbiased", unbiased)]
+    result = sa.study(small_heads(1), methods=pairs, ranks=[4], seeds=1)
+    assert result.frame["method"].tolist() == ["biased", "unbiased"]
+    errors = result.frame["output_fro_rel"]
+    assert errors[0] != errors[1]
+    problem = small_heads(1)[0]
+    ahat = sa.UniformColumns(rank=4, estimator="horvitz-thompson").approximate(problem, rng=0)
+    assert errors[1] == pytest.approx(sa.error_report(problem, ahat).output_fro_rel, rel=1e-12)
+    assert unbiased.rank == 1
+
+
+def test_default_ranks() -> None:
+    assert default_ranks(512) == [8, 16, 32, 64, 128, 256]
+    assert default_ranks(16) == [8]
+    assert default_ranks(15) == [7]
+    assert default_ranks(1) == [1]
+    heads = [AttentionProblem(*(np.eye(n, 4) for _ in range(3)), name=f"n{n}") for n in (40, 33)]
+    assert sorted(set(sa.study(heads, seeds=1).frame["rank"])) == [8, 16]
+
+
+def test_default_methods_are_those_of_the_registry() -> None:
+    chosen = default_methods()
+    assert "uniform" in chosen
+    assert not {"exact", *REFERENCES} & set(chosen)
+
+
+def square_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SquareOnly(sa.UniformColumns):
+        @property
+        def traits(self) -> sa.Traits:
+            return sa.Traits(rectangular=False)
+
+    SquareOnly.name = "square"
+    monkeypatch.setitem(_base._REGISTRY, "square", SquareOnly)
+
+
+def test_default_methods_that_cannot_honour_a_head_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    square_only(monkeypatch)
+    square = small_heads(1)[0]
+    wide = AttentionProblem(np.eye(4), np.eye(6, 4), np.eye(6), name="wide")
+    assert set(sa.study([square], ranks=[2], seeds=1).frame["method"]) == {"square", "uniform"}
+    result = sa.study([square, wide], ranks=[2], seeds=1)
+    assert set(result.frame["method"]) == {"uniform"}
+    reason = (
+        "head 'wide': n_q and n_k must be equal for method 'square', got 4 and 6; use a method "
+        "whose traits.rectangular is True"
+    )
+    assert result.left_out == {"square": reason}
+    assert f"left out: square ({reason})" in str(result)
+
+
+def test_no_default_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    square_only(monkeypatch)
+    for name in default_methods():
+        if name != "square":
+            monkeypatch.delitem(_base._REGISTRY, name)
+    wide = AttentionProblem(np.eye(4), np.eye(6, 4), np.eye(6), name="wide")
+    message = (
+        "methods must hold one that can honour all heads, got none by default: square (head "
+        "'wide': n_q and n_k must be equal for method 'square', got 4 and 6; use a method whose "
+        "traits.rectangular is True)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        sa.study(wide, ranks=[2])
+
+
+def test_heads_may_be_names_files_problems_and_unnamed(tmp_path: Path) -> None:
+    heads = small_heads(2)
+    path = tmp_path / "two.npz"
+    sa.write_heads(path, heads)
+    for given in (heads, list(heads), path, str(path), iter(heads)):
+        assert [p.name for p in as_heads(given)] == list(heads.names)
+    assert len(as_heads("minilm")) == 12
+    assert [p.digest for p in as_heads(path)] == [p.digest for p in heads]
+    unnamed = AttentionProblem(*heads[0])
+    assert [p.name for p in as_heads([unnamed, heads[1], unnamed])] == [
+        "head0",
+        heads.names[1],
+        "head2",
+    ]
+    assert unnamed.name is None
+
+
+def test_causal_and_masked_heads() -> None:
+    base = small_heads(1)[0]
+    mask = np.arange(24) < 3
+    problem = AttentionProblem(*base, causal=True, key_mask=mask, name="masked")
+    result = sa.study(problem, methods="uniform", ranks=[8], seeds=1)
+    assert result.frame["effective_rank"].tolist() == [3]
+
+
+# --- the same numbers, however computed ---------------------------------------------------------
+
+
+def test_two_jobs_give_the_numbers_of_one() -> None:
+    heads = small_heads(3, n=48)
+    one = sa.study(heads, methods="uniform", ranks=RANKS, seeds=3, jobs=1)
+    two = sa.study(heads, methods="uniform", ranks=RANKS, seeds=3, jobs=2)
+    assert same_rows(one, two)
+    # The comparison sees other seeds and other heads.
+    others = sa.study(heads, methods="uniform", ranks=RANKS, seeds=[0, 1, 3])
+    assert not same_rows(one, others)
+
+
+def test_files_hold_the_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    result = sa.study(
+        small_heads(2), methods=["uniform", "exact"], ranks=RANKS, seeds=2, out=folder
+    )
+    assert result.out == folder
+    for name, frame in (("results", result.frame), ("references", result.references)):
+        read = pd.read_csv(folder / f"{name}.csv", float_precision="round_trip")
+        pd.testing.assert_frame_equal(
+            read.astype({"effective_rank": "Int64"}), frame, check_exact=True, check_dtype=False
+        )
+    # Infinities and missing ranks are in these rows, so the comparison above covers them.
+    assert np.isinf(result.frame["row_kl_mean"]).any()
+    assert result.frame["effective_rank"].isna().any()
+    assert [p.name for p in result.pictures] == [f"{field}.png" for field in FIELDS]
+    for path in result.pictures:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    settings = json.loads((folder / "study.json").read_text())
+    assert settings["version"] == sa.__version__
+    assert settings["ranks"] == RANKS
+    assert settings["seeds"] == [0, 1]
+    assert settings["methods"] == {
+        "uniform": "sketchattn.methods.baselines.UniformColumns(estimator='self-normalized', "
+        "rank=2)",
+        "exact": "sketchattn.methods.baselines.Exact()",
+    }
+    assert [h["digest"] for h in settings["heads"]] == [p.digest for p in small_heads(2)]
+    assert {"cpu", "threads", "python", "numpy", "numba"} <= set(settings["machine"])
+    leftovers = {p.name for p in folder.iterdir()}
+    assert leftovers == {
+        "cells",
+        "results.csv",
+        "references.csv",
+        "study.json",
+        *(p.name for p in result.pictures),
+    }
+
+
+def test_not_finite_numbers_survive_the_journal() -> None:
+    for x in (math.inf, -math.inf, 0.1, 0.0, 3, None):
+        assert decode(json.loads(json.dumps(encode(x), allow_nan=False))) == x
+    assert math.isnan(decode(encode(math.nan)))
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+def run(folder: Path | None, heads: sa.Heads | None = None, **options: Any) -> sa.StudyResult:
+    given: dict[str, Any] = {"methods": "uniform", "ranks": RANKS, "seeds": 3, "pictures": False}
+    return sa.study(small_heads() if heads is None else heads, out=folder, **(given | options))
+
+
+# 3 heads x (uniform 3 x 3, svd and topk 3 each, zero, vmean)
+CELLS = 3 * 17
+
+
+def test_a_finished_study_is_reused_whole(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    second = run(tmp_path)
+    assert (first.computed, first.reused) == (CELLS, 0)
+    assert (second.computed, second.reused) == (0, CELLS)
+    pd.testing.assert_frame_equal(first.frame, second.frame, check_exact=True)
+    fresh = run(tmp_path, resume=False)
+    assert (fresh.computed, fresh.reused) == (CELLS, 0)
+    assert same_rows(first, fresh)
+    assert len(journal_lines(tmp_path)) == CELLS
+
+
+def test_more_ranks_seeds_and_methods_reuse_what_is_there(tmp_path: Path) -> None:
+    run(tmp_path, ranks=[2, 4], seeds=2)
+    more = run(tmp_path)
+    # uniform: ranks 2 and 4 at seeds 0 and 1; svd and topk at ranks 2 and 4; zero; vmean
+    assert more.reused == 3 * (4 + 4 + 2)
+    assert same_rows(more, run(None))
+    unbiased = {"uniform": sa.UniformColumns(rank=1, estimator="horvitz-thompson")}
+    other = run(tmp_path, methods=unbiased)
+    assert other.reused == 3 * 8  # the references only
+    assert same_rows(other, run(None, methods=unbiased))
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_a_truncated_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
+    whole = run(tmp_path)
+    victim = sorted((tmp_path / "cells").glob("*.jsonl"))[1]
+    lines = victim.read_bytes().splitlines(keepends=True)
+    # Cut inside the line, or only its newline: a line is whole if it ends.
+    victim.write_bytes(b"".join(lines[:-1]) + lines[-1][:cut])
+    again = run(tmp_path)
+    assert (again.computed, again.reused) == (1, CELLS - 1)
+    assert same_rows(whole, again)
+    assert victim.read_bytes().splitlines(keepends=True)[:-1] == lines[:-1]
+    keys = cell_keys(journal_lines(tmp_path))
+    assert len(keys) == len(set(keys)) == CELLS
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"not json\n",
+        b"[]\n",
+        b"{}\n",
+        b'{"values": {}}\n',
+        b"\xff\xfe\n",
+        b"\n",
+        b"null\n",
+    ],
+)
+def test_damaged_lines_are_computed_again(tmp_path: Path, broken: bytes) -> None:
+    whole = run(tmp_path)
+    victim = sorted((tmp_path / "cells").glob("*.jsonl"))[0]
+    lines = victim.read_bytes().splitlines(keepends=True)
+    lines[2] = broken
+    victim.write_bytes(b"".join(lines))
+    again = run(tmp_path)
+    assert (again.computed, again.reused) == (1, CELLS - 1)
+    assert same_rows(whole, again)
+    assert len(journal_lines(tmp_path)) == CELLS  # all of them parse
+
+
+def test_a_line_with_a_missing_value_is_computed_again(tmp_path: Path) -> None:
+    run(tmp_path)
+    victim = sorted((tmp_path / "cells").glob("*.jsonl"))[0]
+    lines = victim.read_text().splitlines()
+    record = json.loads(lines[0])
+    record["values"]["skill"] = None
+    victim.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
+    assert run(tmp_path).computed == 1
+
+
+def test_other_heads_of_the_same_name_are_not_mixed_in(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    other = run(tmp_path, small_heads(rng=1))
+    assert other.frame["head"].equals(first.frame["head"])
+    assert other.reused == 0
+    assert same_rows(other, run(None, small_heads(rng=1)))
+    assert same_rows(run(tmp_path), first)
+    assert not same_rows(first, other)
+
+
+def test_cells_of_another_version_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    monkeypatch.setattr(module, "__version__", "0.0.0")
+    assert run(tmp_path).reused == 0
+    monkeypatch.undo()
+    assert run(tmp_path).computed == 0
+
+
+def test_equal_heads_under_two_names_have_two_journals(tmp_path: Path) -> None:
+    arrays = small_heads(1)[0].arrays
+    twins = [AttentionProblem(*arrays, name=name) for name in ("a/b", "a_b")]
+    result = sa.study(twins, methods="uniform", ranks=[2], seeds=1, out=tmp_path, pictures=False)
+    assert len(list((tmp_path / "cells").glob("*.jsonl"))) == 2
+    assert result.frame["output_fro_rel"].nunique() == 1
+
+
+def test_parameters_tell_methods_apart() -> None:
+    class Weighted(sa.UniformColumns):
+        def __init__(self, rank: int, weights: Any = None) -> None:
+            super().__init__(rank)
+            self.weights = weights
+
+    texts = {
+        describe_method(Weighted(2)),
+        describe_method(Weighted(3)),
+        describe_method(Weighted(2, np.zeros(3000))),
+        describe_method(Weighted(2, np.r_[np.zeros(1500), 1.0, np.zeros(1499)])),
+        describe_method(Weighted(2, np.zeros(3000, np.float32))),
+        describe_method(sa.UniformColumns(2)),
+    }
+    assert len(texts) == 6
+    assert describe_method(Weighted(2, np.zeros(3))) == describe_method(Weighted(2, np.zeros(3)))
+
+
+SCRIPT = """
+import sys, time
+import sketchattn as sa
+
+class Slow(sa.UniformColumns):
+    def _approximate(self, problem, draw):
+        time.sleep(0.02)
+        return super()._approximate(problem, draw)
+
+heads = sa.make_heads("clustered", n=24, d=4, heads=3, rng=0)
+result = sa.study(heads, methods={"slow": Slow(rank=4)}, ranks=[2, 4, 8], seeds=3,
+                  jobs=int(sys.argv[2]), out=sys.argv[1], pictures=False)
+print(result.computed, result.reused)
+"""
+
+
+def start(folder: Path, jobs: int) -> subprocess.Popen[str]:
+    root = str(Path(sa.__file__).parents[1])
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), str(jobs)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+        start_new_session=True,
+    )
+
+
+def finished_lines(folder: Path) -> int:
+    return sum(f.read_bytes().count(b"\n") for f in (folder / "cells").glob("*.jsonl"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize(("jobs", "moment"), [(1, 1), (1, 30), (2, 12)])
+def test_a_killed_study_continues_to_the_same_rows(tmp_path: Path, jobs: int, moment: int) -> None:
+    process = start(tmp_path, jobs)
+    deadline = time.monotonic() + 120
+    while finished_lines(tmp_path) < moment:
+        assert process.poll() is None, "the study ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()  # SIGKILL, to the study only: workers have to notice by themselves
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "results.csv").exists()
+    time.sleep(0.2 if jobs > 1 else 0.0)  # a worker may still append the cell that it is at
+    before = {f: f.read_bytes() for f in (tmp_path / "cells").glob("*.jsonl")}
+    left = sum(x.count(b"\n") for x in before.values())
+    assert moment <= left < CELLS
+
+    again = start(tmp_path, jobs)
+    try:
+        output, _ = again.communicate(timeout=120)
+    finally:
+        for group in (process.pid, again.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)  # idle workers of the killed study
+    assert again.returncode == 0
+    # Nothing that was finished is computed again: its lines stay, and no key appears twice.
+    assert output.split() == [str(CELLS - left), str(left)]
+    for file, content in before.items():
+        assert file.read_bytes().startswith(content[: content.rfind(b"\n") + 1])
+    keys = cell_keys(journal_lines(tmp_path))
+    assert len(keys) == len(set(keys)) == CELLS
+
+    whole = run(None, methods={"slow": sa.UniformColumns(rank=4)})
+    for name, frame in (("results", whole.frame), ("references", whole.references)):
+        read = pd.read_csv(tmp_path / f"{name}.csv", float_precision="round_trip")
+        pd.testing.assert_frame_equal(
+            untimed(read.astype({"effective_rank": "Int64"})),
+            untimed(frame),
+            check_exact=True,
+            check_dtype=False,
+        )
+
+
+class Failing(sa.UniformColumns):
+    """Fails at rank 4 on the second head."""
+
+    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        if self.rank == 4 and str(problem.name).endswith("head1"):
+            raise ZeroDivisionError("no luck")
+        return super()._approximate(problem, draw)
+
+
+def test_a_failing_method_is_named_and_finished_cells_stay(tmp_path: Path) -> None:
+    message = (
+        "method 'bad' failed on head 'clustered/head1', rank 4, seed 0: ZeroDivisionError: no luck"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        run(tmp_path, methods={"bad": Failing(rank=1)})
+    # All of the first head; of the second the references (8) and rank 2 (3 seeds).
+    assert len(journal_lines(tmp_path)) == 17 + 8 + 3
+    assert not (tmp_path / "results.csv").exists()
+    with pytest.raises(RuntimeError, match="no luck"):
+        run(tmp_path, methods={"bad": Failing(rank=1)})
+    assert len(journal_lines(tmp_path)) == 17 + 8 + 3
+
+
+# --- one study a folder -------------------------------------------------------------------------
+
+
+def test_two_studies_do_not_write_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    message = (
+        f"out must be a folder that no other study writes to, got {str(tmp_path)!r}, which "
+        f"process {os.getpid()} holds; wait for it or name another folder"
+    )
+    with (
+        module._lock(tmp_path / "cells" / ".lock", tmp_path),
+        pytest.raises(ValueError, match=f"^{re.escape(message)}$"),
+    ):
+        run(tmp_path)
+    assert run(tmp_path).computed == CELLS  # free again
+
+
+def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / ".lock").write_text(f"{'0' * 32} {module._host()} 999999999\n")
+    assert run(tmp_path).computed == CELLS
+
+
+def test_a_worker_stops_when_its_study_lost_the_folder(tmp_path: Path) -> None:
+    lock = tmp_path / "cells" / ".lock"
+    lock.parent.mkdir()
+    problem = small_heads(1)[0]
+    variant = module._Variant.of("uniform", sa.UniformColumns(rank=2))
+    cells = module._cells([variant], [2], [0])
+    journal = tmp_path / "cells" / "one.jsonl"
+    message = (
+        f"study must hold its folder {str(tmp_path)!r} while it runs, got a lock that is lost; "
+        f"start it again to continue"
+    )
+    with module._lock(lock, tmp_path) as token:
+        assert module._is_held(lock, token)
+        assert not module._is_held(lock, "f" * 32)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+            module._run_head(module._Task(problem, cells, journal, lock, "f" * 32, 1))
+        assert not journal.exists()
+        name, found = module._run_head(module._Task(problem, cells, journal, lock, token, 1))
+        assert (name, len(found)) == (problem.name, 1)
+        assert journal.read_bytes().count(b"\n") == 1
+        text = lock.read_text()
+    lock.write_text(text)  # as after SIGKILL: the token is there, nobody holds the lock
+    assert not module._is_held(lock, token)
+    assert not module._is_held(tmp_path / "missing", token)
+
+
+def test_a_worker_that_cannot_see_the_folder_still_computes(tmp_path: Path) -> None:
+    problem = small_heads(1)[0]
+    variant = module._Variant.of("uniform", sa.UniformColumns(rank=2))
+    cells = module._cells([variant], [2], [0, 1])
+    elsewhere = tmp_path / "not" / "here"
+    task = module._Task(problem, cells, elsewhere / "a.jsonl", elsewhere / ".lock", "f" * 32, 1)
+    assert len(module._run_head(task)[1]) == 2
+    assert not elsewhere.exists()
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def empty() -> AttentionProblem:
+    return AttentionProblem(np.zeros((0, 2)), np.ones((3, 2)), np.ones((3, 2)), name="none")
+
+
+def hidden() -> AttentionProblem:
+    mask = np.zeros(3, bool)
+    return AttentionProblem(*(np.ones((3, 2)) for _ in range(3)), key_mask=mask, name="dark")
+
+
+def narrow() -> AttentionProblem:
+    return AttentionProblem(np.ones((3, 2)), np.ones((3, 2)), np.ones((3, 0)), name="thin")
+
+
+BASE = small_heads(2)
+PLAIN = AttentionProblem(*BASE[0].arrays, name="x")
+
+REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (
+        lambda: sa.study(3),  # type: ignore[arg-type]  # wrong on purpose, as below
+        TypeError,
+        "heads must be Heads, problems, a file or the name of a bundled set, got int; make "
+        "problems with sketchattn.AttentionProblem(q, k, v)",
+    ),
+    (lambda: sa.study([]), ValueError, "heads must hold at least one problem, got 0; give some"),
+    (
+        lambda: sa.study([PLAIN, 1]),  # type: ignore[list-item]
+        TypeError,
+        "heads must hold AttentionProblem objects, got int at position 1; make it with "
+        "sketchattn.AttentionProblem(q, k, v)",
+    ),
+    (
+        lambda: sa.study([PLAIN, PLAIN]),
+        ValueError,
+        "heads must have distinct names, got 'x' twice; give each problem a name of its own",
+    ),
+    (
+        lambda: sa.study(AttentionProblem(*BASE[0].arrays[:2], name="bare")),
+        ValueError,
+        "heads must have values for a study, got v=None in 'bare'; make the problem with its "
+        "values",
+    ),
+    (
+        lambda: sa.study(empty()),
+        ValueError,
+        "heads must have a query that sees a key, and values of width 1 or more, got n_q = 0, 3 "
+        "visible keys and d_v = 2 in 'none'; leave it out",
+    ),
+    (
+        lambda: sa.study(hidden()),
+        ValueError,
+        "heads must have a query that sees a key, and values of width 1 or more, got n_q = 3, 0 "
+        "visible keys and d_v = 2 in 'dark'; leave it out",
+    ),
+    (
+        lambda: sa.study(narrow()),
+        ValueError,
+        "heads must have a query that sees a key, and values of width 1 or more, got n_q = 3, 3 "
+        "visible keys and d_v = 0 in 'thin'; leave it out",
+    ),
+    (
+        lambda: sa.study("minilmm"),
+        ValueError,
+        "name must be a bundled set of heads, got 'minilmm'; did you mean 'minilm'?",
+    ),
+    (
+        lambda: sa.study("missing.npz"),
+        ValueError,
+        "path must be an existing file, got 'missing.npz'; check its folder and name",
+    ),
+    (
+        lambda: sa.study(BASE, methods="unifrom"),
+        ValueError,
+        "method must be registered, got 'unifrom'; did you mean 'uniform'?",
+    ),
+    (
+        lambda: sa.study(BASE, methods=3),  # type: ignore[arg-type]
+        TypeError,
+        "methods must be names, method objects or a mapping from labels to these, got int; see "
+        "sketchattn.methods()",
+    ),
+    (
+        lambda: sa.study(BASE, methods=[3]),  # type: ignore[list-item]
+        TypeError,
+        "method must be a name or a method object, got int; see sketchattn.methods()",
+    ),
+    (
+        lambda: sa.study(BASE, methods=[("a", "uniform", 1)]),  # type: ignore[list-item]
+        ValueError,
+        "methods must be pairs (label, method) where they are tuples, got 3 entries; write "
+        "('label', method)",
+    ),
+    (
+        lambda: sa.study(BASE, methods={"": "uniform"}),
+        TypeError,
+        "methods must have labels that are strings, got ''; name the variant",
+    ),
+    (
+        lambda: sa.study(BASE, methods={"svd": "uniform"}),
+        ValueError,
+        "methods must not use the label of a reference for another method, got 'svd'; choose "
+        "another label",
+    ),
+    (
+        lambda: sa.study(BASE, methods=["uniform", sa.UniformColumns(rank=2)]),
+        ValueError,
+        "methods must have distinct labels, got 'uniform' twice; pass pairs (label, method)",
+    ),
+    (
+        lambda: sa.study(BASE, methods=[]),
+        ValueError,
+        "methods must hold at least one method, got none; leave methods out",
+    ),
+    (
+        lambda: sa.study(BASE, methods=[sa.UniformColumns(rank=2, estimator="x")]),
+        ValueError,
+        "methods must honour all heads, got 'uniform' with head 'clustered/head0': estimator must "
+        "be one of self-normalized, horvitz-thompson, got 'x'; choose one of horvitz-thompson, "
+        "self-normalized",
+    ),
+    (
+        lambda: sa.study(BASE, ranks=[2, 25]),
+        ValueError,
+        "ranks must be at most n_k = 24 of head 'clustered/head0', got 25; lower it or leave the "
+        "head out",
+    ),
+    (
+        lambda: sa.study(BASE, ranks=[0]),
+        ValueError,
+        "ranks must be at least 1, got 0; give ranks as integers",
+    ),
+    (
+        lambda: sa.study(BASE, ranks=[2.0]),  # type: ignore[list-item]
+        TypeError,
+        "ranks must be an integer, got float; give ranks as integers",
+    ),
+    (
+        lambda: sa.study(BASE, ranks=[]),
+        ValueError,
+        "ranks must hold at least one number, got none; leave ranks out",
+    ),
+    (
+        lambda: sa.study(BASE, ranks=[4, 2, 4]),
+        ValueError,
+        "ranks must be distinct, got 4 twice; delete one of them",
+    ),
+    (
+        lambda: sa.study(BASE, ranks="8"),  # type: ignore[arg-type]
+        TypeError,
+        "ranks must be a sequence of integers, got str; put it into a list",
+    ),
+    (
+        lambda: sa.study(BASE, seeds=0),
+        ValueError,
+        "seeds must be at least 1, got 0; seeds=1 is one run a cell",
+    ),
+    (
+        lambda: sa.study(BASE, seeds=[-1]),
+        ValueError,
+        "seeds must be at least 0, got -1; give seeds as integers",
+    ),
+    (
+        lambda: sa.study(BASE, seeds=True),
+        TypeError,
+        "seeds must be an integer, got bool; seeds=1 is one run a cell",
+    ),
+    (
+        lambda: sa.study(BASE, jobs=0),
+        ValueError,
+        "jobs must be at least 1, got 0; jobs=1 computes one head after the other",
+    ),
+    (
+        lambda: sa.study(BASE, jobs=1.5),  # type: ignore[arg-type]
+        TypeError,
+        "jobs must be an integer, got float; jobs=1 computes one head after the other",
+    ),
+    (
+        lambda: sa.study(BASE, out=3),  # type: ignore[arg-type]
+        TypeError,
+        "out must be a path, got int; name a folder",
+    ),
+    (
+        lambda: sa.study(BASE, out=__file__),
+        ValueError,
+        f"out must be a folder, got the file {__file__!r}; name another",
+    ),
+    (
+        lambda: sa.study(BASE, resume=1),  # type: ignore[arg-type]
+        TypeError,
+        "resume must be a bool, got int; give True or False",
+    ),
+    (
+        lambda: sa.study(BASE, pictures=None),  # type: ignore[arg-type]
+        TypeError,
+        "pictures must be a bool, got NoneType; give True or False",
+    ),
+    (
+        lambda: sa.study(BASE, progress="yes"),  # type: ignore[arg-type]
+        TypeError,
+        "progress must be a bool, got str; give True or False",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), REFUSED, ids=[f"{i}" for i in range(len(REFUSED))]
+)
+def test_refusals(
+    call: Callable[[], Any], kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("work began before the refusal")
+
+    monkeypatch.setattr(module, "_run_head", work)
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        call()
+
+
+def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match="ranks must be at most"):
+        sa.study(BASE, ranks=[25], out=folder)
+    assert not folder.exists()
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+
+def test_progress_is_shown_on_stderr_if_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path)
+    assert capsys.readouterr() == ("", "")
+    run(tmp_path, progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{CELLS}/{CELLS}" in captured.err
+    run(None, progress=True, jobs=2)
+    assert f"{CELLS}/{CELLS}" in capsys.readouterr().err
+    run(None, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quantiles_agree_with_numpy_and_keep_infinities() -> None:
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 5, 10):
+        values = rng.standard_normal(size)
+        levels = (0.0, 0.25, 0.5, 0.75, 1.0)
+        # Both interpolate between the same two values: a rounding of each product and sum.
+        np.testing.assert_allclose(
+            quantiles(values.tolist(), levels), np.quantile(values, levels), rtol=1e-14, atol=1e-15
+        )
+    inf, nan = math.inf, math.nan
+    assert quantiles([1.0, inf], (0.0, 0.5, 1.0)) == [1.0, inf, inf]
+    assert quantiles([-inf, 1.0], (0.0, 0.5, 1.0)) == [-inf, -inf, 1.0]
+    assert quantiles([inf, inf, inf], (0.25, 0.5)) == [inf, inf]
+    assert quantiles([nan, 2.0, nan], (0.5,)) == [2.0]
+    assert all(math.isnan(x) for x in quantiles([nan], (0.25, 0.5)))
+
+
+def test_summary_has_methods_floors_and_predictors() -> None:
+    result = run(None, methods=["uniform", "svd"])
+    table = result.summary()
+    assert list(table["method"]) == ["uniform"] * 3 + ["svd"] * 3 + ["topk"] * 3 + ["zero", "vmean"]
+    assert list(table["role"]) == ["method"] * 3 + ["floor"] * 6 + ["predictor"] * 2
+    assert table["rank"].tolist()[:9] == RANKS * 3
+    assert table["rank"].isna().tolist() == [False] * 9 + [True] * 2
+    own = result.frame[(result.frame["method"] == "uniform") & (result.frame["rank"] == 4)]
+    row = table.iloc[1]
+    for field in ("output_fro_rel", "matrix_fro_rel", "row_tv_mean", "skill"):
+        for level, name in ((0.25, f"{field}_q25"), (0.5, field), (0.75, f"{field}_q75")):
+            assert row[name] == pytest.approx(np.quantile(own[field], level), rel=1e-12)
+    assert table["output_fro_rel"].iloc[9] == 1.0
+
+
+def test_rendering_is_readable() -> None:
+    text = str(run(None))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == (
+        "3 heads, 1 method, 3 ranks, 3 seeds: medians [quartiles] over heads and seeds"
+    )
+    assert lines[2].split() == [
+        "method", "rank", "output_fro_rel", "matrix_fro_rel", "row_tv_mean", "skill", "seconds",
+    ]  # fmt: skip
+    starts = [line.split()[0] for line in lines[3:] if line]
+    assert starts[:11] == ["uniform"] * 3 + ["svd"] * 3 + ["topk"] * 3 + ["zero", "vmean"]
+    assert re.search(r"^zero +1 \[1, 1\] +1 +", text, flags=re.MULTILINE)
