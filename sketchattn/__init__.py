@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import sampling as sampling
+    from . import sketches as sketches
+    from . import theory as theory
     from .attention import attention as attention
     from .draws import Draw as Draw
     from .heads import Heads as Heads
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from .heads import make_heads as make_heads
     from .heads import read_heads as read_heads
     from .heads import write_heads as write_heads
+    from .methods import JL as JL
+    from .methods import ColumnSampling as ColumnSampling
     from .methods import Exact as Exact
     from .methods import Method as Method
     from .methods import SVDFloor as SVDFloor
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from .metrics import error_report as error_report
     from .operators import AttentionOperator as AttentionOperator
     from .operators import FactoredAttention as FactoredAttention
+    from .operators import ProductSketch as ProductSketch
     from .operators import SampledAttention as SampledAttention
     from .operators import SoftmaxAttention as SoftmaxAttention
     from .problem import AttentionProblem as AttentionProblem
@@ -46,13 +52,16 @@ if TYPE_CHECKING:
 _LAZY = {
     "AttentionOperator": "operators",
     "AttentionProblem": "problem",
+    "ColumnSampling": "methods",
     "Draw": "draws",
     "ErrorCertificate": "metrics",
     "ErrorReport": "metrics",
     "Exact": "methods",
     "FactoredAttention": "operators",
     "Heads": "heads",
+    "JL": "methods",
     "Method": "methods",
+    "ProductSketch": "operators",
     "SVDFloor": "methods",
     "SampledAttention": "operators",
     "SoftmaxAttention": "operators",
@@ -76,16 +85,18 @@ _LAZY = {
 
 
 __all__ = [
-    "__version__",
     "AttentionOperator",
     "AttentionProblem",
+    "ColumnSampling",
     "Draw",
     "ErrorCertificate",
     "ErrorReport",
     "Exact",
     "FactoredAttention",
     "Heads",
+    "JL",
     "Method",
+    "ProductSketch",
     "SVDFloor",
     "SampledAttention",
     "SoftmaxAttention",
@@ -95,6 +106,7 @@ __all__ = [
     "UniformColumns",
     "VMean",
     "Zero",
+    "__version__",
     "attention",
     "certify",
     "describe",
@@ -124,7 +136,13 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
+# Packages that are reached as attributes.
+_PACKAGES = ("sampling", "sketches", "theory")
+
+
 def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -134,4 +152,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return [*__all__, *_PACKAGES]

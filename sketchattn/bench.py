@@ -46,12 +46,17 @@ def _benchmark(name: str, description: str) -> Callable[[Any], Any]:
 
 
 def _interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time each call once a round, in turn: slow moments of the machine hit all alike."""
+    """Time each call once a round, in turn: slow moments of the machine hit all alike.
+
+    A pause before each lets the threads of the other library, which spin for a while after their
+    work, go to sleep.
+    """
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(0.05)
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)

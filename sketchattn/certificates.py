@@ -11,8 +11,8 @@ largest distance of a visible value from it.  For a candidate t put ``z_i(t) = x
 
     z_i(t) = |ohat_i - c|^2 - t |c|^2 + 2 e . (kappa c - ohat_i) + kappa |e|^2,
 
-whose extremes over the ball are ``l_i(t) <= z_i(t) <= u_i(t)`` in closed form (``_lowest``,
-``_highest``).  For t < 1 the lower one is at least ``-t/(1-t) |ohat_i|^2``, with no hull at all.
+whose extremes over the ball are ``l_i(t) <= z_i(t) <= u_i(t)`` in closed form (``lowest``,
+``highest``).  For t < 1 the lower one is at least ``-t/(1-t) |ohat_i|^2``, with no hull at all.
 
 **The sample.**  Row after row is drawn without replacement, each time with probabilities
 proportional to weights w among the rows that are left.  Let ``f_i >= 0`` have an unknown total
@@ -118,15 +118,16 @@ class ErrorCertificate:
 # --- exact rows -----------------------------------------------------------------------------
 
 
-def exact_rows(problem: AttentionProblem, index: Array) -> Array:
-    """Return rows ``index`` of the exact output in float64 (len(index), d_v).
+def exact_rows(problem: AttentionProblem, index: Array, factor: float = 1.0) -> Array:
+    """Return rows ``index`` of ``factor`` times the exact output, float64 (len(index), d_v).
 
-    ``o_i = sum_j exp(L_ij - m_i) v_j / sum_j exp(L_ij - m_i)`` over the visible keys, with BLAS
-    and NumPy only: not with the kernels whose outputs may be the ones to certify.  Tiles of keys
-    are split over threads and merged in order, each on one BLAS thread, so that no bit depends on
-    the number of threads.
+    ``o_i = sum_j exp(L_ij - m_i) v_j / sum_j exp(L_ij - m_i)`` over the visible keys.  Tiles
+    of keys are split over threads and merged in order, each on one BLAS thread, so that no bit
+    depends on the number of threads.  NumPy's BLAS and a merge of its own: of the kernels whose
+    outputs may be the ones to certify only the exponential is shared.
     """
     from .kernels._threads import blas_single_thread, thread_count
+    from .kernels.softmax import LOG2E, online_softmax
 
     masked = problem.key_mask is not None
     kept = problem.kept_keys
@@ -142,15 +143,16 @@ def exact_rows(problem: AttentionProblem, index: Array) -> Array:
             logits = q @ k[part].astype(np.float64).T
             if problem.causal:
                 np.copyto(logits, -np.inf, where=kept[part] > last[:, None])
-            top = logits.max(axis=1)
-            logits -= np.where(top == -np.inf, 0.0, top)[:, None]
-            weights = np.exp(logits, out=logits)
-            return top, weights.sum(axis=1), weights @ v[part].astype(np.float64)
+            top, mass = np.full(len(q), -np.inf), np.zeros(len(q))
+            online_softmax(logits, top, mass, np.empty((len(q), 0)))
+            values = v[part].astype(np.float64)
+            values *= factor
+            return top, mass, logits @ values
 
     with blas_single_thread(), ThreadPoolExecutor(thread_count()) as pool:
         for first in range(0, len(index), ROW_TILE):
             rows = index[first : first + ROW_TILE]
-            q = problem.scale * problem.q[rows].astype(np.float64)
+            q = problem.scale * LOG2E * problem.q[rows].astype(np.float64)  # logits in base 2
             solve = partial(tile, q, rows + problem.offset)
             top = np.full(len(rows), -np.inf)
             total = np.zeros(len(rows))
@@ -158,7 +160,7 @@ def exact_rows(problem: AttentionProblem, index: Array) -> Array:
             for high, mass, part in pool.map(solve, range(0, len(k), KEY_TILE)):
                 both = np.maximum(top, high)
                 level = np.where(both == -np.inf, 0.0, both)
-                old, new = np.exp(top - level), np.exp(high - level)
+                old, new = np.exp2(top - level), np.exp2(high - level)
                 total = old * total + new * mass
                 sums = old[:, None] * sums + new[:, None] * part
                 top = both
@@ -217,7 +219,7 @@ def know(problem: AttentionProblem, output: Array, factor: float = 1.0) -> Known
     counts = problem.visible_counts()
     values = problem.values if problem.key_mask is None else problem.values[problem.kept_keys]
     values = values[: counts.max()]  # keys that some row sees
-    centre = factor * values.mean(axis=0, dtype=np.float64)
+    centre = (values if factor == 1.0 else factor * values).mean(axis=0, dtype=np.float64)
     size = math.sqrt(float(centre @ centre))
     # Row i sees the first counts_i of the keys that are kept.
     radius = np.maximum.accumulate(np.sqrt(_around(values, centre, factor)[1]))
@@ -399,6 +401,8 @@ def rejects(f: Array, leverage: Array, total: Array, delta: float) -> Array:
     spread = rho - (1.0 + np.cumsum(rho, axis=1) - rho) / count
     spread *= spread
     variance = (0.25 + np.cumsum(spread, axis=1) - spread) / count
+    # No spread at all, or a negative one from rounding, is the largest bet.
+    variance = np.maximum(variance, -2.0 * math.log(delta) / n)
     bet = np.minimum(np.sqrt(-2.0 * math.log(delta) / n / variance), LARGEST_BET)
     rho -= 1.0
     # Overflow is beyond every threshold; a capital that underflows to zero stays there.
@@ -514,7 +518,8 @@ def approximate(known: Known, sample: Sample, confidence: float) -> tuple[float,
     residual = sample.x - t * sample.y
     variance = n / (n - 1) * float((residual**2 * (1.0 - pi) / pi**2).sum()) / y**2
     quantile = float(stdtrit(n - 1, 0.5 + 0.5 * confidence))
-    width = quantile * math.sqrt(variance) / t
+    # Where every row has the same relative error only rounding is left, and counts.
+    width = quantile * math.sqrt(variance) / t + SLACK
     return max(low, t * math.exp(-width)), min(high, t * math.exp(min(width, 700.0)))
 
 
@@ -714,7 +719,7 @@ def certify(
     known = know(problem, array, factor)
     return certify_known(
         known,
-        lambda index: factor * exact_rows(problem, index),
+        partial(exact_rows, problem, factor=factor),
         count,
         level,
         generator,

@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sketchattn: {_one_line(error)}", file=sys.stderr)
         return FAILED
     if code == INTERRUPTED:
-        print("sketchattn: interrupted; the same command continues a study", file=sys.stderr)
+        words = sys.argv[1:] if arguments is None else arguments
+        rest = "; the same command continues" if "study" in words[:1] else ""
+        print(f"sketchattn: interrupted{rest}", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
@@ -390,6 +392,7 @@ def _certify(
         typer.Argument(
             help="Output of any implementation: .npy, .npz or .safetensors, shape (n_q, d_v) for "
             "one head or (heads, n_q, d_v); the array named output, or the only one.",
+            metavar="OUTPUT",
         ),
     ],
     head: Annotated[

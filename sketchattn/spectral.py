@@ -25,12 +25,11 @@ def _orthonormal(x: Array, basis: Array | None = None) -> Array:
     size = np.linalg.norm(x)
     if size == 0.0 or not np.isfinite(size):
         return x[:, :0]
-    against = basis is not None and basis.shape[1] > 0
-    if against:
+    if basis is not None and basis.shape[1] > 0:
         x = x - basis @ (basis.T @ x)
     factor, r, _ = qr(x, mode="economic", pivoting=True)
     q: Array = factor[:, np.abs(np.diag(r)) > 1e-12 * size]
-    if against and q.shape[1]:
+    if basis is not None and basis.shape[1] and q.shape[1]:
         # Rounding of the first pass, at most 1e-4 of these unit vectors, goes in a second one.
         q = qr(q - basis @ (basis.T @ q), mode="economic")[0]
     return q

@@ -511,7 +511,7 @@ def describe_method(method: Method) -> str:
     --------
     >>> import sketchattn as sa
     >>> describe_method(sa.TopK(rank=4))
-    "sketchattn.methods.baselines.TopK(rank=4, renormalize=True)"
+    'sketchattn.methods.baselines.TopK(rank=4, renormalize=True)'
     """
     cls = type(method)
     parameters = sorted(method.get_params(deep=False).items())
@@ -755,27 +755,6 @@ def _is_held(path: Path, token: str) -> bool:
 # --- work ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _share_of_threads(jobs: int) -> Iterator[None]:
-    """Run kernels on this head's share of the threads, and BLAS on one.
-
-    Decompositions round differently with another number of BLAS threads, and results must not
-    depend on ``jobs``.  Numba's number of threads belongs to the calling thread; the limit of
-    BLAS is counted, so that heads in several Python threads do not lift each other's.
-    """
-    import numba
-
-    from .kernels._threads import blas_single_thread, cpu_count
-
-    before = numba.get_num_threads()
-    numba.set_num_threads(before if jobs == 1 else min(before, max(1, cpu_count() // jobs)))
-    try:
-        with blas_single_thread():
-            yield
-    finally:
-        numba.set_num_threads(before)
-
-
 class _Task(NamedTuple):
     problem: AttentionProblem
     cells: list[_Cell]
@@ -787,11 +766,18 @@ class _Task(NamedTuple):
 
 def _run_head(task: _Task) -> tuple[str, dict[Key, Values]]:
     """Compute the cells of one head, append each to its journal, and return them."""
+    from .kernels._threads import blas_single_thread, cpu_count, limit_threads
+
     problem = task.problem
     found: dict[Key, Values] = {}
     warmed: set[str] = set()
     shared = task.lock.exists()  # a worker on another machine may not see the folder
-    with _share_of_threads(task.jobs):
+    with ExitStack() as stack:
+        if task.jobs > 1:
+            stack.enter_context(limit_threads(max(1, cpu_count() // task.jobs)))
+        # Decompositions round differently with another number of BLAS threads, and results must
+        # not depend on ``jobs``.
+        stack.enter_context(blas_single_thread())
         for cell in task.cells:
             if shared and not _is_held(task.lock, task.token):
                 raise RuntimeError(

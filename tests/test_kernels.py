@@ -197,8 +197,9 @@ def test_signatures_stay_within_two_precisions_of_contiguous_arrays() -> None:
                 sa.AttentionProblem(q, k, v, causal=True, key_mask=mask),
             ):
                 a = problem.exact
-                wide = problem.values.astype(np.float64)
-                for x in (problem.values, wide, wide[:, ::-1], np.asfortranarray(wide), wide[:, 0]):
+                wide: Array = problem.values.astype(np.float64)
+                blocks: list[Array] = [problem.values, wide[:, ::-1], np.asfortranarray(wide)]
+                for x in (*blocks, wide, wide[:, 0]):
                     assert (a @ x).dtype == (a.T @ x).dtype == problem.dtype
                 a.column_norms()
                 sa.error_report(problem, sa.TopK(2).approximate(problem), path="streaming")

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 # Below this many updates of an element, waking threads costs more than it saves.
 SERIAL = 1 << 15
-MOST_PARTS = 16
+MOST_PARTS = 8
 # A tile of columns: 64 floats are 256 bytes of a row, read as one stream; 16 are a cache line.
 WIDE, NARROW = 64, 16
 L2_BYTES = 1 << 18
@@ -145,24 +145,24 @@ def _hadamard_work(
         chunk, c0 = item // tiles, (item % tiles) * tile
         width = min(tile, m - c0)
         part = parts[chunk]
-        for i in range(rows.shape[0]):
-            for c in range(width):
-                part[i, c0 + c] = 0.0
+        part[:, c0 : c0 + width] = 0.0
         for k in range(chunk * blocks // chunks, (chunk + 1) * blocks // chunks):
             j0 = k * block
             j1 = min(j0 + block, n)
             for j in range(j0, j1):
                 sign = x.dtype.type(signs[j])
-                to = (j - j0) * width
+                row = x[j, c0 : c0 + width]
+                target = data[(j - j0) * width : (j - j0 + 1) * width]
                 for c in range(width):
-                    data[to + c] = sign * x[j, c0 + c]
+                    target[c] = sign * row[c]
             data[(j1 - j0) * width : block * width] = 0.0
             _transform(data, block, width)
             for i in range(rows.shape[0]):
                 sign = x.dtype.type(1 - 2 * _odd((rows[i] // block) & k))
-                at = (rows[i] % block) * width
+                row = data[(rows[i] % block) * width : (rows[i] % block + 1) * width]
+                target = part[i, c0 : c0 + width]
                 for c in range(width):
-                    part[i, c0 + c] += sign * data[at + c]
+                    target[c] += sign * row[c]
 
 
 @kernel(parallel=True)
@@ -208,15 +208,17 @@ def _hadamard_transpose_work(
         data[: block * width] = 0.0
         for i in range(rows.shape[0]):
             sign = y.dtype.type(1 - 2 * _odd((rows[i] // block) & k))
-            at = (rows[i] % block) * width
+            row = y[i, c0 : c0 + width]
+            target = data[(rows[i] % block) * width : (rows[i] % block + 1) * width]
             for c in range(width):
-                data[at + c] += sign * y[i, c0 + c]
+                target[c] += sign * row[c]
         _transform(data, block, width)
         for j in range(j0, min(j0 + block, n)):
             factor = y.dtype.type(scale * signs[j])
-            at = (j - j0) * width
+            row = data[(j - j0) * width : (j - j0 + 1) * width]
+            target = out[j, c0 : c0 + width]
             for c in range(width):
-                out[j, c0 + c] = factor * data[at + c]
+                target[c] = factor * row[c]
 
 
 @kernel(parallel=True)
@@ -261,9 +263,7 @@ def _scatter_work(
         chunk, c0 = item // tiles, (item % tiles) * tile
         c1 = min(c0 + tile, m)
         part = parts[chunk]
-        for i in range(part.shape[0]):
-            for c in range(c0, c1):
-                part[i, c] = 0.0
+        part[:, c0:c1] = 0.0
         j0, j1 = chunk * n // chunks, (chunk + 1) * n // chunks
         if m == 1:  # a loop of length one costs more than its body
             for j in range(j0, j1):
@@ -274,7 +274,7 @@ def _scatter_work(
                 for k in range(buckets.shape[1]):
                     i = buckets[j, k]
                     sign = x.dtype.type(signs[j, k])
-                    for c in range(c0, c1):
+                    for c in range(np.uint64(c0), np.uint64(c1)):
                         part[i, c] += sign * x[j, c]
 
 

@@ -230,7 +230,7 @@ def _any_key(keys: Array, slab: int, j0: int, j1: int) -> bool:
 
 
 @kernel()
-def _online_softmax(s: Array, top: Array, total: Array, acc: Array) -> None:
+def online_softmax(s: Array, top: Array, total: Array, acc: Array) -> None:
     """Fold a tile of logits into the running softmax and leave its weights in ``s``.
 
     ``m' = max(m, max_j s_j)``, ``l' = 2^(m - m') l + sum_j 2^(s_j - m')``, the accumulator is
@@ -349,7 +349,7 @@ def attend(
                         s, i0, j0, start, left, right,
                         keys, keys_of[h], mask, bias, mask_of[h],
                     )  # fmt: skip
-                _online_softmax(s, top, total, acc)
+                online_softmax(s, top, total, acc)
                 if width > 0:
                     np.dot(s, v[h_kv, j0:j1], part)
                     _add(part, acc)

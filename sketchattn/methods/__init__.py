@@ -10,3 +10,5 @@ from .baselines import TopK as TopK
 from .baselines import UniformColumns as UniformColumns
 from .baselines import VMean as VMean
 from .baselines import Zero as Zero
+from .column_sampling import ColumnSampling as ColumnSampling
+from .jl import JL as JL

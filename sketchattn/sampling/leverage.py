@@ -524,6 +524,8 @@ def css_relative_error(x: ArrayLike, columns: ArrayLike, k: int) -> float:
     """
     matrix = as_matrix(x).astype(np.float64)
     chosen = as_array(columns, "columns")
+    if chosen.ndim == 1 and len(chosen) == 0:
+        chosen = chosen.astype(np.int64)
     if chosen.ndim == 1:
         if chosen.dtype.kind not in "iu":
             raise TypeError(f"columns must hold indices, got {chosen.dtype}; give integers")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Rng, as_generator
+from ..kernels._threads import blas_single_thread
 from ..problem import AttentionProblem, as_array, closest
 from .draws import check_probabilities
 from .leverage import (
@@ -414,7 +415,9 @@ def probabilities(
         generator = as_generator(rng)
 
         def compute() -> Array:
-            return _unnormalized(law, data, count, relative, generator)
+            # Threads of BLAS change the order of sums, and with it the last bits of a draw.
+            with blas_single_thread():
+                return _unnormalized(law, data, count, relative, generator)
 
         if isinstance(data, _FromProblem) and law not in RANDOM_LAWS:
             part = data.problem.cached(("law", law, relative if law == "ridge" else None), compute)

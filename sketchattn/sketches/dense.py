@@ -22,7 +22,7 @@ _ROWS, _COLUMNS = 128, 4096
 
 
 def _tasks(length: int, least: int, most: int) -> list[slice]:
-    step = min(max(-(-length // 8), least), most)
+    step = min(max(-(-length // 4), least), most)
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 

@@ -137,7 +137,7 @@ class SRHTSketch(_SampledTransform):
         """Return S as a dense array (r, n), from ``H_ij = (-1)^popcount(i & j)``."""
         common = self._arrays["rows"][:, None] & np.arange(self.shape[1])
         signs = np.where(np.bitwise_count(common) & 1, -1, 1) * self._arrays["signs"]
-        dense: Array = signs * self.dtype.type(self._factor())
+        dense: Array = signs.astype(self.dtype) * self.dtype.type(self._factor())
         return dense
 
 

@@ -45,8 +45,10 @@ def distinct(rng: np.random.Generator, count: int, size: int, total: int) -> Arr
         sets = np.arange(len(tried))
         for k in range(size):
             t = tried[:, k]
-            marked[sets, np.where(marked[sets, t], limits[k] - 1, t)] = True
-        out[start : start + step] = np.nonzero(marked)[1].reshape(len(tried), size)
+            chosen = np.where(marked[sets, t], limits[k] - 1, t)
+            marked[sets, chosen] = True
+            out[start : start + step, k] = chosen
+    out.sort(axis=1)
     return out
 
 

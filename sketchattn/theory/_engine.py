@@ -21,7 +21,8 @@ import numbers
 import pkgutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 
 from ..draws import Rng, entropy_of
 from ..problem import closest
-from ._instances import Instance, as_instance, get_instance
+from ._instances import Instance, as_instance
 
 Array = NDArray[Any]
 
@@ -194,7 +195,7 @@ class Series(NamedTuple):
     """Hold trials of a quantity whose mean must be ``target``."""
 
     name: str
-    values: Sequence[float]
+    values: Sequence[float] | Array
     target: float
 
 
@@ -570,11 +571,25 @@ def check(
             f"sketch must be callable, got {type(sketch).__name__}; "
             f"pass a function of kind, r, n and rng"
         )
-    if problem is None:
-        instance = get_instance(entry.claim.instances[0])
-    else:
-        instance = as_instance(problem)
-    return run(entry, instance, count, level, entropy_of(rng), chosen, sketch)
+    instance = as_instance(entry.claim.instances[0] if problem is None else problem)
+    with one_thread():
+        return run(entry, instance, count, level, entropy_of(rng), chosen, sketch)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run BLAS and kernels on one thread: a trial is small, and must round the same everywhere."""
+    import numba
+
+    from ..kernels._threads import blas_single_thread
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        with blas_single_thread():
+            yield
+    finally:
+        numba.set_num_threads(before)
 
 
 def _context(
@@ -594,7 +609,7 @@ def run(
     sketch: OperatorFactory | None = None,
 ) -> Verdict:
     """Return the verdict on checked arguments."""
-    nothing = {
+    nothing: dict[str, Any] = {
         "claim": entry.claim.id,
         "instance": instance.name,
         "observed": math.nan,
@@ -631,9 +646,8 @@ def run(
     elif verdict.vacuous and status in ("holds", "inconclusive"):
         status = "vacuous"
         notes.append(verdict.vacuous)
-    fields = {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
     text = "; ".join(x for x in notes if x)
-    return Verdict(**{**fields, "status": status, "notes": text, "instance": instance.name})
+    return replace(verdict, status=status, notes=text, instance=instance.name)
 
 
 def sample(
@@ -680,7 +694,7 @@ def bound(id: str, problem: object = None, **parameters: Any) -> float:  # noqa:
     """
     entry = get_entry(id)
     chosen = _parameters(entry, parameters)
-    instance = get_instance(entry.claim.instances[0]) if problem is None else as_instance(problem)
+    instance = as_instance(entry.claim.instances[0] if problem is None else problem)
     for assumption in entry.assumptions:
         if assumption.test(instance) is not None:
             return math.nan
@@ -690,7 +704,8 @@ def bound(id: str, problem: object = None, **parameters: Any) -> float:  # noqa:
         return math.nan
     except _Vacuous as stop:
         return stop.bound
-    return float(seen.bound) if np.ndim(seen.bound) == 0 else math.nan
+    value = np.asarray(seen.bound, np.float64)
+    return float(value) if value.ndim == 0 else math.nan
 
 
 # --- deciding -----------------------------------------------------------------------------------

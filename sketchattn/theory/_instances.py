@@ -116,13 +116,13 @@ class Instance:
     def has_values(self) -> bool:
         """Whether there is a V with at least one column."""
         if self._pair is not None:
-            return self._pair[1].shape[1] > 0
+            return bool(self._pair[1].shape[1] > 0)
         return self.problem is not None and bool(self.problem.d_v)
 
     @property
     def is_dense(self) -> bool:
         """Whether A is small enough to be formed, and not empty."""
-        return 0 < self.m * self.n <= DENSE_ENTRIES
+        return bool(0 < self.m * self.n <= DENSE_ENTRIES)
 
     @cached_property
     def product(self) -> Array:
@@ -325,6 +325,11 @@ def _subspace(n: int, q: int) -> Made:
 @instance("subspace-512", "A = U^T, V = U with a random 5-dimensional subspace of 512 dimensions")
 def _subspace_512() -> Made:
     return _subspace(512, 5)
+
+
+@instance("subspace-1024", "the same of 1024 dimensions")
+def _subspace_1024() -> Made:
+    return _subspace(1024, 5)
 
 
 @instance("subspace-4096", "the same of 4096 dimensions")

@@ -136,7 +136,7 @@ def _without(r: Array, n: int, name: str = "n") -> Array:
 def _moment_srht(a: Array, v: Array, r: Array, replace: bool = False) -> Array:
     padded = 1 << (a.shape[1] - 1).bit_length()
     base = _moment_pairwise(a, v, r)
-    return base if replace else _without(r, padded, "the padded length") * base
+    return _without(r, padded, "the padded length") * base if not replace else base
 
 
 def _moment_orthogonal(
@@ -170,7 +170,8 @@ def _moment_haar(a: Array, v: Array, r: Array) -> Array:
     if n == 1:
         _without(r, n)
         return np.zeros(r.shape)
-    return _without(r, n) * (n * s.a + (n - 2) * s.b) / (r * (n + 2))
+    moment: Array = _without(r, n) * (n * s.a + (n - 2) * s.b) / (r * (n + 2))
+    return moment
 
 
 def _moment_less_uniform(a: Array, v: Array, r: Array, t: int = 4) -> Array:
@@ -193,7 +194,8 @@ def _moment_sample_wr(a: Array, v: Array, r: Array, p: object = "uniform") -> Ar
 
 def _moment_sample_wor(a: Array, v: Array, r: Array) -> Array:
     n, s = a.shape[1], amm_stats(a, v)
-    return _without(r, n) * (n * s.c - s.b) / r
+    moment: Array = _without(r, n) * (n * s.c - s.b) / r
+    return moment
 
 
 def _moment_sample_poisson(
@@ -233,7 +235,8 @@ def _gumbel_weights(log_p: Array, r: int, rng: np.random.Generator) -> Array:
     tau = np.full(len(g), g[order[r - 1]])
     tau[order[:r]] = g[order[r]]
     # P(g_j > tau) = 1 - exp(-exp(ln p_j - tau))
-    return -1.0 / np.expm1(-np.exp(log_p - tau))
+    weights: Array = -1.0 / np.expm1(-np.exp(log_p - tau))
+    return weights
 
 
 def _moment_sample_gumbel(
