@@ -177,7 +177,7 @@ class Known(NamedTuple):
     """What is known of the rows that see a key before any is computed; arrays (m,), float64.
 
     ``output`` (n_q, d_v): as handed in; ``factor``: the power of two that it, values and exact
-    rows are multiplied by; ``index``: the rows that see a key; ``square``: ``|ohat_i|^2``;
+    rows are multiplied by; ``rows``: those that see a key; ``square``: ``|ohat_i|^2``;
     ``distance``: ``|ohat_i - c|``; ``near``: its square; ``along``: ``c . (ohat_i - c)``;
     ``radius``: ``R_i``; ``centre``: ``|c|``; ``fixed``: the sum of ``|ohat_i|^2`` over the rows
     that see no key.
@@ -185,7 +185,7 @@ class Known(NamedTuple):
 
     output: Array
     factor: float
-    index: Array
+    rows: Array
     square: Array
     distance: Array
     near: Array
@@ -229,7 +229,7 @@ def know(problem: AttentionProblem, output: Array, factor: float = 1.0) -> Known
     return Known(
         output=output,
         factor=factor,
-        index=np.flatnonzero(seen),
+        rows=np.flatnonzero(seen),
         square=square[seen],
         distance=np.sqrt(near[seen]),
         near=near[seen],
@@ -351,7 +351,8 @@ def _certain(known: Known, sample: Sample) -> tuple[float, float]:
         bound[sample.position] = 0.0
     x = known.fixed + float(sample.x.sum())
     y = float(sample.y.sum())
-    return _quotient(x + float(a.sum()), y + float(h.sum())), _quotient(x + float(b.sum()), y + float(g.sum()))
+    low = _quotient(x + float(a.sum()), y + float(h.sum()))
+    return low, _quotient(x + float(b.sum()), y + float(g.sum()))
 
 
 def _quotient(x: float, y: float) -> float:
@@ -386,7 +387,7 @@ def rejects(f: Array, leverage: Array, total: Array, delta: float) -> Array:
 
     Notes
     -----
-    Bets are the plug-in of Waudby-Smith and Ramdas (2024), equation 26, for the ratio
+    Bets are those of Waudby-Smith and Ramdas (2024) for a fixed number of draws, for the ratio
     ``rho_k = D_k / mu_k`` whose mean is at most 1: ``b_k = sqrt(2 log(1/delta) / (n v_{k-1}))``
     at most 0.99, with a variance of the past that starts from one value of 1/4.
     """
@@ -449,7 +450,8 @@ def _rejected(known: Known, sample: Sample, delta: float, upper: bool, points: A
     f -= sample.x - t[:, None] * sample.y
     # Rounding may leave a value at the end of its range slightly outside.
     f = np.maximum(sign * f, 0.0)
-    return rejects(f, sample.leverage, sign * total, delta)
+    total = sign * total + SLACK * np.abs(total)
+    return rejects(f, sample.leverage, total, delta)
 
 
 def _run(test: Callable[[Array], Array], points: Array, block: int) -> int:
@@ -535,12 +537,12 @@ def certify_known(
     kind: str,
 ) -> ErrorCertificate:
     """Return the certificate of checked arguments; ``solve`` gives exact rows times ``factor``."""
-    m = len(known.index)
+    m = len(known.rows)
     exact = rows >= m
     position, leverage, inclusion = (
         (np.arange(m), np.ones(m), np.ones(m)) if exact else draw(known, rows, rng)
     )
-    index = known.index[position]
+    index = known.rows[position]
     o = solve(index)
     if not np.isfinite(o).all():
         row = int(index[~np.isfinite(o).all(axis=1)][0])

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator
 
 from .certificates import ErrorCertificate as ErrorCertificate
 from .certificates import certify as certify
-from .operators import AttentionOperator, as_operator
+from .operators import AttentionOperator, Operator, as_operator
 from .problem import AttentionProblem
 from .spectral import dense_spectral_norm, exact_spectral_norm, spectral_norm
 
@@ -131,7 +130,7 @@ def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
     return _Rows(out[:, 0], out[:, 1], 0.5 * out[:, 2], out[:, 3])
 
 
-class _Difference(LinearOperator[Any]):
+class _Difference(Operator):
     """Represent ``Ahat - A`` in float64 for the spectral norm."""
 
     def __init__(self, exact: AttentionOperator, ahat: AttentionOperator) -> None:

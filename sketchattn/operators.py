@@ -8,7 +8,7 @@ Each is a ``scipy.sparse.linalg.LinearOperator`` of shape (n_q, n_k): ``ahat @ v
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,11 @@ from .problem import AttentionProblem, as_array, check_finite, float_dtype
 
 Array = NDArray[Any]
 Index = ArrayLike | slice
+
+if TYPE_CHECKING:
+    Operator = LinearOperator[Any]
+else:
+    Operator = LinearOperator  # SciPy's class can be subscripted from 1.17 on only
 
 
 def pick(length: int, index: Index) -> Array:
@@ -60,7 +65,7 @@ def solve(problem: AttentionProblem, x: Array | None, factor: float = 1.0) -> tu
     return out[0], lse[0]
 
 
-class AttentionOperator(LinearOperator[Any]):
+class AttentionOperator(Operator):
     """Represent an n_q x n_k attention matrix by its products.
 
     Parameters

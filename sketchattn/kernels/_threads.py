@@ -16,7 +16,7 @@ from typing import Any
 _lock = threading.Lock()
 _serial = threading.RLock()
 _requests: list[int] = []  # of all Python threads that are inside; the smallest one holds
-_limit: Any = None
+_before: list[int] = []  # threads of each BLAS library before the first of them
 _controller: Any = None
 
 
@@ -27,32 +27,41 @@ def thread_count() -> int:
     return int(numba.get_num_threads())
 
 
-def _enter(count: int) -> None:
-    global _limit, _controller
-    with _lock:
-        if _controller is None:
-            # A controller knows the libraries that are loaded when it is built: SciPy's
-            # BLAS, which Numba calls, has to be loaded before.
-            import scipy.linalg.cython_blas  # noqa: F401  (loads the library)
-            from threadpoolctl import ThreadpoolController
+def _blas() -> list[Any]:
+    """Return threadpoolctl's controllers of the BLAS libraries that are loaded."""
+    global _controller
+    if _controller is None:
+        # A controller knows the libraries that are loaded when it is built: SciPy's BLAS, which
+        # Numba calls, has to be loaded before.
+        import scipy.linalg.cython_blas  # noqa: F401  (loads the library)
+        from threadpoolctl import ThreadpoolController
 
-            _controller = ThreadpoolController()
+        _controller = ThreadpoolController()
+    return [x for x in _controller.lib_controllers if x.user_api == "blas"]
+
+
+def _set(library: Any, count: int) -> None:
+    # Recent releases of threadpoolctl obey only the first Python thread that limits OpenBLAS.  Limits are
+    # counted here for all threads, so the setter below that guard is the right one.
+    getattr(library, "_real_set_num_threads", library.set_num_threads)(count)
+
+
+def _enter(count: int) -> None:
+    with _lock:
+        libraries = _blas()
         if not _requests:
-            _limit = _controller.limit(limits=count, user_api="blas")
-        elif count < min(_requests):
-            _controller.limit(limits=count, user_api="blas")
+            _before[:] = [library.num_threads for library in libraries]
+        if not _requests or count < min(_requests):
+            for library in libraries:
+                _set(library, count)
         _requests.append(count)
 
 
 def _leave(count: int) -> None:
-    global _limit
     with _lock:
         _requests.remove(count)
-        if not _requests:
-            _limit.restore_original_limits()
-            _limit = None
-        elif count < min(_requests):
-            _controller.limit(limits=min(_requests), user_api="blas")
+        for library, before in zip(_blas(), _before, strict=True):
+            _set(library, min(_requests) if _requests else before)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -15,6 +15,11 @@ from ..draws import Rng, as_generator, entropy_of
 from ..problem import as_array, closest
 
 Array = NDArray[Any]
+
+if TYPE_CHECKING:
+    Operator = LinearOperator[Any]
+else:
+    Operator = LinearOperator  # SciPy's class can be subscripted from 1.17 on only
 S = TypeVar("S", bound="Sketch")
 C = TypeVar("C", bound="type[Sketch]")
 
@@ -181,7 +186,7 @@ def check_indices(
     return x.astype(dtype)
 
 
-class Sketch(LinearOperator[Any]):
+class Sketch(Operator):
     """Hold one drawn matrix ``S`` of shape (r, n), scaled so that ``E[S^T S] = I_n``; immutable.
 
     Made by ``make_sketch``, by ``draw`` of a family, or by ``from_arrays`` of one.  It is a SciPy

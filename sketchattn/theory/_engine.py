@@ -192,11 +192,15 @@ class Assumption(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Hold trials of a quantity whose mean must be ``target``."""
+    """Hold trials of a quantity whose mean must be ``target``.
+
+    ``spread`` is a standard deviation of one trial that is known, or bounded, beforehand.
+    """
 
     name: str
     values: Sequence[float] | Array
     target: float
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,9 @@ class Observations:
         Absolute error of an observation through rounding.
     bound_error : float, default 0
         Standard error of the bound where it was simulated itself.
+    spread : float, default 0
+        Standard deviation of one observation, where it is known beforehand: with heavy tails the
+        trials do not show it.
     series : tuple of Series
         Further means that must be right, such as a bias of zero.
     notes : str
@@ -232,6 +239,7 @@ class Observations:
     trivial: float | None = None
     rounding: float = 0.0
     bound_error: float = 0.0
+    spread: float = 0.0
     series: tuple[Series, ...] = ()
     notes: str = ""
 
@@ -748,7 +756,12 @@ class _Mean(NamedTuple):
 
 
 def z_score(
-    values: Sequence[float] | Array, target: float, *, rounding: float = 0.0, error: float = 0.0
+    values: Sequence[float] | Array,
+    target: float,
+    *,
+    rounding: float = 0.0,
+    error: float = 0.0,
+    spread: float = 0.0,
 ) -> _Mean:
     """Return mean, standard error and ``z = (mean - target)/error`` of independent trials.
 
@@ -760,6 +773,8 @@ def z_score(
         A difference up to this is none.
     error : float
         Standard error of the target itself.
+    spread : float
+        Standard deviation of one trial that is known beforehand; the larger one counts.
 
     Returns
     -------
@@ -768,8 +783,8 @@ def z_score(
     """
     x = np.asarray(values, np.float64)
     mean = float(x.mean())
-    spread = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
-    spread = math.hypot(spread, error)
+    seen = float(x.std(ddof=1)) if len(x) > 1 else 0.0
+    spread = math.hypot(max(seen, spread) / math.sqrt(len(x)), error)
     difference = mean - target
     allowed = max(rounding, 1e-12 * abs(target), 1e-12 * float(np.abs(x).max(initial=0.0)))
     if not math.isfinite(mean):
@@ -854,13 +869,17 @@ def _decide_mean(claim: Claim, seen: Observations, values: Array, confidence: fl
 
     target = float(np.asarray(seen.bound, np.float64))
     trials = len(values)
-    mean, error, z = z_score(values, target, rounding=seen.rounding, error=seen.bound_error)
+    mean, error, z = z_score(
+        values, target, rounding=seen.rounding, error=seen.bound_error, spread=seen.spread
+    )
     one_sided = claim.kind == "expectation"
     wrong = z > ALARM if one_sided else abs(z) > ALARM
     certain = error == 0.0  # every trial gave the same number
     notes = []
     for series in seen.series:
-        other = z_score(series.values, series.target, rounding=math.sqrt(seen.rounding))
+        other = z_score(
+            series.values, series.target, rounding=math.sqrt(seen.rounding), spread=series.spread
+        )
         if abs(other.z) > ALARM and (trials >= LEAST_TRIALS or other.error == 0.0):
             wrong = True
             notes.append(

@@ -238,11 +238,19 @@ def _moment(
     *,
     law: str | None = None,
     error: float = 0.0,
+    weights: Array | None = None,
     **parameters: Any,
 ) -> Observations:
-    """Observe the square error of ``A S^T S V`` and its bias."""
+    """Observe the square error of ``A S^T S V`` and its bias.
+
+    With ``weights``, the probabilities of draws with replacement, the spread of one trial is
+    known, and heavy tails cannot pass for a wrong mean.
+    """
     instance = context.instance
     x, y = _directions(instance.m, instance.v.shape[1])
+    spread, spreads = 0.0, np.zeros(x.shape[1])
+    if weights is not None:
+        spread, spreads = _sampling_spread(instance, weights, r, x, y)
     values: list[float] = []
     along: list[Array] = []
     for err in _errors(context, kind, r, law, **parameters):
@@ -250,7 +258,8 @@ def _moment(
         along.append(np.einsum("ik,ik->k", x, err @ y))
     bias = np.array(along).reshape(-1, x.shape[1])
     series = tuple(
-        Series(f"bias along direction {k}", bias[:, k], 0.0) for k in range(bias.shape[1])
+        Series(f"bias along direction {k}", bias[:, k], 0.0, float(spreads[k]))
+        for k in range(bias.shape[1])
     )
     return Observations(
         values,
@@ -258,8 +267,29 @@ def _moment(
         rank=r,
         rounding=1e-12 * instance.fro**2,
         bound_error=error,
+        spread=spread,
         series=series if values else (),
     )
+
+
+def _sampling_spread(
+    instance: Instance, p: Array, r: int, x: Array, y: Array
+) -> tuple[float, Array]:
+    """Return standard deviations for r columns drawn with replacement by p.
+
+    Of ``|err|_F^2`` at most, and of ``x_k^T err y_k``.  ``err`` is the mean of r independent
+    ``Y_j = A_:j V_j / p_j - A V``, so that ``Var |err|^2 <= E|Y|^4/r^3 + 2 (E|Y|^2)^2/r^2``.
+    """
+    kept = p > 0
+    law, a, v = p[kept], instance.a[:, kept], instance.v[kept]
+    columns, rows = square_norms(a, v)
+    cross = np.einsum("ij,ij->j", a, instance.product @ v.T)
+    squares = columns * rows / law**2 - 2 * cross / law + _square(instance.product)
+    second, fourth = float(law @ squares), float(law @ squares**2)
+    along = (x.T @ a) * (v @ y).T / law
+    exact = np.einsum("ik,ik->k", x, instance.product @ y)
+    variances = np.maximum(along**2 @ law - exact**2, 0.0) / r
+    return math.sqrt(fourth / r**3 + 2 * second**2 / r**2), np.sqrt(variances)
 
 
 def _register_moment(kind: str) -> None:
@@ -351,7 +381,9 @@ def _register_sampler(name: str) -> None:
             possible = int(np.count_nonzero(given["p"]))
             context.require(r <= possible, f"r = {r} columns of {possible} that can be drawn")
         theory = float(amm_expected_sqerr(kind, instance.a, instance.v, r, **given))
-        return _moment(context, kind, r, theory, law=law)
+        # Without replacement the spread is not larger than with.
+        weights = None if kind == "sample_poisson" else _law(instance, law or "uniform")
+        return _moment(context, kind, r, theory, law=law, weights=weights)
 
 
 for _name in SAMPLERS:
