@@ -6,6 +6,7 @@ set without ``nnan`` and ``ninf``: NaN and infinities keep their meaning, sums m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -20,11 +21,29 @@ FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _can_cache() -> bool:
+    """Say whether the folder that ``NUMBA_CACHE_DIR`` names can be written, if it names one.
+
+    Numba takes it on trust and fails at the first call of a kernel, not at its decoration.
+    """
+    folder = os.environ.get("NUMBA_CACHE_DIR")
+    if not folder:
+        return True
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+CACHE = _can_cache()
+
+
 def kernel(*, parallel: bool = False) -> Callable[[F], F]:
     """Decorate a kernel: nopython, no exceptions for division by zero, GIL released.
 
     Caching needs a writable folder (beside the source, or ``NUMBA_CACHE_DIR``, or the user's
-    cache folder); where there is none Numba raises at decoration and the kernel is compiled
+    cache folder); where there is none Numba raises at decoration, and the kernel is compiled
     once a process instead.
     """
 
@@ -37,7 +56,7 @@ def kernel(*, parallel: bool = False) -> Callable[[F], F]:
             nogil=True,
         )
         try:
-            return cast(F, make(cache=True)(function))
+            return cast(F, make(cache=CACHE)(function))
         except RuntimeError:
             return cast(F, make(cache=False)(function))
 

@@ -41,8 +41,8 @@ def _blas() -> list[Any]:
 
 
 def _set(library: Any, count: int) -> None:
-    # Recent releases of threadpoolctl obey only the first Python thread that limits OpenBLAS.  Limits are
-    # counted here for all threads, so the setter below that guard is the right one.
+    # Recent releases of threadpoolctl obey only the first Python thread that limits OpenBLAS.
+    # Limits are counted here for all threads, so the setter below that guard is the right one.
     getattr(library, "_real_set_num_threads", library.set_num_threads)(count)
 
 
