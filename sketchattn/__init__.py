@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .methods import JL as JL
     from .methods import ColumnSampling as ColumnSampling
     from .methods import Exact as Exact
+    from .methods import Linformer as Linformer
+    from .methods import LinformerFit as LinformerFit
     from .methods import Method as Method
     from .methods import SVDFloor as SVDFloor
     from .methods import TopK as TopK
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from .methods import UniformColumns as UniformColumns
     from .methods import VMean as VMean
     from .methods import Zero as Zero
+    from .methods import fit_linformer as fit_linformer
+    from .methods import linformer_projections as linformer_projections
     from .methods import methods as methods
     from .metrics import ErrorCertificate as ErrorCertificate
     from .metrics import ErrorReport as ErrorReport
@@ -60,6 +64,8 @@ _LAZY = {
     "FactoredAttention": "operators",
     "Heads": "heads",
     "JL": "methods",
+    "Linformer": "methods",
+    "LinformerFit": "methods",
     "Method": "methods",
     "ProductSketch": "operators",
     "SVDFloor": "methods",
@@ -75,6 +81,8 @@ _LAZY = {
     "certify": "metrics",
     "describe": "heads",
     "error_report": "metrics",
+    "fit_linformer": "methods",
+    "linformer_projections": "methods",
     "load_heads": "heads",
     "make_heads": "heads",
     "methods": "methods",
@@ -95,6 +103,8 @@ __all__ = [
     "FactoredAttention",
     "Heads",
     "JL",
+    "Linformer",
+    "LinformerFit",
     "Method",
     "ProductSketch",
     "SVDFloor",
@@ -111,6 +121,8 @@ __all__ = [
     "certify",
     "describe",
     "error_report",
+    "fit_linformer",
+    "linformer_projections",
     "load_heads",
     "make_heads",
     "methods",

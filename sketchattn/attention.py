@@ -164,9 +164,9 @@ def attention(
     ------
     ValueError, TypeError
         For every shape, dtype, mask, scale or option that does not fit, for an option that the
-        method cannot honour, and for non-finite entries that no mask hides from anybody.  With a
-        mask, a window or ``causal``, keys and values may be non-finite; they reach exactly the
-        rows that see them.
+        method cannot honour, for logits that overflow, and for non-finite entries that no mask
+        hides from anybody.  With a mask, a window or ``causal``, keys and values may be
+        non-finite; they reach exactly the rows that see them.
 
     Notes
     -----

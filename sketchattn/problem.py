@@ -525,7 +525,10 @@ class AttentionProblem:
 
     @property
     def output(self) -> Array:
-        """Exact output ``A V`` (n_q, d_v), read-only; rows that see no key are zero."""
+        """Exact output ``A V`` (n_q, d_v), read-only; rows that see no key are zero.
+
+        Raises ValueError without values, and for logits that overflow the computing precision.
+        """
         _ = self.values
         return self._solution[0]
 

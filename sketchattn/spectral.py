@@ -171,13 +171,20 @@ def exact_spectral_norm(problem: AttentionProblem) -> float:
     return problem.cached("spectral_norm", compute)
 
 
+def _frozen(u: Array, s: Array, vt: Array) -> tuple[Array, Array, Array]:
+    """Return the arrays read-only: they are kept, and handed out many times."""
+    for x in (u, s, vt):
+        x.flags.writeable = False
+    return u, s, vt
+
+
 def _dense_svd(problem: AttentionProblem) -> tuple[Array, Array, Array]:
     from scipy.linalg import svd
 
     def compute() -> tuple[Array, Array, Array]:
         dense = problem.astype(np.float64).exact.to_dense()
         u, s, vt = svd(dense, full_matrices=False, overwrite_a=True, check_finite=False)
-        return u, s, vt
+        return _frozen(u, s, vt)
 
     return problem.cached("svd", compute)
 
@@ -209,6 +216,7 @@ def truncated_svd(problem: AttentionProblem, rank: int) -> tuple[Array, Array, A
     cache: dict[int, tuple[Array, Array, Array]] = problem.cached("truncated_svd", dict)
     if not cache or max(cache) < rank:
         cache.clear()
-        cache[rank] = block_krylov(problem.astype(np.float64).exact, rank, tolerance=1e-7)
+        found = block_krylov(problem.astype(np.float64).exact, rank, tolerance=1e-7)
+        cache[rank] = _frozen(*found)
     u, s, vt = next(iter(cache.values()))
     return u[:, :rank], s[:rank], vt[:rank]

@@ -94,3 +94,62 @@ def naive_compare(weights: Array, other: Array) -> Array:
             if a > 0.0:
                 out[i, 3] += a * math.log(a / b) if b > 0.0 else math.inf
     return out
+
+
+# --- sketches: the matrix that the arrays of a draw stand for -----------------------------------
+
+
+def naive_hadamard(order: int) -> Array:
+    """Return the matrix of entries +1, -1 by H_2N = [[H_N, H_N], [H_N, -H_N]]."""
+    if order == 1:
+        return np.ones((1, 1))
+    half = naive_hadamard(order // 2)
+    return np.block([[half, half], [half, -half]])
+
+
+def naive_cosines(n: int) -> Array:
+    """Return the orthonormal DCT-II: C_ij = c_i cos(pi i (j + 1/2) / n)."""
+    out = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            size = math.sqrt((1 if i == 0 else 2) / n)
+            out[i, j] = size * math.cos(math.pi * i * (j + 0.5) / n)
+    return out
+
+
+def naive_sketch(
+    kind: str, r: int, n: int, arrays: dict[str, Array], *, s: float = 1, t: int = 1
+) -> Array:
+    """Return S (r, n), scaled, of a kind with parameters s and t."""
+    out = np.zeros((r, n))
+    if kind in ("gaussian", "rademacher", "uniform", "haar"):
+        factor = {"uniform": math.sqrt(3 / r), "haar": math.sqrt(n / r)}.get(kind, 1 / math.sqrt(r))
+        for i in range(r):
+            for j in range(n):
+                out[i, j] = factor * arrays["sketch"][i, j]
+    elif kind == "sparse":
+        for i in range(r):
+            for p in range(arrays["starts"][i], arrays["starts"][i + 1]):
+                out[i, arrays["columns"][p]] += math.sqrt(s / r) * arrays["signs"][p]
+    elif kind == "less_uniform":
+        for i in range(r):
+            for k in range(t):
+                out[i, arrays["columns"][i, k]] += math.sqrt(n / (t * r)) * arrays["signs"][i, k]
+    elif kind == "countsketch":
+        for j in range(n):
+            out[arrays["hash"][j], j] += arrays["signs"][j]
+    elif kind in ("sjlt", "osnap"):
+        for j in range(n):
+            for k in range(int(s)):
+                out[arrays["hash"][j, k], j] += arrays["signs"][j, k] / math.sqrt(s)
+    else:
+        order = n
+        hadamard = kind == "srht"
+        while hadamard and order & (order - 1):
+            order += 1
+        transform = naive_hadamard(order) / math.sqrt(order) if hadamard else naive_cosines(n)
+        for i in range(r):
+            for j in range(n):
+                entry = transform[arrays["rows"][i], j] * arrays["signs"][j]
+                out[i, j] = math.sqrt(order / r) * entry
+    return out

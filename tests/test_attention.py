@@ -735,6 +735,23 @@ def test_values_that_all_see_must_be_finite(
         attention(np.ones((4, 6, 4)), **arrays, enable_gqa=True, compute_dtype=grade, **options)
 
 
+@pytest.mark.parametrize(
+    ("window", "everyone"),
+    [((1, -1), [1, 2, 3, 4, 5]), ((-1, 2), [0, 1, 2]), ((1, 3), [1, 2, 3]), ((0, 0), [])],
+)
+def test_keys_that_every_row_of_a_window_sees(window: tuple[int, int], everyone: list[int]) -> None:
+    q, k = np.ones((1, 3, 2)), np.ones((1, 6, 2))
+    refused = []
+    for key in range(6):
+        v = k.copy()
+        v[0, key] = NAN
+        try:
+            attention(q, k, v, window=window)
+        except ValueError:
+            refused.append(key)
+    assert refused == everyone
+
+
 def test_a_key_that_one_of_the_grouped_heads_does_not_see_is_computed_with() -> None:
     q, k = np.ones((4, 3, 2)), np.ones((2, 3, 2))
     v = k.copy()

@@ -182,7 +182,8 @@ def test_signatures_stay_within_two_precisions_of_contiguous_arrays() -> None:
     rng = np.random.default_rng(0)
     for dtype in (np.float16, np.float32, np.float64, np.dtype(np.float64).newbyteorder()):
         for layout in ("C", "F", "strided", "reversed", "read-only"):
-            q, k, v = (rng.standard_normal((6, 4)).astype(dtype) for _ in range(3))
+            arrays: list[Array] = [rng.standard_normal((6, 4)).astype(dtype) for _ in range(3)]
+            q, k, v = arrays
             if layout == "F":
                 q, k, v = (np.asfortranarray(x) for x in (q, k, v))
             elif layout == "strided":
@@ -317,8 +318,8 @@ def product_bounds(case: Case, tiles: int) -> tuple[Array, Array]:
     rho = EXP[dtype.type]
     delta = np.max(np.where(case.weights > 0, logit_errors(case), 0), axis=1, initial=0.0)
     n_k = case.k.shape[0]
-    relative = np.expm1(2 * delta) + 2 * rho + 2 * gamma(n_k + 1, dtype) + 2 * tiles * (
-        rho + u(dtype)
+    relative = (
+        np.expm1(2 * delta) + 2 * rho + 2 * gamma(n_k + 1, dtype) + 2 * tiles * (rho + u(dtype))
     )
     size = case.weights @ np.abs(case.v.astype(np.float64))
     lse = np.where(np.isfinite(case.lse), case.lse, 0)
@@ -534,9 +535,10 @@ def compare_wrong(case: Case, other: Array, result: Array) -> bool:
     |log|), the last term for the two logarithms; a sum of n_k terms by gamma times its terms.
     """
     a, b = case.weights, other.astype(np.float64)
-    delta = logit_errors(case) + 4 * u(np.float64) * np.where(
-        np.isfinite(case.lse), np.abs(case.lse), 0
-    )[:, None]
+    delta = (
+        logit_errors(case)
+        + 4 * u(np.float64) * np.where(np.isfinite(case.lse), np.abs(case.lse), 0)[:, None]
+    )
     e = a * (np.expm1(delta) + EXP[np.float64])
     with np.errstate(divide="ignore", invalid="ignore"):
         inside = (a > 0) & (b > 0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,16 +50,9 @@ LEVEL = 1e-6
 Z = 5.0
 
 
-def seeds() -> Iterator[int]:
-    """Yield one seed, or those that SKETCHATTN_TEST_SEEDS ("7", "0-9", "all") asks for."""
-    chosen = os.environ.get("SKETCHATTN_TEST_SEEDS", "0")
-    low, _, high = ("0-99" if chosen == "all" else chosen).partition("-")
-    yield from range(int(low), int(high or low) + 1)
-
-
-@pytest.fixture(params=list(seeds()))
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    return np.random.default_rng([request.param, 20])
+@pytest.fixture
+def rng(global_random_seed: int) -> np.random.Generator:
+    return np.random.default_rng([global_random_seed, 20])
 
 
 def message(text: str) -> str:
@@ -1157,6 +1149,18 @@ def test_rank_deficient_leverage(method: str) -> None:
     # More columns than rows: every row of full rank decides for itself.
     np.testing.assert_allclose(leverage_scores(tall(7, 3).T, method=method), np.ones(3), rtol=1e-12)
     assert leverage_scores(np.zeros((0, 2)), method=method).shape == (0,)
+
+
+def test_many_tiles_are_one_matrix() -> None:
+    # More than eight tiles of 2048 rows, and a part of one: they are computed on threads.
+    x = tall(17000, 3)
+    u = np.linalg.svd(x, full_matrices=False)[0]
+    for method in METHODS:
+        scores = leverage_scores(x, method=method)
+        np.testing.assert_allclose(scores, (u * u).sum(axis=1), rtol=1e-11)
+        assert np.array_equal(scores, leverage_scores(x, method=method))
+    fast = leverage_scores_fast(x, error=0.2, sketch="countsketch", rng=0)
+    assert fast.shape == (17000,)
 
 
 def test_gram_refuses_what_it_cannot_do() -> None:

@@ -104,11 +104,12 @@ def test_limit_threads_limits_kernels_too() -> None:
 @pytest.mark.usefixtures("two_blas_threads")
 def test_limits_that_overlap_in_any_order_are_restored() -> None:
     # As two Python threads do it: neither is inside the other.
-    for first, second in (
+    orders: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
         (blas_single_thread, lambda: limit_threads(2)),
         (lambda: limit_threads(2), blas_single_thread),
         (blas_single_thread, blas_single_thread),
-    ):
+    ]
+    for first, second in orders:
         a, b = ExitStack(), ExitStack()
         a.enter_context(first())
         b.enter_context(second())
@@ -157,7 +158,7 @@ def test_counts_and_layer_are_known() -> None:
 # --- the number of threads changes no bit -------------------------------------------------------
 
 INVARIANCE = """
-import hashlib, sys
+import hashlib
 import numba
 import numpy as np
 import sketchattn as sa
@@ -183,15 +184,13 @@ def bits(threads):
                 report = sa.error_report(problem, ahat, path="streaming", spectral=False)
                 results.append(np.array(list(report.as_dict().values())))
             for i, x in enumerate(results):
-                assert not np.isnan(np.delete(np.ravel(x), [2, 3, 5])).any() or x.size == 10
                 digest = hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
                 found[f"{np.dtype(dtype)} {causal} {i}"] = digest
     return found
 
 mask = rng.random(700) < 0.9
-rng_arrays = {
-    t: [rng.standard_normal((700, 16)).astype(t) for _ in range(3)] for t in (np.float32, np.float64)
-}
+drawn = rng.standard_normal((3, 700, 16))
+rng_arrays = {dtype: drawn.astype(dtype) for dtype in (np.float32, np.float64)}
 one = bits(1)
 assert len(set(one.values())) > 20
 for threads in (2, 3, 4):
@@ -239,8 +238,9 @@ def test_a_cache_that_cannot_be_made_is_done_without(monkeypatch: pytest.MonkeyP
             raise RuntimeError("cannot cache function 'f': no locator available")
         return lambda function: function
 
+    monkeypatch.setattr(_jit, "CACHE", True)
     monkeypatch.setattr(numba, "njit", njit)
-    decorated = _jit.kernel(parallel=True)(lambda x: x + 1)
+    decorated: Any = _jit.kernel(parallel=True)(lambda x: x + 1)
     assert decorated(1) == 2
     assert [options.pop("cache") for options in asked] == [True, False]
     assert asked[0] == asked[1]

@@ -274,6 +274,7 @@ def _scatter_work(
                 for k in range(buckets.shape[1]):
                     i = buckets[j, k]
                     sign = x.dtype.type(signs[j, k])
+                    # Unsigned: an index that might be negative is checked, not vectorised.
                     for c in range(np.uint64(c0), np.uint64(c1)):
                         part[i, c] += sign * x[j, c]
 
@@ -314,11 +315,13 @@ def _gather_work(
     n, m = x.shape
     i0 = worker * out.shape[0] // threads
     i1 = (worker + 1) * out.shape[0] // threads
+    factor = x.dtype.type(scale)
     place = starts[i0:i1].copy()
-    out[i0:i1] = 0.0
     for j0 in range(0, n, block):
         j1 = j0 + block
         for i in range(i0, i1):
+            if j0 == 0:
+                out[i] = 0.0
             p = place[i - i0]
             end = starts[i + 1]
             if m == 1:
@@ -342,10 +345,9 @@ def _gather_work(
                     out[i, c] += sign * x[j, c]
                 p += 1
             place[i - i0] = p
-    factor = x.dtype.type(scale)
-    for i in range(i0, i1):
-        for c in range(m):
-            out[i, c] *= factor
+            if j1 >= n:
+                for c in range(m):
+                    out[i, c] *= factor
 
 
 @kernel(parallel=True)

@@ -12,3 +12,7 @@ from .baselines import VMean as VMean
 from .baselines import Zero as Zero
 from .column_sampling import ColumnSampling as ColumnSampling
 from .jl import JL as JL
+from .linformer import Linformer as Linformer
+from .linformer import LinformerFit as LinformerFit
+from .linformer import fit_linformer as fit_linformer
+from .linformer import linformer_projections as linformer_projections

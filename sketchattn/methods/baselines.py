@@ -204,6 +204,8 @@ class SVDFloor(Deterministic):
 
         rank = min(self.rank, *problem.exact.shape)
         u, s, vt = truncated_svd(problem, rank)
+        if problem.key_mask is not None:  # zero up to rounding, and zero it should be
+            vt = np.where(problem.key_mask, vt, 0)
         dtype = problem.dtype
         return FactoredAttention(u.astype(dtype), s.astype(dtype), vt.astype(dtype), rank)
 

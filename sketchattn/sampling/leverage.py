@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Rng, as_generator
+from ..kernels._threads import blas_single_thread, thread_count
 from ..problem import as_array, check_finite, closest, float_dtype
 from .draws import ColumnDraw, check_probabilities
 
@@ -76,26 +79,51 @@ def _cutoff(x: Array, sigma: float, tol: float | None) -> float:
     return float(np.finfo(np.float32).eps) * size
 
 
+def _over_tiles(work: Callable[[slice], Array], n: int) -> Iterator[Array]:
+    """Yield ``work`` of all tiles of n rows, in order, on as many threads as kernels use.
+
+    Every tile is computed by one thread with one thread of BLAS, so that results do not depend
+    on the number of threads; and BLAS has no threads of its own that would wait for each other
+    at the end of every small product.
+    """
+    tiles = [slice(start, start + TILE_ROWS) for start in range(0, n, TILE_ROWS)]
+    with blas_single_thread():
+        # Starting threads costs what a few tiles cost.
+        threads = min(thread_count(), len(tiles) // 4) if len(tiles) >= 8 else 1
+        if threads == 1:
+            yield from map(work, tiles)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                yield from pool.map(work, tiles)
+
+
 def _gram(x: Array, basis: Array | None = None) -> Array:
-    """Return ``(X B)^T (X B)`` in float64, tile by tile."""
+    """Return ``(X B)^T (X B)`` in float64."""
     width = x.shape[1] if basis is None else basis.shape[1]
-    total = np.zeros((width, width))
-    for start in range(0, len(x), TILE_ROWS):
-        tile = x[start : start + TILE_ROWS].astype(np.float64)
+
+    def work(part: slice) -> Array:
+        tile = x[part].astype(np.float64)
         if basis is not None:
             tile = tile @ basis
-        total += tile.T @ tile
+        product: Array = tile.T @ tile
+        return product
+
+    total = np.zeros((width, width))
+    for product in _over_tiles(work, len(x)):
+        total += product
     return total
 
 
 def _row_squares(x: Array, basis: Array) -> Array:
-    """Return ``|X_i B|^2`` of all rows, float64 (n,), tile by tile in the precision of B."""
-    out = np.empty(len(x))
-    for start in range(0, len(x), TILE_ROWS):
-        part = slice(start, start + TILE_ROWS)
+    """Return ``|X_i B|^2`` of all rows, float64 (n,), with products in the precision of B."""
+
+    def work(part: slice) -> Array:
         tile = x[part].astype(basis.dtype, copy=False) @ basis
-        out[part] = np.einsum("ij,ij->i", tile, tile)
-    return out
+        squares: Array = np.einsum("ij,ij->i", tile, tile)
+        return squares
+
+    # The first entry is the answer for no rows.
+    return np.concatenate([np.zeros(0), *_over_tiles(work, len(x))])
 
 
 def _inverse_root(gram: Array) -> tuple[Array, float] | None:
@@ -120,13 +148,14 @@ def _whitening(x: Array) -> Array | None:
     """Return B (d, d) such that ``X B`` has orthonormal columns, from Gram matrices, or None."""
     if x.shape[0] < x.shape[1]:
         return None
-    with np.errstate(over="ignore", invalid="ignore"):
-        first = _inverse_root(_gram(x))
-    if first is None or first[1] >= ONE_PASS_RATIO:
-        return None if first is None else first[0]
-    # Cholesky QR, twice: the Gram matrix of X R1^{-1} is I up to u cond(X)^2.
-    second = _inverse_root(_gram(x, first[0]))
-    return None if second is None else first[0] @ second[0]
+    with blas_single_thread():
+        with np.errstate(over="ignore", invalid="ignore"):
+            first = _inverse_root(_gram(x))
+        if first is None or first[1] >= ONE_PASS_RATIO:
+            return None if first is None else first[0]
+        # Cholesky QR, twice: the Gram matrix of X R1^{-1} is I up to u cond(X)^2.
+        second = _inverse_root(_gram(x, first[0]))
+        return None if second is None else first[0] @ second[0]
 
 
 def _orthonormal_basis(x: Array, k: int | None, tol: float | None) -> Array:
@@ -134,8 +163,9 @@ def _orthonormal_basis(x: Array, k: int | None, tol: float | None) -> Array:
     from scipy.linalg import qr, svd
 
     wide = x.astype(np.float64)
-    q, r = qr(wide, mode="economic", check_finite=False)
-    u, s, _ = svd(r, full_matrices=False, check_finite=False)
+    with blas_single_thread():
+        q, r = qr(wide, mode="economic", check_finite=False)
+        u, s, _ = svd(r, full_matrices=False, check_finite=False)
     top = float(s[0]) if len(s) else 0.0
     rank = int(np.count_nonzero(s > _cutoff(x, top, tol)))
     if k is not None and k < rank:
@@ -147,7 +177,8 @@ def _orthonormal_basis(x: Array, k: int | None, tol: float | None) -> Array:
                 stacklevel=3,
             )
         rank = k
-    basis: Array = q @ u[:, :rank]
+    with blas_single_thread():
+        basis: Array = q @ u[:, :rank]
     return basis
 
 
@@ -155,7 +186,8 @@ def _pivoted_basis(x: Array, tol: float | None) -> Array:
     """Return orthonormal U (n, q) from a QR factorisation with column pivoting."""
     from scipy.linalg import qr
 
-    q, r, _ = qr(x.astype(np.float64), mode="economic", pivoting=True, check_finite=False)
+    with blas_single_thread():
+        q, r, _ = qr(x.astype(np.float64), mode="economic", pivoting=True, check_finite=False)
     size = np.abs(np.diag(r))
     top = float(size[0]) if len(size) else 0.0
     basis: Array = q[:, : int(np.count_nonzero(size > _cutoff(x, top, tol)))]
@@ -202,10 +234,10 @@ def leverage_scores(
 
     Notes
     -----
-    Invariant under ``X -> X T`` for invertible T.  QR without pivoting and without truncation is
-    wrong for rank-deficient matrices: it gives (1, 1, 0) in the example below.  Cost
-    ``O(n d^2)``; a Gram matrix and a product are matrix products, which is why they are several
-    times faster than a QR factorisation of the same count of operations.
+    Invariant under ``X -> X T`` for invertible T; the same bits for any number of threads.  QR
+    without pivoting and without truncation is wrong for rank-deficient matrices: it gives
+    (1, 1, 0) in the example below.  Cost ``O(n d^2)``.  "gram" is matrix products only, which run
+    several times faster than the same count of operations in a QR factorisation.
 
     Examples
     --------
@@ -355,6 +387,10 @@ def leverage_scores_fast(
     -----
     Drineas, Magdon-Ismail, Mahoney and Woodruff, "Fast approximation of matrix coherence and
     statistical leverage" (2012), Algorithm 1, with Z factored by Cholesky where that is accurate.
+    They sketch by a randomised Hadamard transform (``sketch="srht"``), for which no matrix is bad;
+    the default costs less, and halves the scores of two rows of leverage near one that fall into
+    the same row of Z.  Exact scores need a Gram matrix where these need a sketch; the product
+    ``X R^{-1}``, the larger part of both, is the same.
     If Pi1 distorts the range of X by gam, ``|U^T Pi1^T Pi1 U - I|_2 <= gam``, then
     ``l_i/(1+gam) <= l~_i <= l_i/(1-gam)`` without Pi2, and the normalised scores have
     ``leverage_quality >= leverage_approx_factor(gam, e)`` with an e-accurate Pi2.  ``rows`` follows
@@ -429,7 +465,8 @@ def _truncated_inverse(z: Array, tol: float | None) -> Array:
     """Return ``V_q diag(1/s_q)`` of ``Z = U diag(s) V^T`` without directions of rounding size."""
     from scipy.linalg import svd
 
-    _, s, vt = svd(z.astype(np.float64), full_matrices=False, check_finite=False)
+    with blas_single_thread():
+        _, s, vt = svd(z.astype(np.float64), full_matrices=False, check_finite=False)
     kept = s > _cutoff(z, float(s[0]), tol)
     inverse: Array = vt[kept].T / s[kept]
     return inverse

@@ -98,7 +98,7 @@ def make_sketch(
     >>> sketch = make_sketch("srht", 4, 8, rng=0)
     >>> (sketch @ np.ones((8, 3))).shape
     (4, 3)
-    >>> bool(np.allclose(sketch @ sketch.T.to_dense(), 2 * np.eye(4)))
+    >>> bool(np.allclose(sketch @ sketch.to_dense().T, 2 * np.eye(4)))
     True
     """
     if not isinstance(kind, str):

@@ -1,0 +1,106 @@
+"""Every registered method, with its variants, ready for the contract tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sketchattn as sa
+
+Array = NDArray[Any]
+
+# Parameters that change what a method promises or how it computes; the defaults are always run.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "topk": [{"renormalize": False}],
+    "uniform": [{"estimator": "horvitz-thompson"}],
+    "jl": [{"sketch": "haar"}, {"sketch": "countsketch", "center": True}],
+    "column_sampling": [
+        {"law": "uniform", "replace": False},
+        {"law": "uniform", "normalizer": "sampled"},
+        {"law": "value_norm"},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """Make one method for any rank; ``rank`` is left out where it has none."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
+
+    def __call__(self, rank: int) -> sa.Method:
+        cls = sa.methods()[self.name]
+        known = cls._get_param_names()
+        made: sa.Method = cls(**({"rank": rank} if "rank" in known else {}), **self.options)
+        return made
+
+    @property
+    def traits(self) -> sa.Traits:
+        return self(1).traits
+
+
+def method_cases() -> list[MethodCase]:
+    """Return every registered method by its defaults, and the variants."""
+    return [
+        MethodCase(name, options)
+        for name in sa.methods()
+        for options in ({}, *VARIANTS.get(name, []))
+    ]
+
+
+CASES = method_cases()
+IDS = [str(case) for case in CASES]
+
+
+def make_problem(
+    n_q: int, n_k: int, dtype: Any = np.float64, *, d: int = 4, seed: int = 0, **options: Any
+) -> sa.AttentionProblem:
+    """Return a random problem whose logits have a standard deviation of about 2."""
+    rng = np.random.default_rng(seed)
+    q = (2 * rng.standard_normal((n_q, d))).astype(dtype)
+    k, v = (rng.standard_normal((n_k, m)).astype(dtype) for m in (d, 3))
+    return sa.AttentionProblem(q, k, v, **options)
+
+
+def unit_roundoff(dtype: Any) -> float:
+    return float(np.finfo(dtype).eps) / 2
+
+
+def dense_attention(problem: sa.AttentionProblem) -> Array:
+    """Return A by the plain formula in float64."""
+    q, k = (x.astype(np.float64) for x in problem.arrays[:2])
+    logits = problem.scale * (q @ k.T)
+    seen = np.ones(logits.shape, bool)
+    if problem.key_mask is not None:
+        seen &= problem.key_mask
+    if problem.causal:
+        offset = len(k) - len(q) if problem.causal == "bottom-right" else 0
+        seen &= np.arange(len(k)) <= np.arange(len(q))[:, None] + offset
+    top = np.where(seen, logits, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+    weights = np.where(seen, np.exp(np.where(seen, logits - np.where(seen, top, 0), 0)), 0)
+    total = weights.sum(axis=1, keepdims=True)
+    out: Array = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return out
+
+
+def largest_logit(problem: sa.AttentionProblem) -> float:
+    q, k = (np.abs(x.astype(np.float64)) for x in problem.arrays[:2])
+    return float((abs(problem.scale) * (q @ k.T)).max(initial=0.0))
+
+
+def rounding(problem: sa.AttentionProblem) -> float:
+    """Return a relative error that a matrix close to A, or its product, may have by rounding.
+
+    Logits carry d + 4 roundings of terms up to max |L|, shifts and normalisers a few more of that
+    size, sums over keys or rows n of size 1: 8 (n_q + n_k + d)(1 + max |L|) u covers them and the
+    factorisations that methods compute, whose errors are normwise.
+    """
+    sizes = problem.n_q + problem.n_k + problem.d
+    return 8 * sizes * (1 + largest_logit(problem)) * unit_roundoff(problem.dtype)

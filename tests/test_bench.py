@@ -1,0 +1,49 @@
+"""Benchmarks: every one runs on small sizes, and what they print is what they measured."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from sketchattn import bench
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bench.BENCHMARKS)
+def test_every_benchmark_runs(name: str) -> None:
+    rows = bench.run([name], quick=True, rounds=1)
+    assert rows
+    for row in rows:
+        assert row["benchmark"] == name
+        assert row["ratio"] >= 0
+        assert row["met"] in (None, True, False)
+        assert (row["target"] is None) == (row["met"] is None)
+    text = bench.render(rows)
+    assert all(row["case"] in text for row in rows)
+    assert "threads:" in text
+
+
+def test_calls_are_interleaved() -> None:
+    order: list[str] = []
+    seconds = bench._interleaved({x: lambda x=x: order.append(x) for x in "ab"}, 3)  # type: ignore[misc]  # defaults of a lambda
+    assert order == list("ab" * 4)  # one round to warm up
+    assert {name: len(x) for name, x in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_paired_and_targets_are_upper_bounds() -> None:
+    row = bench._row("x", "y", [1.0, 8.0, 3.0], against="z", theirs=[2.0, 2.0, 2.0], target=1.5)
+    assert row["ratio"] == 1.5
+    assert row["met"] is True
+    missed = bench._row("x", "y", [4.0], against="z", theirs=[2.0], target=1.5)
+    assert missed["met"] is False
+    assert "MISSED" in bench.render([missed])
+
+
+def test_refusals() -> None:
+    text = "name must be a benchmark, got 'exat'; did you mean 'exact'?"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        bench.run(["exat"])
+    text = "rounds must be at least 1, got 0; 7 is the default"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        bench.run(["exact"], rounds=0)
