@@ -342,6 +342,12 @@ class FactoredAttention(AttentionOperator):
         return rows
 
 
+def zero_attention(problem: AttentionProblem) -> FactoredAttention:
+    """Return the zero matrix of the shape of a problem, of rank 0."""
+    u, p = (np.zeros(s, problem.dtype) for s in ((problem.n_q, 0), (0, problem.n_k)))
+    return FactoredAttention(u, None, p)
+
+
 class SampledAttention(AttentionOperator):
     """Represent ``Ahat`` by weights on few columns, the same for all rows or a row's own.
 

@@ -22,9 +22,11 @@ def _orthonormal(x: Array, basis: Array | None = None) -> Array:
     """
     from scipy.linalg import qr
 
-    size = np.linalg.norm(x)
-    if size == 0.0 or not np.isfinite(size):
+    largest = float(np.max(np.abs(x), initial=0.0))
+    if largest == 0.0 or not np.isfinite(largest):
         return x[:, :0]
+    x = x / largest  # no overflow or underflow of squares
+    size = np.linalg.norm(x)
     if basis is not None and basis.shape[1] > 0:
         x = x - basis @ (basis.T @ x)
     factor, r, _ = qr(x, mode="economic", pivoting=True)
@@ -110,6 +112,7 @@ def block_krylov(
             return left @ u[:, :rank], top, wt[:rank] @ basis.T
         previous = top
         last = image[:, -fresh.shape[1] :]
+        last = last / max(float(np.max(np.abs(last))), 1e-300)  # its span is all that counts
         fresh = _orthonormal(np.asarray(operator.T @ last, np.float64), basis)
         if fresh.shape[1] == 0:  # the subspace is invariant: nothing can change any more
             return left @ u[:, :rank], top, wt[:rank] @ basis.T

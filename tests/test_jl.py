@@ -97,9 +97,7 @@ def test_exact_moment_and_bias(factor: float, right: bool, global_random_seed: i
     problem = random_head(40, 16)
     errors = errors_of(problem, factor, global_random_seed, 2000)
     squares = np.sum(errors**2, axis=(1, 2))
-    theory = float(
-        amm_expected_sqerr("gaussian", problem.exact.to_dense(), problem.values, 4)  # type: ignore[arg-type]
-    )
+    theory = float(amm_expected_sqerr("gaussian", problem.exact.to_dense(), problem.values, 4))
     z = (squares.mean() - theory) / (squares.std(ddof=1) / math.sqrt(len(squares)))
     along = errors.sum(axis=(1, 2))
     bias = along.mean() / (along.std(ddof=1) / math.sqrt(len(along)))

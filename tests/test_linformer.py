@@ -302,7 +302,7 @@ def test_joint_projection_of_values_is_a_stationary_point() -> None:
         weights, matrix = dense_form(head, fit.E, fit.F)
         size = float(np.linalg.norm(head.output)) ** 2
         gradient += weights.T @ (matrix @ head.values - head.output) @ head.values.T / size
-        scale += np.linalg.norm(weights.T @ head.output @ head.values.T) / size
+        scale += float(np.linalg.norm(weights.T @ head.output @ head.values.T)) / size
     assert np.linalg.norm(gradient) < 1e-6 * scale
 
 

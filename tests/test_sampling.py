@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 import sketchattn as sa
+from sketchattn.kernels._threads import blas_single_thread
 from sketchattn.sampling import (
     LAWS,
     ColumnDraw,
@@ -1426,7 +1427,7 @@ def test_nystrom_is_exact_where_the_columns_span() -> None:
 @pytest.mark.statistical
 def test_recursive_ridge_leverage_keeps_its_guarantee(rng: np.random.Generator) -> None:
     """With probability 1 - 3 delta: overestimates, Kt <= K <= Kt + lam I, few columns."""
-    n, delta = 400, 0.1
+    n, delta = 250, 0.1
     kernel = clustered_kernel(n)
     k = kernel.to_dense()
     lam = 0.05 * np.trace(k)
@@ -1439,8 +1440,9 @@ def test_recursive_ridge_leverage_keeps_its_guarantee(rng: np.random.Generator) 
         assert scores.shape == (n,)
         assert scores.max() <= 1
         assert len(np.unique(draw.columns)) == len(draw.columns)
-        factor = nystrom_factor(kernel, draw.columns)
-        check = ridge_psd_check(k, factor @ factor.T, lam)
+        with blas_single_thread():  # threads do not pay for 250 x 250
+            factor = nystrom_factor(kernel, draw.columns)
+            check = ridge_psd_check(k, factor @ factor.T, lam)
         assert check.below
         failures += not (
             (scores >= exact * (1 - 1e-9)).all()

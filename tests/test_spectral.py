@@ -1,108 +1,281 @@
-"""Singular values: block Krylov and the Gram route against LAPACK."""
+"""Singular values: block Krylov and Gram matrices against LAPACK, hard spectra included."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 from method_cases import dense_attention, make_problem
 from numpy.typing import NDArray
 from scipy.sparse.linalg import aslinearoperator
 
-from sketchattn.operators import DenseAttention
+import sketchattn as sa
 from sketchattn import spectral
+from sketchattn.kernels._threads import limit_threads
+from sketchattn.spectral import (
+    block_krylov,
+    dense_spectral_norm,
+    exact_spectral_norm,
+    singular_values,
+    spectral_norm,
+    truncated_svd,
+)
 
 Array = NDArray[Any]
+U = 2.0**-53
+TOLERANCE = 1e-8  # of spectral_norm: no wanted value moved by more in the last iteration
 
 
-def spectrum(sigma: Array, m: int, n: int, seed: int = 0) -> Array:
-    """Return a random m x n matrix with these singular values."""
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products do not wait for a second thread, which a busy machine may not have."""
+    with limit_threads(1):
+        yield
+
+
+def rotated(values: Array, m: int, n: int, seed: int = 0) -> Array:
+    """Return an m x n matrix with given singular values between random orthonormal bases."""
     rng = np.random.default_rng(seed)
-    u = np.linalg.qr(rng.standard_normal((m, len(sigma))))[0]
-    v = np.linalg.qr(rng.standard_normal((n, len(sigma))))[0]
-    out: Array = (u * sigma) @ v.T
-    return out
+    r = min(m, n, len(values))
+    left = np.linalg.qr(rng.standard_normal((m, r)))[0]
+    right = np.linalg.qr(rng.standard_normal((n, r)))[0]
+    product: Array = (left * values[:r]) @ right.T
+    return product
 
 
-MATRICES: dict[str, Array] = {
-    "decaying": spectrum(0.8 ** np.arange(40), 60, 50),
-    "polynomial": spectrum(1.0 / np.arange(1, 31), 200, 30),
-    "wide": spectrum(0.5 ** np.arange(8), 9, 120),
-    "rank one": spectrum(np.array([3.0]), 40, 40),
-    "rank deficient": spectrum(np.array([2.0, 2.0, 1.0]), 70, 70),
-    "clustered": spectrum(1 + 1e-3 * np.arange(30)[::-1], 80, 80),
-    "identity": np.eye(64),
-    "zero": np.zeros((20, 30)),
-    "one entry": np.array([[-2.5]]),
-    "row": np.arange(7.0)[None, :],
-    "tiny": 1e-200 * spectrum(np.array([1.0, 0.5]), 10, 10),
-    "huge": 1e200 * spectrum(np.array([1.0, 0.5]), 10, 10),
-}
+def spectra(n: int) -> dict[str, Array]:
+    """Return singular values from easy to as hard as they get."""
+    i = np.arange(n)
+    return {
+        "geometric": 0.9**i,
+        "harmonic": 1 / (1 + i),
+        "slow": 1 / np.log(2 + i),
+        "linear": 1 - i / n,
+        "flat": np.ones(n),
+        "nearly flat": 1 + 1e-5 * (1 - i / n),
+        "one above": np.concatenate([[1.0], np.full(n - 1, 0.9999)]),
+        "cluster above": np.concatenate([1 + 1e-6 * np.arange(40)[::-1], np.full(n - 40, 0.999)]),
+        "two clusters": np.where(i < n // 2, 1.0, 0.5),
+        "edge": 1.0001 - (i / n) ** 0.25,
+        "rank one": np.where(i == 0, 2.0, 0.0),
+        "rank three": np.where(i < 3, 3.0 - i, 0.0),
+        "tiny tail": np.where(i < 20, 1.0, 1e-13),
+        "many scales": 10.0 ** (-15 * i / n),
+    }
 
 
-@pytest.mark.parametrize("name", MATRICES)
-def test_spectral_norms_are_those_of_lapack(name: str) -> None:
-    matrix = MATRICES[name]
-    truth = float(np.linalg.norm(matrix, 2))
-    # The largest eigenvalue of a Gram matrix is right to a small multiple of n u.
-    assert abs(spectral.dense_spectral_norm(matrix) - truth) <= 1e-13 * truth * max(matrix.shape)
-    # Stopped at a change of 1e-8; values are second order in the angle, so the error is smaller.
-    assert abs(spectral.spectral_norm(aslinearoperator(matrix)) - truth) <= 1e-8 * truth
+SIZE = 200
+SPECTRA = spectra(SIZE)
+SHAPES = {"square": (SIZE, SIZE), "tall": (3 * SIZE, SIZE), "wide": (SIZE, 3 * SIZE)}
 
 
-@pytest.mark.parametrize("name", ["decaying", "polynomial", "wide", "rank deficient"])
-@pytest.mark.parametrize("rank", [1, 3, 8])
-def test_block_krylov_finds_the_largest_triplets(name: str, rank: int) -> None:
-    matrix = MATRICES[name]
-    truth = np.linalg.svd(matrix, compute_uv=False)
-    u, s, vt = spectral.block_krylov(aslinearoperator(matrix), rank)
-    r = len(s)
-    assert r == min(rank, *matrix.shape)
-    assert np.all(np.abs(s - truth[:r]) <= 1e-8 * truth[0])
-    assert np.allclose(u.T @ u, np.eye(r), atol=1e-10)
-    assert np.allclose(vt @ vt.T, np.eye(r), atol=1e-10)
-    assert np.linalg.norm(matrix - (u * s) @ vt, 2) <= (truth[r] if r < len(truth) else 0) + (
-        1e-6 * truth[0]
-    )
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_spectral_norm_is_that_of_lapack(name: str, shape: str) -> None:
+    x = rotated(SPECTRA[name], *SHAPES[shape])
+    expected = float(scipy.linalg.svdvals(x)[0])
+    # An iteration that no longer moves may be short of the limit by several times its last step.
+    assert spectral_norm(aslinearoperator(x)) == pytest.approx(expected, rel=100 * TOLERANCE)
+    # The square root of an eigenvalue: half the backward error of a Gram matrix, 2 n u.
+    assert dense_spectral_norm(x) == pytest.approx(expected, rel=max(x.shape) * 2 * U)
 
 
-def test_one_iteration_is_not_enough_and_says_so() -> None:
-    flat = spectrum(np.linspace(1, 0.9, 300), 400, 400)
-    with pytest.raises(RuntimeError, match="must settle within 2 iterations"):
-        spectral.block_krylov(aslinearoperator(flat), 1, block=1, max_iterations=2)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_spectral_norm_never_exceeds_the_true_one(name: str) -> None:
+    # The values of M W with an orthonormal W interlace; a basis that lost its orthogonality shows
+    # as a value that is too large.  Rounding of the products: n u.
+    x = rotated(SPECTRA[name], SIZE, SIZE)
+    for tolerance in (1e-3, 1e-8, 1e-13):
+        found = spectral_norm(aslinearoperator(x), tolerance=tolerance)
+        assert found <= SPECTRA[name][0] * (1 + 10 * SIZE * U)
 
 
-@pytest.mark.parametrize("shape", [(30, 30), (20, 45), (45, 20)])
-def test_the_decomposition_of_a_problem(shape: tuple[int, int]) -> None:
-    problem = make_problem(*shape)
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1.0, 1e150])
+def test_spectral_norm_of_any_size(scale: float) -> None:
+    x = scale * rotated(SPECTRA["harmonic"], 60, 50)
+    expected = scale * float(np.linalg.norm(x / scale, 2))
+    assert dense_spectral_norm(x) == pytest.approx(expected, rel=1e-13)
+    assert spectral_norm(aslinearoperator(x)) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 3), (16, 16), (17, 40), (40, 17)])
+def test_norms_of_small_and_zero_matrices(shape: tuple[int, int]) -> None:
+    x = np.random.default_rng(0).standard_normal(shape)
+    expected = float(np.linalg.norm(x, 2))
+    assert spectral_norm(aslinearoperator(x)) == pytest.approx(expected, rel=1e-12)
+    assert dense_spectral_norm(x) == pytest.approx(expected, rel=1e-13)
+    zero = np.zeros(shape)
+    assert spectral_norm(aslinearoperator(zero)) == 0.0
+    assert dense_spectral_norm(zero) == 0.0
+
+
+def test_norms_of_empty_matrices() -> None:
+    for shape in ((0, 3), (3, 0), (0, 0)):
+        assert dense_spectral_norm(np.zeros(shape)) == 0.0
+        assert spectral_norm(aslinearoperator(np.zeros(shape))) == 0.0
+
+
+def test_dense_norm_of_extreme_entries_neither_overflows_nor_underflows() -> None:
+    for big in (1e300, 1e-300, 5e-324):
+        with np.errstate(all="raise", under="ignore"):
+            assert dense_spectral_norm(np.array([[big, 0.0], [0.0, big]])) == big
+    assert dense_spectral_norm(np.array([[1e200, 0], [0, 1e-200]])) == 1e200
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_triplets_are_those_of_lapack(name: str, shape: str) -> None:
+    x = rotated(SPECTRA[name], *SHAPES[shape])
+    expected = scipy.linalg.svdvals(x)
+    for rank in (1, 7):
+        u, s, vt = block_krylov(aslinearoperator(x), rank)
+        assert (u.shape, s.shape, vt.shape) == ((len(x), rank), (rank,), (rank, x.shape[1]))
+        assert np.all(np.abs(s - expected[:rank]) <= 1e-6 * expected[0])
+        assert np.all(np.diff(s) <= 0)
+        assert np.abs(u.T @ u - np.eye(rank)).max() <= 1e3 * U
+        assert np.abs(vt @ vt.T - np.eye(rank)).max() <= 1e3 * U
+        # M v = s u exactly for Ritz triplets, whatever has converged.
+        assert np.abs(x @ vt.T - u * s).max() <= 1e3 * U * expected[0]
+
+
+def test_a_smaller_block_finds_the_same_values() -> None:
+    x = rotated(SPECTRA["geometric"], 80, 90)
+    for block in (1, 2, 90, 200):
+        s = block_krylov(aslinearoperator(x), 3, block=block)[1]
+        assert np.allclose(s, SPECTRA["geometric"][:3], rtol=1e-7, atol=0)
+
+
+def test_more_triplets_than_there_are() -> None:
+    x = np.random.default_rng(0).standard_normal((5, 9))
+    u, s, vt = block_krylov(aslinearoperator(x), 50)
+    assert len(s) == 5
+    assert np.allclose((u * s) @ vt, x, atol=1e-13)
+
+
+def test_the_start_does_not_matter_beyond_the_tolerance() -> None:
+    x = rotated(SPECTRA["linear"], SIZE, SIZE)
+    first, second = (block_krylov(aslinearoperator(x), 1, seed=seed)[1] for seed in (0, 1))
+    assert first == pytest.approx(second, rel=1e-6)
+    again = block_krylov(aslinearoperator(x), 1, seed=0)[1]
+    assert np.array_equal(first, again)
+
+
+def test_a_value_that_does_not_settle_raises_with_its_last_change() -> None:
+    x = rotated(SPECTRA["linear"], SIZE, SIZE)
+    values = []
+    for iterations in (2, 3):
+        with pytest.raises(RuntimeError) as caught:
+            block_krylov(aslinearoperator(x), 1, max_iterations=iterations, tolerance=1e-15)
+        found = re.fullmatch(
+            rf"singular values must settle within {iterations} iterations to 1e-15, got a last "
+            r"change of (\S+); raise block or tolerance",
+            str(caught.value),
+        )
+        assert found is not None, str(caught.value)
+        values.append(float(found[1]))
+    assert 0 < values[1] < values[0] < 1
+    # A change that is tolerated settles.
+    assert block_krylov(aslinearoperator(x), 1, max_iterations=12, tolerance=values[1])[1] > 0.9
+
+
+def test_products_in_single_precision_settle() -> None:
+    # Their rounding, 1e-7, is larger than the tolerance: it must not look like a change.
+    x = rotated(SPECTRA["linear"], SIZE, SIZE).astype(np.float32)
+    found = spectral_norm(aslinearoperator(x))
+    assert found == pytest.approx(float(np.linalg.norm(x.astype(float), 2)), rel=1e-6)
+
+
+# --- singular values of problems ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_q": 30, "n_k": 30},
+        {"n_q": 20, "n_k": 45},
+        {"n_q": 45, "n_k": 20},
+        {"n_q": 30, "n_k": 30, "causal": True},
+        {"n_q": 30, "n_k": 30, "key_mask": np.arange(30) % 4 != 1},
+    ],
+    ids=["square", "wide", "tall", "causal", "masked"],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_singular_values_of_a_problem_are_those_of_its_matrix(
+    options: dict[str, Any], dtype: Any
+) -> None:
+    problem = make_problem(dtype=dtype, **options)
     dense = dense_attention(problem)
-    truth = np.linalg.svd(dense, compute_uv=False)
-    assert np.allclose(spectral.singular_values(problem), truth, atol=1e-13)
-    assert abs(spectral.exact_spectral_norm(problem) - truth[0]) <= 1e-12
-    u, s, vt = spectral.truncated_svd(problem, 5)
-    assert abs(np.linalg.norm(dense - (u * s) @ vt, 2) - truth[5]) <= 1e-12
-    # Computed once.
-    assert spectral.truncated_svd(problem, 5)[1].base is spectral.singular_values(problem)
+    expected = scipy.linalg.svdvals(dense)
+    error = 1e-12 * expected[0]
+    assert np.abs(singular_values(problem) - expected).max() <= error
+    assert abs(exact_spectral_norm(problem) - expected[0]) <= error
+    u, s, vt = truncated_svd(problem, 5)
+    assert (u.shape, s.shape, vt.shape) == ((problem.n_q, 5), (5,), (5, problem.n_k))
+    assert abs(np.linalg.norm(dense - (u * s) @ vt, 2) - expected[5]) <= error
+    assert singular_values(problem) is singular_values(problem)
+    assert s.base is singular_values(problem)
+    for x in (u, s, vt, singular_values(problem)):
+        assert not x.flags.writeable  # kept by the problem
 
 
-def test_large_problems_are_decomposed_by_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem(60, 70, d=3)
-    truth = np.linalg.svd(dense_attention(problem), compute_uv=False)
-    monkeypatch.setattr(spectral, "DENSE_LIMIT", 8)
-    assert abs(spectral.exact_spectral_norm(problem) - truth[0]) <= 1e-8 * truth[0]
-    for rank in (2, 6, 4):  # 6 computes again, 4 cuts
-        s = spectral.truncated_svd(problem, rank)[1]
-        assert np.all(np.abs(s - truth[:rank]) <= 1e-6 * truth[0])
+def count_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return a function that says how many exact products ran since it was last asked."""
+    counted = [0]
+    plain = sa.SoftmaxAttention._matmat
+
+    def product(self: sa.SoftmaxAttention, x: Array) -> Array:
+        counted[0] += 1
+        return plain(self, x)
+
+    monkeypatch.setattr(sa.SoftmaxAttention, "_matmat", product)
+
+    def since() -> int:
+        found, counted[0] = counted[0], 0
+        return found
+
+    return since
+
+
+def test_large_problems_take_their_largest_values_from_the_operator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = make_problem(60, 50)
+    expected = scipy.linalg.svdvals(dense_attention(problem))
+    monkeypatch.setattr(spectral, "DENSE_LIMIT", 49)
+
+    def forbidden(*_: object) -> Array:
+        pytest.fail("the matrix was formed")
+
+    monkeypatch.setattr(sa.SoftmaxAttention, "to_dense", forbidden)
+    monkeypatch.setattr(sa.SoftmaxAttention, "rows", forbidden)
+    assert exact_spectral_norm(problem) == pytest.approx(expected[0], rel=1e-7)
+    calls = count_products(monkeypatch)
+    u, s, vt = truncated_svd(problem, 6)
+    assert np.allclose(s, expected[:6], rtol=0, atol=1e-6 * expected[0])
+    assert calls() > 0
+    smaller = truncated_svd(problem, 4)
+    assert calls() == 0  # a smaller rank is part of what is known
+    assert np.array_equal(smaller[1], s[:4])
+    assert (smaller[0].shape, smaller[2].shape) == ((60, 4), (4, 50))
+    assert np.allclose(truncated_svd(problem, 8)[1], expected[:8], rtol=0, atol=1e-6 * expected[0])
+    assert calls() > 0
+    assert np.abs(u.T @ u - np.eye(6)).max() <= 1e-12
+    assert np.abs(vt @ vt.T - np.eye(6)).max() <= 1e-12
+    assert not any(x.flags.writeable for x in (u, s, vt))
+
+
+def test_all_values_of_a_large_matrix_are_refused() -> None:
     text = (
-        "min(n_q, n_k) must be at most 8 for all singular values, got 60; "
+        "min(n_q, n_k) must be at most 2048 for all singular values, got 2049; "
         "use truncated_svd for the largest ones"
     )
+    zeros = np.zeros((2049, 1), np.float32)
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        spectral.singular_values(problem)
-
-
-def test_empty_operators_have_norm_zero() -> None:
-    assert spectral.spectral_norm(DenseAttention(np.zeros((0, 4)))) == 0.0
-    assert spectral.dense_spectral_norm(np.zeros((0, 4))) == 0.0
+        singular_values(sa.AttentionProblem(zeros, zeros))
+    # Only the smaller side counts: A = 11^T/n_k here.
+    values = singular_values(sa.AttentionProblem(zeros[:3], zeros))
+    assert np.allclose(values, [np.sqrt(3 / 2049), 0, 0], atol=1e-15)

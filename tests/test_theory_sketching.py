@@ -160,8 +160,8 @@ def test_moments_that_must_agree() -> None:
     assert amm_expected_sqerr("sample_wr", a, v, 16, p="leverage") <= bound
     # The optimal law is the best one.
     laws = ("uniform", "value_norm", "value_norm2", "leverage", "column_norm2", "spectral")
-    best = amm_expected_sqerr("sample_wr", a, v, 16, p="optimal")
-    assert all(amm_expected_sqerr("sample_wr", a, v, 16, p=law) >= best for law in laws)
+    best = float(amm_expected_sqerr("sample_wr", a, v, 16, p="optimal"))
+    assert all(float(amm_expected_sqerr("sample_wr", a, v, 16, p=law)) >= best for law in laws)
     # The corollary.
     kinds = ("gaussian", "rademacher", "uniform", "sparse", "countsketch", "srht", "haar")
     assert all(amm_expected_sqerr(kind, a, v, 16) <= (s.a + s.b) / 16 for kind in kinds)
@@ -267,7 +267,7 @@ def test_moment_of_priority_weights_by_simulation() -> None:
     law = np.sqrt(columns * rows)
     again, error = gumbel_moment(law / law.sum(), columns * rows, 16, 20_000, 1)
     assert found == again
-    assert abs(found - 1.576) <= 0.0005 + Z * error
+    assert abs(float(found) - 1.576) <= 0.0005 + Z * float(error)
 
 
 def test_moments_of_columns_kept_independently() -> None:
@@ -456,7 +456,7 @@ def test_wrong_types_are_refused() -> None:
     with pytest.raises(TypeError, match="N must be an integer, got dtype float64"):
         jl_min_dim(3.5, 0.5, 0.05)
     with pytest.raises(TypeError, match="eps must be real"):
-        jl_min_dim(3, "a", 0.05)  # type: ignore[arg-type]  # on purpose
+        jl_min_dim(3, "a", 0.05)
     with pytest.raises(TypeError, match="operator must be a matrix"):
         hutchinson_fro(3.0, 2)
     with pytest.raises(TypeError, match="norm must be a string"):
@@ -478,7 +478,7 @@ def test_gaussian_tails_are_above_the_exact_law() -> None:
 @pytest.mark.statistical
 @pytest.mark.parametrize("s", [1.0, 3.0])
 def test_light_entries_have_the_gaussian_tail(s: float, rng: np.random.Generator) -> None:
-    """At the confidence 1 - 1e-6 the rate of failure is not above the bound; x is spiky and flat."""
+    """Rates at the confidence 1 - 1e-6, for spiky and flat x."""
     trials, r = 20_000, 100
     for x in (np.array([1.0, 0.0]), np.array([0.8, 0.6]), np.full(8, 8**-0.5)):
         u = rng.random((trials, r, len(x)), dtype=np.float32)
@@ -514,7 +514,7 @@ def test_a_spike_defeats_very_sparse_sketches(global_random_seed: int) -> None:
     """|Sx|^2 is Binomial(64, 1/64) and off by more than a half with probability .629; |z| <= 5."""
     exact = 1 - float(stats.binom.pmf(1, 64, 1 / 64))
     assert exact == pytest.approx(0.629, abs=5e-4)
-    trials = 1000
+    trials = 300
     found = theory.check(
         "sketching.jl_sparse_without_dimension", "spike", trials=trials, rng=global_random_seed
     )
@@ -656,7 +656,11 @@ def test_randomized_range_finder_stays_between_floor_and_bound(global_random_see
         assert found.status in ("holds", "vacuous"), str(found)
         assert found.observed <= found.bound
     found = theory.check(
-        "sketching.eckart_young", "spectrum-exponential", trials=500, rank=12, rng=global_random_seed
+        "sketching.eckart_young",
+        "spectrum-exponential",
+        trials=500,
+        rank=12,
+        rng=global_random_seed,
     )
     assert found.status == "holds"
 
@@ -705,11 +709,12 @@ def test_both_ends_of_a_norm(rng: np.random.Generator) -> None:
     from scipy.sparse.linalg import aslinearoperator
 
     matrix = known_spectrum("step", 20, 12)[0]
-    for function in (
+    functions: list[Callable[[Any], float]] = [
         lambda x: power_lower_bound(x, 6, 1),
         lambda x: posterior_spectral_bound(x, 4, 0.1, 1),
         lambda x: hutchinson_fro(x, 4, 1),
-    ):
+    ]
+    for function in functions:
         assert function(aslinearoperator(matrix)) == pytest.approx(function(matrix), rel=1e-12)
 
 
@@ -748,6 +753,14 @@ def cheap(name: str) -> str:
     return min(fit or CATALOGUE[name].instances, key=lambda x: known[x].m * known[x].n)
 
 
+def is_large(name: str) -> bool:
+    return theory.instances()[cheap(name)].n >= 512
+
+
+def is_refuted(name: str) -> bool:
+    return CATALOGUE[name].status == "refuted"
+
+
 def quick(name: str) -> dict[str, Any]:
     """Return parameters with which a claim about 4096 columns is quick."""
     return {"eps": 0.9} if name.startswith("sketching.ose_markov") else {}
@@ -775,7 +788,10 @@ def test_the_catalogue_covers_the_specification() -> None:
 
 RECORDED = [
     pytest.param(
-        name, on, marks=[pytest.mark.slow] if on in LARGE or on == "clusters" else [], id=f"{name}-{on}"
+        name,
+        on,
+        marks=[pytest.mark.slow] if on in LARGE or on == "clusters" else [],
+        id=f"{name}-{on}",
     )
     for name, record in CATALOGUE.items()
     for on in record.instances
@@ -795,7 +811,7 @@ def test_claims_have_their_recorded_verdicts(name: str, on: str) -> None:
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_theorems_are_never_violated(name: str, global_random_seed: int) -> None:
     """Rates at the confidence 1 - 1e-6, means at |z| = 5; the refuted ones are violated."""
-    refuted = CATALOGUE[name].status == "refuted"
+    refuted = is_refuted(name)
     found = theory.check(
         name,
         cheap(name),
@@ -888,14 +904,10 @@ MUTANTS = {
     "a reused seed": reused,
     "without signs": unsigned,
 }
-# Nothing random is drawn; or the claim draws a broken sampler itself, and is violated anyway.
-WITHOUT_OPERATORS = frozenset(
-    {
-        "sketching.eckart_young_attained",
-        "sketching.ose_sjlt",
-        "sketching.sample_distinct_with_weights_of_repeated",
-    }
-)
+# Nothing random is drawn.
+WITHOUT_OPERATORS = frozenset({"sketching.eckart_young_attained", "sketching.ose_sjlt"})
+# Refuted claims are violated by honest operators too.
+CONTROLLED = [name for name in CATALOGUE if name not in WITHOUT_OPERATORS and not is_refuted(name)]
 SAMPLING = frozenset(
     name
     for name in CATALOGUE
@@ -907,31 +919,42 @@ SAMPLING = frozenset(
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("mutant", MUTANTS)
-@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in WITHOUT_OPERATORS])
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        # Matrices with 1024 columns and more take a second each: one mutant by default.
+        pytest.param(
+            name,
+            mutant,
+            marks=[pytest.mark.slow] if is_large(name) and mutant != "scaled by 1.1" else [],
+        )
+        for name in CONTROLLED
+        for mutant in MUTANTS
+    ],
+)
 def test_broken_operators_are_violations_of_every_claim(
     name: str, mutant: str, global_random_seed: int
 ) -> None:
-    """The mean of |S w|^2 is off by 21 % or more: at 40 trials and r >= 16 more than |z| = 5."""
+    """The mean over trials of |S w|^2 is off by 21 % or more.
+
+    With four probes its relative standard error is at most sqrt(2/(4 r trials)) 1.21, here below
+    .025: the factor shows at z = 8, and stays above the alarm of 5 with probability .998.
+    """
     if mutant == "without signs" and name in SAMPLING:
         pytest.skip("draws of columns have no signs")
-    record = CATALOGUE[name]
-    parameters = quick(name)
     known = get_entry(name).parameters
-    # Enough rows for 40 trials to show a factor of 1.21.
-    for small in ("rank", "r", "iterations"):
-        if small in known and not isinstance(known[small], float):
-            parameters[small] = 16
+    parameters = quick(name) | {x: 16 for x in ("rank", "r") if x in known}
+    # One vector a trial, and rank 16 of a matrix with more than six rows.
+    on = "spectrum-exponential" if name.endswith("eckart_young") else cheap(name)
     found = theory.check(
         name,
-        cheap(name),
-        trials=200 if "power_lower" in name else 40,
+        on,
+        trials=1200 if name.endswith("power_lower") else 80,
         rng=global_random_seed,
         sketch=MUTANTS[mutant],
         **parameters,
     )
     assert found.status == "violated", str(found)
-    assert found.vacuous == "" or record.recorded
 
 
 def test_honest_operators_are_not() -> None:
@@ -973,9 +996,7 @@ def test_claims_on_extreme_problems_end_with_a_verdict() -> None:
         "uniform": sa.AttentionProblem(
             np.zeros((8, 2)), np.zeros((8, 2)), rng.standard_normal((8, 3))
         ),
-        "identity": sa.AttentionProblem(
-            300 * np.eye(12), np.eye(12), rng.standard_normal((12, 2))
-        ),
+        "identity": sa.AttentionProblem(300 * np.eye(12), np.eye(12), rng.standard_normal((12, 2))),
         "constant": sa.AttentionProblem(
             rng.standard_normal((8, 2)), rng.standard_normal((8, 2)), np.ones((8, 2))
         ),

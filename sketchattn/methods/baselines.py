@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..draws import Draw, check_columns
-from ..operators import AttentionOperator, FactoredAttention, Index, SampledAttention, pick
+from ..operators import (
+    AttentionOperator,
+    FactoredAttention,
+    Index,
+    SampledAttention,
+    pick,
+    zero_attention,
+)
 from ..problem import AttentionProblem, closest
 from ._base import Deterministic, Method, Traits, register
 
@@ -73,11 +80,7 @@ class Zero(Deterministic):
         )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
-        return FactoredAttention(
-            np.zeros((problem.n_q, 0), problem.dtype),
-            None,
-            np.zeros((0, problem.n_k), problem.dtype),
-        )
+        return zero_attention(problem)
 
 
 class VisibleMean(AttentionOperator):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..draws import Draw
-from ..operators import AttentionOperator, ProductSketch
+from ..operators import AttentionOperator, ProductSketch, zero_attention
 from ..problem import AttentionProblem, closest
 from ..sketches import make_sketch, sketches
 from ._base import Method, Traits, register
@@ -122,7 +122,7 @@ class JL(Method):
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         r, n = self._size(problem)
         if n == 0:
-            return problem.exact
+            return zero_attention(problem)
         options = dict(self.sketch_options or {})
         cls = sketches()[self.sketch]
         drawn = cls.from_arrays(draw, (r, n), dtype=problem.dtype, **options)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Draw, Rng, as_generator, check_draw
-from ..operators import AttentionOperator, FactoredAttention, Index, pick
+from ..operators import AttentionOperator, FactoredAttention, Index, pick, zero_attention
 from ..problem import AttentionProblem, as_array, check_finite, check_rank, closest, float_dtype
 from ..sketches import Sketch, make_sketch, sketches
 from ..sketches._base import integer, streams
@@ -321,6 +321,7 @@ class ReducedAttention(AttentionOperator):
 
 
 def _array(value: object, name: str, axes: tuple[int, ...] = (2,)) -> Array:
+    """Return a checked array of floating-point numbers."""
     array = as_array(value, name)
     float_dtype(array, name)
     if array.ndim not in axes:
@@ -511,13 +512,15 @@ class Linformer(Method):
             raise ValueError(
                 "F must be None with sharing='kv', where it is E, got an array; drop F"
             )
-        self._given()
+        axes = (1, 2, 3) if self.projection == "conv" else (2,)
+        for label, x in (("E", self.E), ("F", self.F)):
+            if x is not None:
+                _array(x, label, axes)
 
     def _given(self) -> dict[str, Array]:
-        """Return E, and F where it is another array, as the user gave them."""
-        axes = (1, 2, 3) if self.projection == "conv" else (2,)
+        """Return E, and F where it is another array; `_check_parameters` has checked them."""
         pairs = (("E", self.E), ("F", self.F))
-        return {label: _array(x, label, axes) for label, x in pairs if x is not None}
+        return {label: as_array(x, label) for label, x in pairs if x is not None}
 
     def _check_convolution(self, problem: AttentionProblem) -> None:
         r, n = int(self.rank), problem.n_k
@@ -689,7 +692,7 @@ class Linformer(Method):
                 f"Ahat; use Linformer(...).attend(problem) for its output"
             )
         if len(problem.kept_keys) == 0:
-            return problem.exact
+            return zero_attention(problem)
         e, f = self._projections(problem, draw)
         assert f is not None  # is_linear
         return self._reduced(problem, e, f)
@@ -722,9 +725,9 @@ class Linformer(Method):
         >>> sa.Linformer(rank=4, projection="max_pool").attend(problem).shape
         (16, 4)
         """
-        if self.projection not in FIXED or self.is_linear:
-            return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)
         self.check(problem)
+        if self.is_linear:
+            return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)
         if draw is not None:
             self._check_draw(problem, draw)
         v = problem.values

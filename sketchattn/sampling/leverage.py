@@ -389,8 +389,10 @@ def leverage_scores_fast(
     statistical leverage" (2012), Algorithm 1, with Z factored by Cholesky where that is accurate.
     They sketch by a randomised Hadamard transform (``sketch="srht"``), for which no matrix is bad;
     the default costs less, and halves the scores of two rows of leverage near one that fall into
-    the same row of Z.  Exact scores need a Gram matrix where these need a sketch; the product
-    ``X R^{-1}``, the larger part of both, is the same.
+    the same row of Z.  Exact scores by "gram" take ``n d^2`` operations for the Gram matrix and
+    ``2 n d^2`` for ``X R^{-1}``; the sketch replaces the first by one pass over X.  So these can be
+    1.5 times as fast at most at any width where r2 < d is too inaccurate, and their gain lies
+    where exact scores need a QR factorisation.
     If Pi1 distorts the range of X by gam, ``|U^T Pi1^T Pi1 U - I|_2 <= gam``, then
     ``l_i/(1+gam) <= l~_i <= l_i/(1-gam)`` without Pi2, and the normalised scores have
     ``leverage_quality >= leverage_approx_factor(gam, e)`` with an e-accurate Pi2.  ``rows`` follows
@@ -881,7 +883,9 @@ def ridge_leverage_recursive(
     # The innermost set is taken whole; if it is everything, scores still come from one more pass.
     levels = list(zip(halves[:-1], budgets[:-1], strict=True)) or [(halves[0], delta)]
     for index, budget in reversed(levels):
-        scores = _ridge_from_sample(whole, index, columns, weights, lam)
+        # Threads of BLAS change the order of sums, and with it the last bits of a draw.
+        with blas_single_thread():
+            scores = _ridge_from_sample(whole, index, columns, weights, lam)
         scores = np.minimum(np.maximum(1.5 * scores, floor[index]), 1.0)
         factor = oversampling * max(math.log(max(scores.sum(), 1e-300) / budget), 0.0)
         probabilities = np.minimum(1.0, factor * scores)
