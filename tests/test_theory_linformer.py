@@ -40,6 +40,7 @@ def repeated(kind: str, r: int, n: int, rng: np.random.Generator, **parameters: 
 # --- the record -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 @pytest.mark.parametrize(("name", "problem"), RECORDED)
 def test_recorded_verdicts(name: str, problem: str, global_random_seed: int) -> None:
