@@ -17,19 +17,10 @@ from scipy import stats
 import sketchattn as sa
 from sketchattn import theory
 from sketchattn.theory import Assumption, Context, Instance, Observations, Series, Verdict
-from sketchattn.theory._engine import (
-    KINDS,
-    STATUSES,
-    VERDICTS,
-    Entry,
-    can_certify,
-    claim,
-    clopper_pearson,
-    get_entry,
-    run,
-    z_score,
-)
+from sketchattn.theory._decide import can_certify, clopper_pearson, z_score
+from sketchattn.theory._engine import Entry, claim, get_entry, run
 from sketchattn.theory._instances import DENSE_ENTRIES, instance
+from sketchattn.theory._records import KINDS, STATUSES, VERDICTS
 from sketchattn.theory._validate import COLUMNS, Row, ValidationResult, validate
 
 Array = NDArray[Any]
@@ -165,8 +156,10 @@ def test_a_mean_is_compared_by_its_z_score(kind: str, z: float, status: str) -> 
 
 
 def test_few_trials_say_nothing_about_a_mean() -> None:
-    assert decide("equality", normal(3.0, 0.1, 29), 1.0).status == "inconclusive"
-    assert decide("equality", normal(3.0, 0.1, 30), 1.0).status == "violated"
+    assert decide("equality", [3.0], 1.0).status == "inconclusive"
+    assert decide("equality", [3.0] * 59, 1.0).status == "inconclusive"
+    assert decide("equality", normal(3.0, 0.1, 59), 1.0).status == "inconclusive"
+    assert decide("equality", normal(3.0, 0.1, 60), 1.0).status == "violated"
 
 
 def test_heavy_tails_are_inconclusive_and_not_right() -> None:
@@ -196,9 +189,9 @@ def test_an_error_of_the_theory_itself_counts() -> None:
 
 def test_equal_trials_need_no_standard_error() -> None:
     assert decide("equality", [2.0] * 5, 2.0).status == "holds"
-    verdict = decide("equality", [2.0] * 30, 2.1)
+    verdict = decide("equality", [2.0] * 60, 2.1)
     assert (verdict.status, verdict.z) == ("violated", -math.inf)
-    assert decide("equality", [1e-17] * 30, 0.0, rounding=1e-12).status == "holds"
+    assert decide("equality", [1e-17] * 60, 0.0, rounding=1e-12).status == "holds"
 
 
 def test_a_series_beside_the_mean_must_be_right_too() -> None:
@@ -213,9 +206,29 @@ def test_a_series_beside_the_mean_must_be_right_too() -> None:
 
 def test_z_score_against_its_definition() -> None:
     x = np.array([1.0, 2.0, 4.0, 3.0])
-    mean, error, z = z_score(x, 2.0)
-    assert (mean, error) == pytest.approx((2.5, np.std(x, ddof=1) / 2))
-    assert z == pytest.approx(0.5 / error)
+    found = z_score(x, 2.0)
+    assert (found.mean, found.error) == pytest.approx((2.5, np.std(x, ddof=1) / 2))
+    assert found.z == pytest.approx(0.5 / found.error)
+
+
+def test_skewed_trials_do_not_pass_for_a_wrong_mean() -> None:
+    """Trials that missed the rare large ones: z is beyond -5 and its correction is not."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20_000, 60)) ** 2 * rng.standard_normal((20_000, 60)) ** 2
+    found = [z_score(row, 1.0) for row in x]
+    plain = sum(abs(m.z) > 5 for m in found)
+    alarms = sum(m.too_large() or m.too_small() for m in found)
+    # Some 400 and 2 of 20000.
+    assert plain > 200
+    assert alarms <= 20
+    # The correction grows with z, and is none without skewness.
+    values = normal(0.0, 1.0, 100)
+    for target in (-0.7, 0.3, 0.9):
+        mean = z_score(values, target)
+        assert mean.corrected == pytest.approx(mean.z, abs=1e-9)
+    skewed = np.array([0.0] * 99 + [1.0])
+    scores = [z_score(skewed, target).corrected for target in np.linspace(0.02, 3.0, 50)]
+    assert np.all(np.diff(scores) < 0)
 
 
 # --- single observations ------------------------------------------------------------------------

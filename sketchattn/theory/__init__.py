@@ -7,11 +7,7 @@ themselves are plain functions in ``sketchattn.theory.sketching``.
 """
 
 from ._engine import Assumption as Assumption
-from ._engine import Claim as Claim
 from ._engine import Context as Context
-from ._engine import Observations as Observations
-from ._engine import Series as Series
-from ._engine import Verdict as Verdict
 from ._engine import bound as bound
 from ._engine import check as check
 from ._engine import claim as claim
@@ -21,5 +17,9 @@ from ._instances import Instance as Instance
 from ._instances import instance as instance
 from ._instances import instances as instances
 from ._instances import spiked_attention as spiked_attention
+from ._records import Claim as Claim
+from ._records import Observations as Observations
+from ._records import Series as Series
+from ._records import Verdict as Verdict
 from ._validate import ValidationResult as ValidationResult
 from ._validate import validate as validate

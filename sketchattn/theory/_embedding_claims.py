@@ -24,7 +24,7 @@ from ._embeddings import (
     ose_srht,
     ose_uniform,
 )
-from ._engine import Context, Observations, claim
+from ._engine import Context, claim
 from ._instances import Instance
 from ._observe import (
     EPS_LADDER,
@@ -41,6 +41,7 @@ from ._observe import (
     square,
     subspace_dimension,
 )
+from ._records import Observations
 
 # --- vectors --------------------------------------------------------------------------------
 

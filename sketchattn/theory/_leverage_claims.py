@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ._engine import Context, Observations, claim
+from ._engine import Context, claim
 from ._lowrank_claims import range_basis, residual_norms
 from ._observe import (
     AMM_RECORD,
@@ -25,6 +25,7 @@ from ._observe import (
     square,
     subspace_dimension,
 )
+from ._records import Observations
 
 
 def _fast_scores(context: Context, rank: int | None) -> tuple[int, list[tuple[float, Array]]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ._engine import Context, Observations, claim
+from ._engine import Context, claim
 from ._instances import Instance
 from ._lowrank import (
     eckart_young_floor,
@@ -27,6 +27,7 @@ from ._observe import (
     spectral,
     square,
 )
+from ._records import Observations
 
 # --- low rank: all in the coordinates of the singular vectors of A --------------------------
 

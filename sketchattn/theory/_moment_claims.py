@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ._engine import Context, Observations, Series, claim
+from ._engine import Context, claim
 from ._instances import Instance
 from ._moments import amm_expected_sqerr, amm_stats, gumbel_moment, square_norms
 from ._observe import (
@@ -22,6 +22,7 @@ from ._observe import (
     on_heads,
     square,
 )
+from ._records import Observations, Series
 
 MOMENT_FORMULAS = {
     "gaussian": "(a + b)/r",
@@ -138,7 +139,9 @@ def _register_moment(kind: str) -> None:
     )
     def observe(context: Context, *, rank: int | None = None) -> Observations:
         instance = context.instance
-        multiple = parameters["s"] if kind in ("sjlt", "osnap") else 1
+        each = int(parameters.get("t", 1))
+        context.require(each <= instance.n, f"{each} entries a row in {instance.n} columns")
+        multiple = int(parameters["s"]) if kind in ("sjlt", "osnap") else 1
         r = default_rank(context, rank, multiple=multiple)
         # The formula of a transform costs n^3: once for all r.
         one = instance.cached(

@@ -83,6 +83,26 @@ def _applied(operator: Any, x: Array) -> Array:
     return np.asarray(operator.apply(x) if hasattr(operator, "apply") else operator @ x, np.float64)
 
 
+def _likeliest(kind: str, r: int, n: int, parameters: Parameters) -> float:
+    """Return an upper bound of the probability of the likeliest outcome of a draw."""
+    if kind == "sample_poisson":
+        from ..sampling import inclusion_probabilities
+
+        keep = inclusion_probabilities(parameters["p"], r)
+        return float(np.prod(np.maximum(keep, 1 - keep)))
+    if kind.startswith("sample_"):  # without replacement the order is random
+        top = float(np.max(parameters["p"]))
+        return top ** (r if kind == "sample_wr" else 1)
+    if kind == "sparse":
+        return float(max(0.5, 1 - 1 / parameters["s"]) ** (r * n))
+    return 0.5**n  # all others have a sign for each column at least
+
+
+def _differ(context: Context, likeliest: float) -> bool:
+    """Return whether independent trials of a draw are not all equal, but with chance 1e-9."""
+    return bool(likeliest ** (context.trials - 1) < 1e-9)
+
+
 def sketched(
     context: Context, kind: str, r: int, x: Array, key: object, **parameters: Any
 ) -> Iterator[Array]:
@@ -94,12 +114,14 @@ def sketched(
     wide = context.instance.cached(
         ("wide", key), lambda: np.ascontiguousarray(np.concatenate([x, _probes(n)], axis=1))
     )
+    told_apart = _differ(context, _likeliest(kind, r, n, parameters))
     for rng in context.generators():
         image = _applied(context.operator(kind, r, n, rng, **parameters), wide)
         ones, others = image[:, c], image[:, c + 1 :]
         context.audit("|S 1|^2/n", float(ones @ ones), 1.0)
         context.audit("|S w|^2/|w|^2", float(np.sum(others * others)) / PROBES, 1.0)
-        context.fingerprint(float(np.sin(np.arange(1.0, len(image) + 1)) @ image[:, -1]))
+        if told_apart:
+            context.fingerprint(float(np.sin(np.arange(1.0, len(image) + 1)) @ image[:, -1]))
         yield image[:, :c]
 
 
@@ -113,10 +135,12 @@ def sampled(context: Context, kind: str, r: int, x: Array, law: Array) -> Iterat
     # The index beside the root of p tells draws of equal weight from each other.
     mark = np.sqrt(law) * np.cos(np.arange(n))
     wide = np.concatenate([x, np.sqrt(law)[:, None], mark[:, None]], axis=1)
+    told_apart = _differ(context, _likeliest(kind, r, n, {"p": law}))
     for rng in context.generators():
         image = _applied(context.operator(kind, r, n, rng, **parameters), wide)
         context.audit("sum_j w_j p_j", float(image[:, c] @ image[:, c]), 1.0)
-        context.fingerprint(float(np.sin(np.arange(1.0, len(image) + 1)) @ image[:, c + 1]))
+        if told_apart:
+            context.fingerprint(float(np.sin(np.arange(1.0, len(image) + 1)) @ image[:, c + 1]))
         yield image[:, :c]
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ._engine import Context, Observations, claim
+from ._engine import Context, claim
 from ._instances import Instance
 from ._moments import amm_expected_sqerr, square_norms
 from ._observe import (
@@ -34,6 +34,7 @@ from ._products import (
     amm_spectral_expected,
     amm_spectral_min_dim,
 )
+from ._records import Observations
 
 FRO_ERROR = "|A S^T S V - A V|_F / (|A|_F |V|_F)"
 

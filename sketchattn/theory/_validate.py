@@ -18,21 +18,10 @@ from numpy.typing import NDArray
 from .._files import write_bytes
 from ..draws import Rng, entropy_of
 from ..problem import AttentionProblem, closest
-from ._engine import (
-    HEADS,
-    Claim,
-    Observations,
-    Verdict,
-    check_confidence,
-    check_trials,
-    get_entry,
-    one_thread,
-    plain,
-    run,
-    sample,
-)
+from ._engine import check_confidence, check_trials, get_entry, one_thread, run, sample
 from ._engine import claims as all_claims
 from ._instances import Instance, as_instance, get_instance
+from ._records import HEADS, Claim, Observations, Verdict, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -520,7 +509,7 @@ def validate(
     --------
     >>> import sketchattn as sa
     >>> heads = sa.make_heads("clustered", n=64, d=8, rng=0)
-    >>> result = sa.theory.validate("sketching.moment_countsketch", heads, trials=50)
+    >>> result = sa.theory.validate("sketching.moment_countsketch", heads, trials=60)
     >>> [(row.verdict.instance, row.verdict.status) for row in result.rows]
     [('reference', 'holds'), ('clusters', 'holds'), ('clustered/head0', 'holds')]
     >>> len(result.unexpected)

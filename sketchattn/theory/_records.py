@@ -1,0 +1,203 @@
+"""Records: what a claim is, what was observed, what was decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+STATUSES = ("published", "derived", "refuted")
+KINDS = ("equality", "expectation", "tail", "inequality", "existence")
+VERDICTS = ("holds", "violated", "vacuous", "not applicable", "inconclusive")
+
+# What a claim on a bundled head is recorded under, and on anything else without a record.
+HEADS = "heads"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Hold a statement with its constants, its source, and the verdicts that it gets.
+
+    Attributes
+    ----------
+    id : str
+        ``topic.name``.
+    title, statement, source : str
+        The exact statement as text, and where it comes from.
+    status : {"published", "derived", "refuted"}
+    kind : {"equality", "expectation", "tail", "inequality", "existence"}
+    observes : str
+        The observed quantity: which norm, and over which denominator.
+    assumptions : tuple of str
+        Evaluated on the problem; where one fails the claim is not applicable.
+    recorded : mapping from str to str
+        The verdict on named instances, on single heads, and under "heads" on the bundled heads
+        that are not named.
+    constants : mapping from str to float
+        The constants of the theorem, and the parameters with which it is checked by default.
+    """
+
+    id: str
+    title: str
+    statement: str
+    source: str
+    status: str
+    kind: str
+    observes: str
+    assumptions: tuple[str, ...]
+    recorded: Mapping[str, str]
+    constants: Mapping[str, float]
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """Names of the built-in instances that have a record, in order."""
+        return tuple(x for x in self.recorded if x != HEADS and "/" not in x)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python objects, for JSON."""
+        out = asdict_shallow(self)
+        out["assumptions"] = list(self.assumptions)
+        return out
+
+
+def asdict_shallow(record: Any) -> dict[str, Any]:
+    """Return the fields of a record, with mappings as dictionaries and numbers for JSON."""
+    return {name: plain(getattr(record, name)) for name in record.__dataclass_fields__}
+
+
+def plain(value: Any) -> Any:
+    """Return a value for JSON; numbers that are not finite become "inf", "-inf" or "nan"."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(x) for name, x in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(x) for x in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Hold the outcome of a check.
+
+    Attributes
+    ----------
+    claim : str
+        Id of the claim.
+    status : {"holds", "violated", "vacuous", "not applicable", "inconclusive"}
+    observed : float
+        For a tail the (1 - delta)-quantile of the observations, for a mean their mean, otherwise
+        the observation that comes nearest to its bound.
+    bound : float
+        What the claim puts against it.
+    slack : float
+        ``bound / observed``: how loose the claim is.
+    trials : int
+        Independent draws; 0 where nothing had to be drawn.
+    failures : int or None
+        Observations beyond the bound; None for means.
+    interval : (float, float) or None
+        For a tail the one-sided lower and upper limit of the rate of failure, each at the
+        confidence asked for; for a mean its two-sided interval.
+    notes : str
+        Reasons and particulars.
+    instance : str
+        Name of the problem.
+    rank : int or None
+        Rows, columns or products that were used.
+    delta : float or None
+        The rate of failure that a tail claims.
+    z : float or None
+        Of a mean.
+    vacuous : str
+        Why the claim promises nothing here, whatever its verdict; empty otherwise.
+    """
+
+    claim: str
+    status: str
+    observed: float
+    bound: float
+    slack: float
+    trials: int
+    failures: int | None
+    interval: tuple[float, float] | None
+    notes: str
+    instance: str = ""
+    rank: int | None = None
+    delta: float | None = None
+    z: float | None = None
+    vacuous: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python objects, for JSON."""
+        return asdict_shallow(self)
+
+    def __str__(self) -> str:
+        numbers_ = f"observed {self.observed:.4g}, bound {self.bound:.4g}"
+        count = "" if self.failures is None else f", {self.failures} failures"
+        trials = f"{self.trials} trials" if self.trials != 1 else "1 trial"
+        note = f" ({self.notes})" if self.notes else ""
+        return (
+            f"{self.claim} on {self.instance}: {self.status}; {numbers_}{count} in {trials}{note}"
+        )
+
+
+class Series(NamedTuple):
+    """Hold trials of a quantity whose mean must be ``target``.
+
+    ``spread`` is a standard deviation of one trial that is known, or bounded, beforehand.
+    """
+
+    name: str
+    values: Sequence[float] | Array
+    target: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Hold what an observer saw.
+
+    Attributes
+    ----------
+    values : sequence of float (trials,)
+        One observation a trial.
+    bound : float or sequence of float (trials,)
+        What the claim puts against each; for equalities the theory.
+    delta : float, optional
+        Of a tail.
+    rank : int, optional
+        Rows, columns or products that were used.
+    trivial : float, optional
+        What the trivial predictor reaches in the units of ``values``.
+    rounding : float, default 0
+        Absolute error of an observation through rounding.
+    bound_error : float, default 0
+        Standard error of the bound where it was simulated itself.
+    spread : float, default 0
+        Standard deviation of one observation, where it is known beforehand: with heavy tails the
+        trials do not show it.
+    series : tuple of Series
+        Further means that must be right, such as a bias of zero.
+    notes : str
+        Particulars.
+    """
+
+    values: Sequence[float] | Array
+    bound: float | Sequence[float] | Array
+    delta: float | None = None
+    rank: int | None = None
+    trivial: float | None = None
+    rounding: float = 0.0
+    bound_error: float = 0.0
+    spread: float = 0.0
+    series: tuple[Series, ...] = ()
+    notes: str = ""
