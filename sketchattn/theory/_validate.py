@@ -392,7 +392,7 @@ def _draw(axes: Axes, claim: Claim, steps: Sequence[_Step]) -> None:
         axes.set_yscale("log", nonpositive="clip")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.legend(fontsize=7)
 
 
