@@ -44,6 +44,30 @@ def _precision(*arrays: Array) -> np.dtype[Any]:
     return np.dtype(np.float32 if np.result_type(*arrays) == np.float32 else np.float64)
 
 
+def _row_softmax(logits: Array) -> Array:
+    """Turn logits into ``rowsoftmax(logits)`` in place; a row of -inf becomes zeros."""
+    top = logits.max(axis=1, keepdims=True, initial=-np.inf)
+    logits -= np.where(np.isfinite(top), top, 0)
+    weights: Array = np.exp(logits, out=logits)
+    total = weights.sum(axis=1, keepdims=True)
+    np.divide(weights, total, out=weights, where=total > 0)
+    return weights
+
+
+def softmax_over(problem: AttentionProblem, columns: Array, weights: Array | None = None) -> Array:
+    """Return ``rowsoftmax(L_ij + ln w_j)`` over chosen keys, (n_q, t); empty rows are zero.
+
+    ``columns`` int (t,) are keys that are not masked, ``weights (t,)`` are positive; None is 1.
+    """
+    q, k, _ = problem.arrays
+    logits = (problem.dtype.type(problem.scale) * q) @ k[columns].T
+    if weights is not None:
+        logits += np.log(weights).astype(problem.dtype)
+    if problem.causal:
+        logits[columns[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]] = -np.inf
+    return _row_softmax(logits)
+
+
 def _problem_masks(problem: AttentionProblem) -> dict[str, Any]:
     mask = problem.key_mask
     return {
@@ -223,12 +247,7 @@ class SoftmaxAttention(AttentionOperator):
         logits = self._logits(problem.q[chosen], problem.k)
         if problem.causal or problem.key_mask is not None:
             np.copyto(logits, -np.inf, where=~problem.visible(chosen))
-        top = logits.max(axis=1, keepdims=True, initial=-np.inf)
-        logits -= np.where(np.isfinite(top), top, 0)
-        weights: Array = np.exp(logits, out=logits)
-        total = weights.sum(axis=1, keepdims=True)
-        np.divide(weights, total, out=weights, where=total > 0)
-        return weights
+        return _row_softmax(logits)
 
     def columns(self, index: Index) -> Array:
         """Return chosen columns as a dense array (n_q, len(index))."""

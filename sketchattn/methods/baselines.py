@@ -20,6 +20,7 @@ from ..operators import (
     Index,
     SampledAttention,
     pick,
+    softmax_over,
     zero_attention,
 )
 from ..problem import AttentionProblem, closest
@@ -346,24 +347,9 @@ class UniformColumns(Method):
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         columns = draw["columns"]
         if self.estimator == "self-normalized":
-            weights = _softmax_over(problem, columns)
+            weights = softmax_over(problem, columns)
         else:
             kept = len(problem.kept_keys)
             weights = problem.exact.columns(columns)
             weights *= problem.dtype.type(kept / max(len(columns), 1))
         return SampledAttention(columns, weights, problem.n_k, len(columns))
-
-
-def _softmax_over(problem: AttentionProblem, columns: Array) -> Array:
-    """Return ``rowsoftmax`` of the logits at chosen columns, (n_q, r); empty rows are zero."""
-    q, k, _ = problem.arrays
-    logits = (problem.dtype.type(problem.scale) * q) @ k[columns].T
-    if problem.causal:
-        hidden = columns[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]
-        logits[hidden] = -np.inf
-    top = logits.max(axis=1, keepdims=True, initial=-np.inf)
-    logits -= np.where(np.isfinite(top), top, 0)
-    weights: Array = np.exp(logits, out=logits)
-    total = weights.sum(axis=1, keepdims=True)
-    np.divide(weights, total, out=weights, where=total > 0)
-    return weights

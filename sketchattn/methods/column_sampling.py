@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Draw, check_columns
-from ..operators import AttentionOperator, SampledAttention
+from ..operators import AttentionOperator, SampledAttention, softmax_over
 from ..problem import AttentionProblem, closest
 from ..sampling.draws import ColumnDraw, sample_columns
 from ..sampling.probabilities import (
@@ -193,7 +193,7 @@ class ColumnSampling(Method):
             entries = problem.exact.columns(columns)
             entries *= weights.astype(problem.dtype)
         else:
-            entries = _normalized_over(problem, columns, weights)
+            entries = softmax_over(problem, columns, weights)
         return SampledAttention(columns, entries, problem.n_k, len(columns))
 
 
@@ -213,18 +213,3 @@ def _positive(x: Array, name: str, length: int) -> Array:
             f"probability zero cannot be drawn"
         )
     return x.astype(np.float64)
-
-
-def _normalized_over(problem: AttentionProblem, columns: Array, weights: Array) -> Array:
-    """Return ``rowsoftmax(L_ij + ln w_j)`` over chosen columns, (n_q, t); empty rows are zero."""
-    q, k, _ = problem.arrays
-    logits = (problem.dtype.type(problem.scale) * q) @ k[columns].T
-    logits += np.log(weights).astype(problem.dtype)
-    if problem.causal:
-        logits[columns[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]] = -np.inf
-    top = logits.max(axis=1, keepdims=True, initial=-np.inf)
-    logits -= np.where(np.isfinite(top), top, 0)
-    entries: Array = np.exp(logits, out=logits)
-    total = entries.sum(axis=1, keepdims=True)
-    np.divide(entries, total, out=entries, where=total > 0)
-    return entries

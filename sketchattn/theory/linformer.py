@@ -24,8 +24,8 @@ from ._engine import Assumption, Context, Observations, claim
 from ._instances import Instance, instance
 from ._lowrank import eckart_young_floor as eckart_young_floor
 from ._moments import amm_stats
+from ._observe import DENSE, PRODUCT, RANKS, default_rank, errors, sketched, square
 from ._products import amm_entrywise_min_dim
-from .sketching import DENSE, PRODUCT, RANKS, _errors, _rank, _sketched, _square
 
 PAPER = "Wang, Li, Khabsa, Fang and Ma, arXiv 2006.04768v3"
 DERIVED = "derived: see the chapter on Linformer"
@@ -464,7 +464,7 @@ def _weights(problem: AttentionProblem, e: Array, row: slice = slice(None)) -> A
 def _matrices(context: Context, r: int) -> Iterator[Array]:
     """Yield one dense R (r, n) of N(0, 1/r) a trial, audited."""
     n = context.instance.n
-    yield from _sketched(context, "gaussian", r, np.eye(n), "identity")
+    yield from sketched(context, "gaussian", r, np.eye(n), "identity")
 
 
 def _smallest_column(seen: Instance) -> int:
@@ -516,7 +516,7 @@ def _inner_products(context: Context, eps: float, rank: int, relative: bool) -> 
     pair = np.stack([x, y], axis=1)
     values = [
         _over(abs(float(image[:, 0] @ image[:, 1]) - exact), scale)
-        for image in _sketched(context, "gaussian", rank, pair, "inner-pair")
+        for image in sketched(context, "gaussian", rank, pair, "inner-pair")
     ]
     delta = 2 * math.exp(-float(_rate(real(eps, "eps", 0, 1))) * rank)
     return Observations(
@@ -562,7 +562,7 @@ def _thm1(context: Context, *, eps: float = 0.5) -> Observations:
     size = float(np.linalg.norm(target))
     values = [
         _over(float(np.linalg.norm(image[:, :-1].T @ image[:, -1] - target)), size)
-        for image in _sketched(context, "gaussian", r, x, ("thm1", w))
+        for image in sketched(context, "gaussian", r, x, ("thm1", w))
     ]
     return Observations(values, eps, delta=delta, rank=r)
 
@@ -672,8 +672,7 @@ def _additive(context: Context, *, eps: float = 0.5, delta: float = 0.05) -> Obs
     norms = np.linalg.norm(seen.a, axis=1) * float(np.linalg.norm(seen.v))
     scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     values = [
-        float((np.linalg.norm(err, axis=1) * scale).max())
-        for err in _errors(context, "gaussian", r)
+        float((np.linalg.norm(err, axis=1) * scale).max()) for err in errors(context, "gaussian", r)
     ]
     trivial = float((np.linalg.norm(seen.product, axis=1) * scale).max())
     return Observations(values, eps, delta=delta, rank=r, trivial=trivial)
@@ -695,9 +694,9 @@ def _additive(context: Context, *, eps: float = 0.5, delta: float = 0.05) -> Obs
 )
 def _mean_square(context: Context, *, rank: int | None = None) -> Observations:
     seen = context.instance
-    r = _rank(context, rank)
+    r = default_rank(context, rank)
     rho = amm_stats(seen.a, seen.v).rho
-    values = [_square(err) / seen.fro**2 for err in _errors(context, "gaussian", r)]
+    values = [square(err) / seen.fro**2 for err in errors(context, "gaussian", r)]
     return Observations(
         values, (1 + rho) / r, rank=r, trivial=(seen.trivial / seen.fro) ** 2, rounding=1e-12
     )

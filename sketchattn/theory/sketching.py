@@ -48,10 +48,6 @@ from ._lowrank import rsvd_tail as rsvd_tail
 from ._moments import AmmStats as AmmStats
 from ._moments import amm_expected_sqerr as amm_expected_sqerr
 from ._moments import amm_stats as amm_stats
-from ._observe import DENSE as DENSE
-from ._observe import PRODUCT as PRODUCT
-from ._observe import RANKS as RANKS
-from ._observe import default_rank, errors, sketched, square
 from ._products import amm_entrywise_min_dim as amm_entrywise_min_dim
 from ._products import amm_fro_markov as amm_fro_markov
 from ._products import amm_fro_sampling_tail as amm_fro_sampling_tail
@@ -59,6 +55,3 @@ from ._products import amm_gaussian_tail as amm_gaussian_tail
 from ._products import amm_spectral_bernstein as amm_spectral_bernstein
 from ._products import amm_spectral_expected as amm_spectral_expected
 from ._products import amm_spectral_min_dim as amm_spectral_min_dim
-
-# The names that other topics import.
-_errors, _rank, _sketched, _square = errors, default_rank, sketched, square
