@@ -45,21 +45,35 @@ def _benchmark(name: str, description: str) -> Callable[[Any], Any]:
 # --- measuring ------------------------------------------------------------------------------
 
 
+BRIEF = 0.05  # seconds; shorter calls are repeated untimed for so long before the timed one
+
+
 def _interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Time each call once a round, in turn: slow moments of the machine hit all alike.
 
     A pause before each lets the threads of the other library, which spin for a while after their
-    work, go to sleep.
+    work, go to sleep.  Waking up can cost more than a brief call (a scheduler may keep both threads
+    on one core at first), and which call pays depends on what ran before it: each round starts
+    with another call, and a brief one is repeated untimed until its threads are awake.
     """
-    for call in calls.values():
-        call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    brief = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        brief[name] = time.perf_counter() - start < BRIEF
+    order = list(calls)
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name in order:
             time.sleep(0.05)
+            awake = time.perf_counter() + BRIEF
+            while brief[name] and time.perf_counter() < awake:
+                calls[name]()
             start = time.perf_counter()
-            call()
+            calls[name]()
             seconds[name].append(time.perf_counter() - start)
+        order.append(order.pop(0))
     return seconds
 
 
@@ -369,11 +383,11 @@ def machine() -> Row:
     """Return what a number depends on: CPU, threads, thread layer, BLAS, versions."""
     import numba
     import scipy
-    import scipy.linalg.cython_blas  # noqa: F401  (loads the BLAS that kernels call)
     from threadpoolctl import threadpool_info
 
-    from .kernels._threads import cpu_count, threading_layer
+    from .kernels._threads import cpu_count, load_blas, threading_layer
 
+    load_blas()  # or it would be missing from the list below
     small = np.ones((1, 8, 8), np.float32)
     from .kernels.softmax import softmax_product
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -28,11 +31,19 @@ def test_every_benchmark_runs(name: str) -> None:
     assert "threads:" in text
 
 
-def test_calls_are_interleaved() -> None:
+def test_calls_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    seconds = bench._interleaved({x: lambda x=x: order.append(x) for x in "ab"}, 3)  # type: ignore[misc]  # defaults of a lambda
-    assert order == list("ab" * 4)  # one round to warm up
+    calls: dict[str, Callable[[], object]] = {x: partial(order.append, x) for x in "ab"}
+    seconds = bench._interleaved(calls, 3)
+    # Each round starts with another call; brief ones are repeated before the timed one.
+    assert "".join(order[:4]) == "aabb"  # to warm up, and to see whether a call is brief
+    assert [name for name, _ in groupby(order[4:])] == list("abab")  # a, bb, aa, b
+    assert len(order) > 100
     assert {name: len(x) for name, x in seconds.items()} == {"a": 3, "b": 3}
+    order.clear()
+    monkeypatch.setattr(bench, "BRIEF", 0.0)
+    bench._interleaved(calls, 3)
+    assert "".join(order) == "aabb" + "ab" + "ba" + "ab"  # rotated
 
 
 def test_ratios_are_paired_and_targets_are_upper_bounds() -> None:

@@ -198,9 +198,9 @@ for threads in (2, 3, 4):
 """
 
 
-def run(script: str, folder: Path, **environment: str) -> None:
+def run(script: str, folder: Path, *arguments: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -214,6 +214,47 @@ def run(script: str, folder: Path, **environment: str) -> None:
 @pytest.mark.slow
 def test_no_result_depends_on_the_number_of_threads(tmp_path: Path) -> None:
     run(INVARIANCE, tmp_path, NUMBA_NUM_THREADS="4")
+
+
+# --- the table of BLAS addresses ------------------------------------------------------------------
+
+TABLE = """
+import importlib.machinery
+import sys
+import numba
+import numpy as np
+from sketchattn.kernels._threads import load_blas
+
+if len(sys.argv) > 1:
+    class NotFound:
+        find_spec = staticmethod(lambda *arguments: None)
+    importlib.machinery.PathFinder = NotFound  # the import system keeps its own
+load_blas()
+name = "scipy.linalg.cython_blas"
+table = sys.modules[name]
+assert ("scipy.linalg" in sys.modules) == (len(sys.argv) > 1)
+load_blas()
+assert sys.modules[name] is table
+
+@numba.njit
+def product(a, b):
+    return a @ b
+
+a = np.arange(6.0).reshape(2, 3)
+assert np.array_equal(product(a, np.ascontiguousarray(a.T)), [[5.0, 14.0], [14.0, 50.0]])
+# Whoever imports SciPy later gets it whole, the parts that read the same table included.
+import scipy.linalg
+from scipy.linalg import cython_blas
+assert cython_blas is table
+q, r = scipy.linalg.qr(np.eye(3))
+q, r = scipy.linalg.qr_update(q, r, np.ones(3), np.ones(3))
+assert np.allclose(q @ r, np.eye(3) + 1.0, rtol=0, atol=1e-14)
+"""
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_blas_table_is_loaded_with_and_without_the_rest(by_name: bool, tmp_path: Path) -> None:
+    run(TABLE, tmp_path, *(["by name"] if by_name else []))
 
 
 # --- compilation without a cache ----------------------------------------------------------------

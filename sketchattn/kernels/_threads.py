@@ -7,7 +7,11 @@ many Python threads run kernels at the same time, and restored when the last one
 
 from __future__ import annotations
 
+import importlib
+import importlib.machinery
+import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +31,36 @@ def thread_count() -> int:
     return int(numba.get_num_threads())
 
 
+def load_blas() -> None:
+    """Load SciPy's table of BLAS addresses, which is all that Numba's products take from SciPy.
+
+    Importing it by name runs ``scipy.linalg`` first, a quarter of the time of a first kernel call;
+    the extension module needs nothing from there, so it is loaded from its file.  Where it cannot
+    be found like this (an editable SciPy, say), it is imported by name.
+    """
+    name = "scipy.linalg.cython_blas"
+    if name in sys.modules:
+        return
+    if "scipy.linalg" not in sys.modules:
+        import scipy
+
+        folder = os.path.join(os.path.dirname(scipy.__file__), "linalg")
+        spec = importlib.machinery.PathFinder.find_spec(name, [folder])
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            sys.modules.setdefault(name, module)
+            return
+    importlib.import_module(name)
+
+
 def _blas() -> list[Any]:
     """Return threadpoolctl's controllers of the BLAS libraries that are loaded."""
     global _controller
     if _controller is None:
         # A controller knows the libraries that are loaded when it is built: SciPy's BLAS, which
         # Numba calls, has to be loaded before.
-        import scipy.linalg.cython_blas  # noqa: F401  (loads the library)
+        load_blas()
         from threadpoolctl import ThreadpoolController
 
         _controller = ThreadpoolController()
