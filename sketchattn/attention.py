@@ -655,19 +655,17 @@ def _approximate(
         return round_to(out, native).reshape((*layout.lead, layout.n_q, layout.d_v))
     entropy = entropy_of(rng) if draw is None and layout.lead else 0
     for flat in range(len(out)):
-        problem = AttentionProblem(
-            q3[flat],
-            k3[flat // layout.group],
-            v3[flat // layout.group],
-            scale=scale,
-            causal=causal,
-            key_mask=None if slabs is None else slabs[0][slabs[1][flat]],
-        )
+        head = (q3[flat], k3[flat // layout.group], v3[flat // layout.group])
+        if slabs is None:
+            # Checked above, and nobody changes them during this call.
+            problem = AttentionProblem.adopt(*head, scale=scale, causal=causal)
+        else:
+            kept = slabs[0][slabs[1][flat]]
+            problem = AttentionProblem(*head, scale=scale, causal=causal, key_mask=kept)
         if draw is None:
             # One head alone is the same call as the method's own: the same rng, the same bits.
             single = rng if layout.lead == () else head_generator(entropy, *divmod(flat, layout.h))
-            ahat = chosen.approximate(problem, single)
+            out[flat] = chosen.attend(problem, single)
         else:
-            ahat = chosen.approximate(problem, draw=draw)
-        out[flat] = ahat @ problem.values
+            out[flat] = chosen.attend(problem, draw=draw)
     return round_to(out, native).reshape((*layout.lead, layout.n_q, layout.d_v))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -342,23 +342,46 @@ class AttentionProblem:
             if mask is not None and not np.isfinite(arrays[i]).all():
                 arrays[i] = np.where(mask[:, None], arrays[i], dtype.type(0))
             check_finite(arrays[i], label)
-        set_ = self.__dict__.__setitem__
         # The caller may change its arrays later; a problem must not change with them.
         owned = [
             x.copy() if np.shares_memory(x, raw) else x
             for x, raw in zip(arrays, (raw_q, raw_k, raw_v), strict=False)
         ]
+        self._hold(owned, scale, causal, mask, name)
+
+    def _hold(
+        self,
+        owned: Sequence[Array],
+        scale: float | None,
+        causal: Causal,
+        mask: Array | None,
+        name: str | None = None,
+    ) -> None:
+        set_ = self.__dict__.__setitem__
         set_("arrays", HeadArrays(owned[0], owned[1], owned[2] if len(owned) > 2 else None))
         views = [x.view() for x in owned] + [None] * (3 - len(owned))
         for label, view in zip("qkv", views, strict=True):
             if view is not None:
                 view.flags.writeable = False
             set_(label, view)
-        set_("scale", check_scale(scale, raw_q.shape[1]))
-        set_("causal", check_causal(causal, raw_q.shape[0], n_k))
+        set_("scale", check_scale(scale, owned[0].shape[1]))
+        set_("causal", check_causal(causal, owned[0].shape[0], owned[1].shape[0]))
         set_("key_mask", mask)
         set_("name", name)
         set_("_cache", {})
+
+    @classmethod
+    def adopt(
+        cls, *arrays: Array, scale: float | None = None, causal: Causal = False
+    ) -> AttentionProblem:
+        """Return a problem of q, k and perhaps v that are neither checked nor copied.
+
+        For arrays that `prepare` returned, of one precision and finite, which nobody changes
+        while the problem lives: what `attention` holds during a call.
+        """
+        problem = cls.__new__(cls)
+        problem._hold(arrays, scale, causal, None)
+        return problem
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(

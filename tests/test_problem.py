@@ -873,3 +873,18 @@ def test_bfloat16_tensors_are_widened_exactly() -> None:
     wide = module.as_array(x, "x")
     assert wide.dtype == np.float32
     assert np.array_equal(wide, x.double().numpy())
+
+
+def test_an_adopted_problem_is_the_same_without_copies() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((5, 3)) for _ in range(3))
+    adopted = AttentionProblem.adopt(q, k, v, scale=0.5, causal=True)
+    assert adopted.arrays.q is q
+    assert adopted.arrays.k is k
+    assert adopted.arrays.v is v
+    own = AttentionProblem(q, k, v, scale=0.5, causal=True)
+    assert np.array_equal(adopted.output, own.output)
+    assert repr(adopted) == repr(own)
+    assert not adopted.q.flags.writeable
+    assert AttentionProblem.adopt(q, k).scale == AttentionProblem(q, k).scale
+    assert AttentionProblem.adopt(q, k).v is None

@@ -25,6 +25,7 @@ from scipy.stats import chi2
 import sketchattn as sa
 from sketchattn.draws import Draw
 from sketchattn.kernels import sketching
+from sketchattn.kernels._threads import limit_threads
 from sketchattn.sketches import GivenSketch, Sketch, check_sketch, make_sketch, sketches
 
 Array = NDArray[Any]
@@ -1340,3 +1341,22 @@ def test_a_kind_is_registered_once() -> None:
     with pytest.raises(ValueError, match=r"^kind 'srht' must be unique; it is taken$"):
         _base.register("srht")(GAUSSIAN)
     assert GAUSSIAN.kind == "gaussian"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("r", "n", "m"), [(0, 3, 2), (1, 1, 1), (3, 0, 2), (70, 9, 5), (300, 7, 3)]
+)
+def test_dense_products_are_the_sums_of_the_formula(r: int, n: int, m: int, dtype: Any) -> None:
+    rng = np.random.default_rng(r)
+    a, x = rng.standard_normal((r, n)).astype(dtype), rng.standard_normal((n, m)).astype(dtype)
+    expected = np.array(
+        [[math.fsum(a[i].astype(np.float64) * x[:, c]) for c in range(m)] for i in range(r)]
+    )
+    found = sketching.dense_product(a, x)
+    assert found.dtype == dtype
+    # n products and n - 1 sums, each rounded once, of terms below |a| |x|.
+    slack = 2 * n * np.finfo(dtype).eps * np.abs(a) @ np.abs(x)
+    assert (np.abs(found - expected.reshape(r, m)) <= slack).all()
+    with limit_threads(1):
+        assert np.array_equal(sketching.dense_product(a, x), found)

@@ -13,9 +13,11 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _serial = threading.RLock()
@@ -128,6 +130,24 @@ def kernel_threads() -> Iterator[int]:
     finally:
         if serial:
             _serial.release()
+
+
+def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[T]:
+    """Yield ``work`` of all pieces, in order, on as many Python threads as kernels use.
+
+    For products in BLAS that must not depend on the number of threads: each piece is done with
+    one thread of BLAS, and pieces follow from the shapes alone.  BLAS starts no threads either,
+    which would keep a core busy for milliseconds after their work, beside the next kernel.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with blas_single_thread():
+        workers = min(thread_count(), len(pieces))
+        if workers <= 1:
+            yield from map(work, pieces)
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                yield from pool.map(work, pieces)
 
 
 @contextmanager

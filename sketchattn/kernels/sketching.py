@@ -1,4 +1,4 @@
-"""Products with structured sketches: fast Walsh-Hadamard transforms, hashed rows, sparse rows.
+"""Products with sketches: fast Walsh-Hadamard transforms, hashed, sparse and dense rows.
 
 Shapes and conventions shared by all kernels of this file:
 
@@ -386,6 +386,20 @@ def _combine_parallel(threads: int, parts: Array, scale: float, out: Array) -> N
         _combine_work(np.int64(worker), threads, parts, scale, out)
 
 
+# --- dense rows -----------------------------------------------------------------------------
+
+
+@kernel(parallel=True)
+def _dense_parallel(threads: int, a: Array, x: Array, tile: int, out: Array) -> None:
+    """``out = a x`` in tiles of rows; a (r, n), x (n, m)."""
+    tiles = (a.shape[0] + tile - 1) // tile
+    for worker in prange(threads):
+        for item in range(worker, tiles, threads):
+            start = item * tile
+            stop = min(start + tile, a.shape[0])
+            np.dot(a[start:stop], x, out[start:stop])
+
+
 # --- drivers --------------------------------------------------------------------------------
 
 
@@ -508,4 +522,22 @@ def gather(
         _gather_work, _gather_parallel, len(columns) * m + out.size,
         x, starts, columns, signs, min(block, n) if ordered else n, scale, out,
     )  # fmt: skip
+    return out
+
+
+def dense_product(a: Array, x: Array) -> Array:
+    """Return ``a x`` (r, m) for a dense flat ``a`` (r, n) and a tall ``x`` (n, m).
+
+    As fast as BLAS on threads of its own, which would keep a core busy for milliseconds after
+    their work, beside the kernel that comes next.
+    """
+    r = len(a)
+    out = np.empty((r, x.shape[1]), x.dtype)
+    # BLAS packs x once a tile: few tiles, but one for each thread.
+    tile = 128 if r >= 256 else 64 if r >= 128 else 32
+    if x.size == 0 or r == 0:
+        out[:] = 0
+        return out
+    with kernel_threads() as threads:
+        _dense_parallel(threads, a, x, tile, out)
     return out

@@ -18,7 +18,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Draw, Rng, as_generator, check_draw
 from ..operators import AttentionOperator, FactoredAttention, Index, pick, zero_attention
-from ..problem import AttentionProblem, as_array, check_finite, check_rank, closest, float_dtype
+from ..problem import (
+    AttentionProblem,
+    as_array,
+    check_finite,
+    check_rank,
+    closest,
+    float_dtype,
+    prepare,
+)
 from ..sketches import Sketch, make_sketch, sketches
 from ..sketches._base import integer, streams
 from ._base import Method, Traits, register
@@ -167,7 +175,13 @@ class _Projection:
         return x if self.keep is None else np.where(self.keep[:, None], x, x.dtype.type(0))
 
     def apply(self, x: Array) -> Array:
-        return self._times(np.asarray(self.form @ self._shown(x), x.dtype))
+        shown = self._shown(x)
+        if isinstance(self.form, np.ndarray):
+            from ..kernels.sketching import dense_product
+
+            product = dense_product(prepare(self.form, x.dtype), prepare(shown, x.dtype))
+            return self._times(product)
+        return self._times(np.asarray(self.form @ shown, x.dtype))
 
     def apply_transpose(self, y: Array) -> Array:
         return self._shown(self._times(np.asarray(self.form.T @ y, y.dtype)))
@@ -280,7 +294,11 @@ class ReducedAttention(AttentionOperator):
             k = np.concatenate([k, bias[:, None].astype(k.dtype)], axis=1)
             scale = 1.0
         keep = None if empty is None else ~empty
-        self.compressed = AttentionProblem(q, k, scale=scale, key_mask=keep)
+        if bias is None and keep is None:
+            check_finite(k, "E k")
+            self.compressed = AttentionProblem.adopt(q, k, scale=scale)
+        else:
+            self.compressed = AttentionProblem(q, k, scale=scale, key_mask=keep)
 
     @property
     def rank_bound(self) -> int:
@@ -407,7 +425,10 @@ class Linformer(Method):
 
     @property
     def traits(self) -> Traits:
-        """Masks and shapes are honoured, ``causal`` is not; means of blocks are row-stochastic."""
+        """Masks and shapes are honoured, ``causal`` is not; means of blocks are row-stochastic.
+
+        Maxima, and values mixed by channel, have no matrix.
+        """
         means = self.projection == "mean_pool" and self.scale in (None, "average")
         return Traits(
             key_mask=True,
@@ -415,6 +436,7 @@ class Linformer(Method):
             row_stochastic=means,
             nonnegative=means,
             exact_at_full_rank=means,
+            matrix=self.is_linear,
             claims=(
                 "linformer.thm1",
                 "linformer.thm2",
@@ -546,8 +568,8 @@ class Linformer(Method):
         if self.projection == "max_pool":
             return False
         if self.projection == "conv":
-            given = self._given()
-            return given.get("F", given["E"]).ndim == 1
+            weights = self.E if self.F is None else self.F
+            return weights is None or np.ndim(weights) <= 1  # None is refused, with the reason
         return True
 
     # --- draw -------------------------------------------------------------------------------

@@ -15,14 +15,13 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Rng, as_generator
-from ..kernels._threads import blas_single_thread, thread_count
+from ..kernels._threads import blas_single_thread, map_pieces
 from ..problem import as_array, check_finite, closest, float_dtype
 from .draws import ColumnDraw, check_probabilities
 
@@ -80,21 +79,14 @@ def _cutoff(x: Array, sigma: float, tol: float | None) -> float:
 
 
 def _over_tiles(work: Callable[[slice], Array], n: int) -> Iterator[Array]:
-    """Yield ``work`` of all tiles of n rows, in order, on as many threads as kernels use.
-
-    Every tile is computed by one thread with one thread of BLAS, so that results do not depend
-    on the number of threads; and BLAS has no threads of its own that would wait for each other
-    at the end of every small product.
-    """
+    """Yield ``work`` of all tiles of n rows, in order, on as many threads as kernels use."""
     tiles = [slice(start, start + TILE_ROWS) for start in range(0, n, TILE_ROWS)]
-    with blas_single_thread():
-        # Starting threads costs what a few tiles cost.
-        threads = min(thread_count(), len(tiles) // 4) if len(tiles) >= 8 else 1
-        if threads == 1:
+    # Starting threads costs what a few tiles cost.
+    if len(tiles) >= 8:
+        yield from map_pieces(work, tiles)
+    else:
+        with blas_single_thread():
             yield from map(work, tiles)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                yield from pool.map(work, tiles)
 
 
 def _gram(x: Array, basis: Array | None = None) -> Array:

@@ -26,20 +26,11 @@ def _tasks(length: int, least: int, most: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _run(tasks: list[slice], task: Callable[[slice], object]) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+def _run(tasks: list[slice], work: Callable[[slice], None]) -> None:
+    from ..kernels._threads import map_pieces
 
-    from ..kernels._threads import blas_single_thread, thread_count
-
-    with blas_single_thread():
-        workers = min(thread_count(), len(tasks))
-        if workers == 1:
-            for piece in tasks:
-                task(piece)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            for _ in pool.map(task, tasks):
-                pass
+    for _ in map_pieces(work, tasks):
+        pass
 
 
 class DenseSketch(Sketch):
@@ -51,11 +42,11 @@ class DenseSketch(Sketch):
         matrix = self._arrays["sketch"]
         out = np.empty((self.shape[0], x.shape[1]), self.dtype)
 
-        def task(rows: slice) -> None:
+        def work(rows: slice) -> None:
             np.matmul(matrix[rows], x, out=out[rows])
             out[rows] *= self.dtype.type(self.isometry_scale)
 
-        _run(_tasks(len(out), 32, _ROWS), task)
+        _run(_tasks(len(out), 32, _ROWS), work)
         return out
 
     def _apply_transpose(self, y: Array) -> Array:
@@ -63,10 +54,10 @@ class DenseSketch(Sketch):
         out = np.empty((self.shape[1], y.shape[1]), self.dtype)
         scaled = y * self.dtype.type(self.isometry_scale)
 
-        def task(columns: slice) -> None:
+        def work(columns: slice) -> None:
             np.matmul(matrix[:, columns].T, scaled, out=out[columns])
 
-        _run(_tasks(len(out), 512, _COLUMNS), task)
+        _run(_tasks(len(out), 512, _COLUMNS), work)
         return out
 
     def to_dense(self) -> Array:
