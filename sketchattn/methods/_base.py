@@ -44,6 +44,9 @@ class Traits:
         is not causal still accepts causal problems, since its matrix is compared, never used.
     exact_at_full_rank : bool
         ``Ahat = A`` when ``rank = n_k``.
+    matrix : bool
+        The output is ``Ahat V`` with a matrix that does not depend on V; otherwise `approximate`
+        refuses, `Method.attend` gives the output, and errors of the matrix are unknown.
     """
 
     causal: bool = False
@@ -57,6 +60,7 @@ class Traits:
     uses_rank: bool = True
     oracle: bool = False
     exact_at_full_rank: bool = False
+    matrix: bool = True
 
 
 def register(name: str) -> Callable[[M], M]:
@@ -207,6 +211,40 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         if rng is not None:
             raise ValueError("rng must be None when draw is given, got both; pass one of them")
         return self._approximate(problem, self._check_draw(problem, draw))
+
+    def attend(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat = Ahat V``, also where ``traits.matrix`` is False and there is no ``Ahat``.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            With values.
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        ndarray (n_q, d_v)
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `approximate`, and for a problem without values.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> sa.UniformColumns(rank=4).attend(problem, rng=0).shape
+        (16, 4)
+        """
+        return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
         from ..draws import check_draw
