@@ -1,7 +1,7 @@
 """The command line: ``sketchattn VERB``.
 
 Only Typer is loaded here; each verb imports what it needs, so that ``--help`` is quick.  Errors are
-one line on stderr and exit code 2.
+one line on stderr and exit code 2; 1 is left to verbs whose answer is no.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ HEADS_HELP = (
 )
 JSON_HELP = "Print JSON instead of a table; numbers that are not finite become strings."
 
-# Exit codes: 0 done, 2 refused or failed, 130 interrupted (128 + SIGINT).
+# Exit codes: 0 done, 1 done but not as recorded, 2 refused or failed, 130 interrupted (128 + 2).
+DIFFERS = 1
 FAILED = 2
 INTERRUPTED = 130
 
@@ -51,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 2 after an error, which is one line on stderr; 130 after Ctrl-C.  With the environment
-        variable ``SKETCHATTN_TRACEBACK`` set, errors are raised instead.
+        0; 1 where ``validate`` finds another verdict than the recorded one; 2 after an error,
+        which is one line on stderr; 130 after Ctrl-C.  With the environment variable
+        ``SKETCHATTN_TRACEBACK`` set, errors are raised instead.
 
     Examples
     --------
@@ -325,6 +327,13 @@ def _study(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute again what the folder holds already.")
     ] = False,
+    bounds: Annotated[
+        str | None,
+        typer.Option(
+            help="Ids of claims, separated by commas, whose bounds are drawn over the curves.",
+            metavar="CLAIM,CLAIM",
+        ),
+    ] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")
     ] = True,
@@ -357,6 +366,7 @@ def _study(
         resume=not fresh,
         pictures=pictures,
         progress=progress,
+        bounds=_words(bounds),
     )
     if as_json:
         summary = result.summary()
@@ -365,6 +375,7 @@ def _study(
                 "out": out,
                 "results": out / "results.csv",
                 "references": out / "references.csv",
+                "bounds": out / "bounds.csv" if len(result.bounds) else None,
                 "pictures": result.pictures,
                 "left_out": result.left_out,
                 "computed": result.computed,
@@ -377,11 +388,78 @@ def _study(
         )
         return
     typer.echo(result.render())
-    typer.echo(f"\nrows: {out / 'results.csv'}, {out / 'references.csv'}")
+    files = ["results.csv", "references.csv", *(["bounds.csv"] if len(result.bounds) else [])]
+    typer.echo(f"\nrows: {', '.join(str(out / name) for name in files)}")
     if result.pictures:
         typer.echo("pictures:")
     for path in result.pictures:
         typer.echo(f"  {path}")
+
+
+@app.command("validate")
+def _validate(
+    claims: Annotated[
+        str | None,
+        typer.Option(
+            help="Ids, topics (what stands before the point) or patterns such as "
+            "'sketching.amm_*', separated by commas; all by default.",
+            metavar="A,B",
+        ),
+    ] = None,
+    heads: Annotated[str, typer.Option(help=HEADS_HELP, metavar="HEADS")] = "minilm",
+    trials: Annotated[int, typer.Option(help="Independent draws for each check.")] = 200,
+    confidence: Annotated[
+        float, typer.Option(help="Of the limits of rates of failure, each one-sided.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Problems checked at the same time; all CPUs by default."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for verdicts.json and a picture a claim.", show_default=False),
+    ] = None,
+    progress: Annotated[
+        bool | None,
+        typer.Option(
+            "--progress/--no-progress",
+            help="Show a progress bar; by default on terminals.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Check published and derived claims, constants and all.
+
+    Each claim is checked on its built-in instances, counterexamples among them, and on HEADS.  The
+    exit code is 1 where a verdict is not the recorded one, which for heads without a record is
+    anything but violated.
+    """
+    from ._files import write_text
+    from .kernels._threads import cpu_count
+    from .study import as_folder
+    from .theory import validate
+
+    folder = as_folder(out)
+    workers = cpu_count() if jobs is None else jobs
+    result = validate(
+        _words(claims), parse_heads(heads), trials, confidence, seed, workers, progress=progress
+    )
+    pictures: list[Path] = []
+    if folder is not None:
+        pictures = result.plot(folder, workers, progress=progress)
+        write_text(folder / "verdicts.json", json.dumps(result.as_dict(), indent=2) + "\n")
+    if as_json:
+        _print_json(result.as_dict() | {"out": out, "pictures": pictures})
+    else:
+        typer.echo(result.render())
+        if folder is not None:
+            typer.echo(f"\nverdicts: {folder / 'verdicts.json'}\npictures:")
+        for path in pictures:
+            typer.echo(f"  {path}")
+    if result.unexpected:
+        raise typer.Exit(DIFFERS)
 
 
 @app.command("certify")

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .certificates import ErrorCertificate as ErrorCertificate
 from .certificates import certify as certify
 from .operators import AttentionOperator, Operator, as_operator
-from .problem import AttentionProblem
+from .problem import AttentionProblem, as_array, check_finite, float_dtype
 from .spectral import dense_spectral_norm, exact_spectral_norm, spectral_norm
 
 Array = NDArray[Any]
@@ -167,10 +167,44 @@ def _mean_error(problem: AttentionProblem, exact: Array) -> float:
     return problem.cached("mean_error", compute)
 
 
+def _check_output(problem: AttentionProblem, output: ArrayLike) -> Array:
+    """Return an output array (n_q, d_v) of finite numbers."""
+    array = as_array(output, "output")
+    float_dtype(array, "output")
+    wanted = (problem.n_q, problem.values.shape[1])
+    if array.shape != wanted:
+        raise ValueError(
+            f"output must have shape (n_q, d_v) = {wanted}, got {array.shape}; pass that of one "
+            f"head"
+        )
+    check_finite(array, "output")
+    return array
+
+
+def _output_fields(
+    problem: AttentionProblem, output: Array, exact: Array, exact_fro: float, spectral: bool
+) -> dict[str, float]:
+    """Return the fields of an output against the exact one (n_q, d_v), with ``|A|_F``."""
+    error = np.asarray(output, np.float64) - exact
+    size, base = float(np.linalg.norm(error)), _mean_error(problem, exact)
+    v_fro, v_spec = value_norms(problem)
+    found = {
+        "output_fro_rel": _ratio(size, float(np.linalg.norm(exact))),
+        "output_fro_amm": _ratio(size, exact_fro * v_fro),
+        "skill": 0.0 if size == base == 0.0 else 1.0 - _ratio(size, base),
+    }
+    if spectral:
+        size = dense_spectral_norm(error)
+        found["output_spec_rel"] = _ratio(size, dense_spectral_norm(exact))
+        found["output_spec_amm"] = _ratio(size, exact_spectral_norm(problem) * v_spec)
+    return found
+
+
 def error_report(
     problem: AttentionProblem,
-    ahat: object,
+    ahat: object = None,
     *,
+    output: ArrayLike | None = None,
     path: str | None = None,
     spectral: bool = True,
 ) -> ErrorReport:
@@ -182,6 +216,9 @@ def error_report(
         The exact side, evaluated in float64 and computed once.
     ahat : AttentionOperator, LinearOperator, or array (n_q, n_k)
         The approximation, in whatever precision it is.
+    output : array (n_q, d_v)
+        In place of ``ahat``: the output of a method without a matrix, as `Method.attend` returns
+        it.  Fields of the matrix are NaN.
     path : {None, "dense", "streaming"}
         ``dense`` forms both matrices; ``streaming`` compares tiles and takes spectral norms from
         block Krylov iterations, never n_q x n_k.  None is dense up to 2^22 entries.
@@ -195,7 +232,8 @@ def error_report(
     Raises
     ------
     TypeError, ValueError
-        For an empty problem, an unknown path, or an approximation of another shape or not finite.
+        For an empty problem, an unknown path, an approximation or an output of another shape or
+        not finite, both of them or none, and an output of a problem without values.
 
     Notes
     -----
@@ -222,9 +260,23 @@ def error_report(
             f"problem must have a query and a visible key, got n_q = {problem.n_q} and "
             f"{len(problem.kept_keys)} keys; there is nothing to report"
         )
-    operator = as_operator(ahat, problem)
+    if (ahat is None) == (output is None):
+        raise TypeError(
+            f"error_report must be given ahat or output, got {'none' if ahat is None else 'both'}; "
+            f"pass one of them"
+        )
+    found = None if output is None else _check_output(problem, output)
     wide = problem.astype(np.float64)
     dense = problem.n_q * problem.n_k <= DENSE_ENTRIES if path is None else path == "dense"
+    if found is not None:
+        if dense:
+            exact = wide.cached("dense", wide.exact.to_dense)
+            fro, product = float(np.linalg.norm(exact)), exact @ wide.values
+        else:
+            fro, product = wide.exact.frobenius_norm(), wide.output
+        unknown = dict.fromkeys(FIELDS, math.nan)
+        return ErrorReport(**unknown | _output_fields(problem, found, product, fro, spectral))
+    operator = as_operator(ahat, problem)
 
     difference: Any
     if dense:
@@ -245,36 +297,22 @@ def error_report(
     exact_fro = math.sqrt(float(rows.exact_square.sum()))
     matrix_fro = math.sqrt(float(rows.square.sum()))
 
-    nan = math.nan
-    output_fro_rel = output_fro_amm = skill = nan
-    output_spec_rel = output_spec_amm = matrix_spec_rel = nan
+    matrix_spec_rel = math.nan
     if spectral:
-        exact_spec = exact_spectral_norm(problem)
         size = dense_spectral_norm(difference) if dense else spectral_norm(difference)
-        matrix_spec_rel = _ratio(size, exact_spec)
+        matrix_spec_rel = _ratio(size, exact_spectral_norm(problem))
+    values = dict.fromkeys(FIELDS, math.nan)
     if problem.v is not None:
         # The dense path is a second computation from its own matrix, not the streamed output.
-        output = exact @ wide.values if dense else wide.output
-        error = np.asarray(operator @ problem.values, np.float64) - output
-        size = float(np.linalg.norm(error))
-        v_fro, v_spec = value_norms(problem)
-        output_fro_rel = _ratio(size, float(np.linalg.norm(output)))
-        output_fro_amm = _ratio(size, exact_fro * v_fro)
-        base = _mean_error(problem, output)
-        skill = 0.0 if size == base == 0.0 else 1.0 - _ratio(size, base)
-        if spectral:
-            size = dense_spectral_norm(error)
-            output_spec_rel = _ratio(size, dense_spectral_norm(output))
-            output_spec_amm = _ratio(size, exact_spec * v_spec)
+        product = exact @ wide.values if dense else wide.output
+        values |= _output_fields(problem, operator @ problem.values, product, exact_fro, spectral)
     return ErrorReport(
-        output_fro_rel=output_fro_rel,
-        output_fro_amm=output_fro_amm,
-        output_spec_rel=output_spec_rel,
-        output_spec_amm=output_spec_amm,
-        matrix_fro_rel=_ratio(matrix_fro, exact_fro),
-        matrix_spec_rel=matrix_spec_rel,
-        row_tv_mean=float(rows.variation[seen].mean()) if seen.any() else 0.0,
-        row_tv_max=float(rows.variation[seen].max(initial=0.0)),
-        row_kl_mean=float(rows.divergence[seen].mean()) if seen.any() else 0.0,
-        skill=skill,
+        **values
+        | {
+            "matrix_fro_rel": _ratio(matrix_fro, exact_fro),
+            "matrix_spec_rel": matrix_spec_rel,
+            "row_tv_mean": float(rows.variation[seen].mean()) if seen.any() else 0.0,
+            "row_tv_max": float(rows.variation[seen].max(initial=0.0)),
+            "row_kl_mean": float(rows.divergence[seen].mean()) if seen.any() else 0.0,
+        }
     )

@@ -72,6 +72,9 @@ REFERENCE_LABELS = {
     "zero": "zero output",
     "vmean": "mean of V",
 }
+# Bounds of claims are thin, without a marker, in the colour of their method.
+BOUND_DASHES: tuple[Any, ...] = ((0, (8, 2)), (0, (8, 2, 1.5, 2)), (0, (8, 2, 1.5, 2, 1.5, 2)))
+
 REFERENCE_STYLES: dict[str, dict[str, Any]] = {
     "svd": {"color": "black", "linestyle": "-", "linewidth": 1.3},
     "topk": {"color": "black", "linestyle": (0, (5, 2)), "linewidth": 1.3},
@@ -90,6 +93,14 @@ class _Curve(NamedTuple):
     high: list[float]
 
 
+class _Bound(NamedTuple):
+    """A claim whose bound is drawn, what lies below it, and how its line looks."""
+
+    claim: str
+    what: str
+    style: dict[str, Any]
+
+
 class _Scale(NamedTuple):
     """The vertical axis that all panels of a picture share."""
 
@@ -100,7 +111,10 @@ class _Scale(NamedTuple):
 
 
 def plot_study(
-    frame: pd.DataFrame, references: pd.DataFrame, out: str | PathLike[str]
+    frame: pd.DataFrame,
+    references: pd.DataFrame,
+    out: str | PathLike[str],
+    bounds: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Draw one PNG for each error measure.
 
@@ -110,6 +124,8 @@ def plot_study(
         As in `StudyResult`.
     out : path
         An existing folder; ``<field>.png`` in it is replaced in one step.
+    bounds : pandas.DataFrame, optional
+        As in `StudyResult`.
 
     Returns
     -------
@@ -131,7 +147,7 @@ def plot_study(
 
     paths = []
     for field in FIELDS:
-        figure = study_figure(frame, references, field)
+        figure = study_figure(frame, references, field, bounds)
         buffer = BytesIO()
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
         path = Path(out) / f"{field}.png"
@@ -140,7 +156,12 @@ def plot_study(
     return paths
 
 
-def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Figure:
+def study_figure(
+    frame: pd.DataFrame,
+    references: pd.DataFrame,
+    field: str,
+    bounds: pd.DataFrame | None = None,
+) -> Figure:
     """Return the picture of one error measure as a Matplotlib figure.
 
     Parameters
@@ -149,6 +170,8 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
         As in `StudyResult`.
     field : str
         A field of `ErrorReport`.
+    bounds : pandas.DataFrame, optional
+        As in `StudyResult`: each is drawn if it is one of this field, and on no other.
 
     Returns
     -------
@@ -156,7 +179,7 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
         Made without pyplot, so that no window opens and no global state changes.  Its first axes
         are the median over heads with quartiles as bands, the others one head each with the
         median over seeds and a band from the smallest to the largest.  Each line carries the name
-        of its method as ``get_gid()``.
+        of its method as ``get_gid()``, a bound the id of its claim.
 
     Notes
     -----
@@ -179,7 +202,11 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
         (_summary_title(len(heads), seeds), _summary_curves(tables, methods))
     ]
     panels += [(str(head), _head_curves(tables, methods, head)) for head in drawn]
-    scale = _scale(field, [curve for _, curves in panels for curve in curves])
+    limits = _bounds(bounds, field, methods)
+    limit_table = _limit_table(bounds, field)
+    beyond = [_limit_curves(limits, limit_table, shown) for shown in (heads, *([h] for h in drawn))]
+    every = [*(curves for _, curves in panels), *beyond]
+    scale = _scale(field, [curve for curves in every for curve in curves])
 
     what, formula = MEASURES[field]
     title = f"{field}: {what}, {formula}"
@@ -187,8 +214,9 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
         title += f"\n{len(drawn)} of {len(heads)} heads drawn, evenly spaced"
 
     rows, columns, boxes = _layout(len(drawn))
-    entries = len(methods) + len(REFERENCES) + 3
-    legend_columns = 3 if columns < 4 else 4
+    entries = len(methods) + len(REFERENCES) + len(limits) + 3
+    # Names of claims are long.
+    legend_columns, legend_size = (3, 8) if limits or columns < 4 else (4, 9)
     # Inches; fixed margins, since Matplotlib's automatic layout takes longer than all the rest.
     width, height = 0.8 + 2.6 * columns, 2.0 * rows
     top = 0.8 if "\n" in title else 0.6
@@ -208,7 +236,7 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
     first: Axes | None = None
     notes: set[str] = set()
     lowest = {x: y for y, x, size in boxes if size == 1}
-    for (name, curves), (y, x, size) in zip(panels, boxes, strict=True):
+    for (name, curves), over, (y, x, size) in zip(panels, beyond, boxes, strict=True):
         axes = figure.add_subplot(grid[y : y + size, x : x + size], sharex=first, sharey=first)
         summary = first is None
         first = axes if first is None else first
@@ -216,6 +244,9 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
         for curve in curves:
             for note in _draw(axes, curve, methods, scale, big=size > 1):
                 on_edge.setdefault(note, []).append(curve.name)
+        for limit, curve in zip(limits, over, strict=True):
+            shown, _ = _clip(curve.middle, scale)
+            axes.plot(curve.ranks, shown, zorder=3.5, gid=limit.claim, **limit.style)
         notes |= set(on_edge)
         if size > 1:
             _name_edges(axes, on_edge, field)
@@ -235,11 +266,11 @@ def study_figure(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> F
     figure.suptitle(title, fontsize=11, y=1 - 0.1 / (height + top + bottom), va="top")
     figure.text(0.5, (bottom - 0.45) / (height + top + bottom), "rank r", ha="center", fontsize=10)
     figure.legend(
-        handles=_legend_handles(methods, notes, field),
+        handles=_legend_handles(methods, limits, notes, field),
         loc="upper center",
         bbox_to_anchor=(0.5, (bottom - 0.5) / (height + top + bottom)),
         ncols=legend_columns,
-        fontsize=9,
+        fontsize=legend_size,
         frameon=False,
         handlelength=3.2,
     )
@@ -314,6 +345,42 @@ def _summary_curves(tables: Sequence[_Table], methods: Sequence[str]) -> list[_C
 def _curve(name: str, ranks: list[int], triples: list[list[float]]) -> _Curve:
     low, middle, high = ([t[i] for t in triples] for i in range(3))
     return _Curve(name, ranks, middle, low, high)
+
+
+def _bounds(bounds: pd.DataFrame | None, field: str, methods: Sequence[str]) -> list[_Bound]:
+    """Return the claims that bound a field; their colour is that of their method."""
+    if bounds is None:
+        return []
+    own = bounds[bounds["field"] == field]
+    triples = dict.fromkeys(zip(own["claim"], own["method"], own["what"], strict=True))
+    found = []
+    for i, (claim, method, what) in enumerate(triples):
+        dash = BOUND_DASHES[i % len(BOUND_DASHES)]
+        style = {"color": _style(method, methods)["color"], "linestyle": dash, "linewidth": 0.9}
+        found.append(_Bound(claim, what, style))
+    return found
+
+
+def _limit_table(bounds: pd.DataFrame | None, field: str) -> _Table:
+    """Return the bounds of a field by claim and head."""
+    if bounds is None:
+        return {}
+    own = bounds[bounds["field"] == field]
+    return _table(own.assign(method=own["claim"], **{field: own["bound"]}), field)
+
+
+def _limit_curves(limits: Sequence[_Bound], table: _Table, heads: Sequence[str]) -> list[_Curve]:
+    """Return the median of each bound over heads."""
+    curves = []
+    for limit in limits:
+        by_rank: dict[int, list[float]] = {}
+        for head in heads:
+            for rank, values in table.get((limit.claim, head), {}).items():
+                by_rank.setdefault(rank, []).extend(values)
+        ranks = sorted(by_rank)
+        triples = [quantiles(by_rank[rank], (0.5,)) * 3 for rank in ranks]
+        curves.append(_curve(limit.claim, ranks, triples))
+    return curves
 
 
 # --- axes ---------------------------------------------------------------------------------------
@@ -490,13 +557,16 @@ def _lower_edge(field: str) -> str:
     return "minus infinity" if field == "skill" else "zero"
 
 
-def _legend_handles(methods: Sequence[str], notes: set[str], field: str) -> list[Any]:
+def _legend_handles(
+    methods: Sequence[str], limits: Sequence[_Bound], notes: set[str], field: str
+) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], label=REFERENCE_LABELS.get(name, name), **_style(name, methods))
         for name in (*methods, *REFERENCES)
     ]
+    handles += [Line2D([], [], label=f"{x.claim} ({x.what})", **x.style) for x in limits]
     edge: dict[str, Any] = {"linestyle": "none", "color": "0.2", "markersize": 7}
     if "top" in notes:
         handles.append(Line2D([], [], marker="^", label="on the upper edge: infinite", **edge))

@@ -34,17 +34,21 @@ from ._files import write_bytes, write_text
 from .methods import Method, make_method
 from .methods import methods as registered
 from .metrics import FIELDS, error_report
-from .problem import AttentionProblem
+from .problem import AttentionProblem, closest
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from .heads import Heads
+    from .theory import ErrorBound
 
 FLOORS = ("svd", "topk")
 PREDICTORS = ("zero", "vmean")
 REFERENCES = (*FLOORS, *PREDICTORS)
 COLUMNS = ("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank")
+
+# Of the bounds of claims: ``bound`` is that of ``field``, below which lies ``what``.
+BOUND_COLUMNS = ("claim", "method", "head", "rank", "field", "what", "bound")
 
 # Fields of the summary; the others are in the frame.
 MAIN_FIELDS = ("output_fro_rel", "matrix_fro_rel", "row_tv_mean", "skill")
@@ -83,6 +87,9 @@ class StudyResult:
         One PNG for each error measure.
     computed, reused : int
         Cells that this call computed, and cells that it found in the folder.
+    bounds : pandas.DataFrame
+        Bounds of claims, those asked for, with the columns ``BOUND_COLUMNS``; ``bounds.csv`` in
+        the folder.
     """
 
     frame: pd.DataFrame
@@ -92,6 +99,7 @@ class StudyResult:
     pictures: tuple[Path, ...]
     computed: int
     reused: int
+    bounds: pd.DataFrame
 
     def summary(self) -> pd.DataFrame:
         """Return medians and quartiles over heads and seeds, floors and predictors beside.
@@ -474,7 +482,78 @@ def _refusal(
     return None
 
 
-def _as_folder(out: Any) -> Path | None:
+def _as_bounds(
+    bounds: Any,
+    problems: Sequence[AttentionProblem],
+    variants: Sequence[_Variant],
+    ranks: Sequence[int],
+) -> pd.DataFrame:
+    """Return the bounds of claims on every head at every rank; they need no draw."""
+    import pandas as pd
+
+    names = [bounds] if isinstance(bounds, str) else bounds
+    if names is None:
+        return pd.DataFrame(columns=list(BOUND_COLUMNS))
+    if not isinstance(names, Iterable):
+        raise TypeError(
+            f"bounds must be ids of claims, got {type(names).__name__}; "
+            f"see sketchattn.theory.error_bounds()"
+        )
+    curves = {curve.claim: curve for curve in map(_error_bound, names)}
+    if not curves:
+        raise ValueError("bounds must hold at least one id, got none; leave bounds out")
+    labels = {name: _whose(curve, variants) for name, curve in curves.items()}
+    found: dict[str, list[list[Any]]] = {name: [] for name in curves}
+    for problem in problems:
+        copy = _renamed(problem, str(problem.name))  # leaves the exact quantities behind
+        for name, curve in curves.items():
+            found[name] += [
+                [name, labels[name], problem.name, r, curve.field, curve.what, curve.at(copy, r)]
+                for r in ranks
+            ]
+    for name, rows in found.items():
+        if all(math.isnan(row[-1]) for row in rows):
+            raise ValueError(
+                f"bounds must apply to a head at one of the ranks, got {name!r}, which applies to "
+                f"none; sketchattn.theory.check says why"
+            )
+    every = [row for rows in found.values() for row in rows]
+    return pd.DataFrame(every, columns=list(BOUND_COLUMNS)).astype({"bound": np.float64})
+
+
+def _error_bound(name: object) -> ErrorBound:
+    from .theory import claims, error_bounds
+
+    known = error_bounds()
+    if not isinstance(name, str):
+        raise TypeError(
+            f"bounds must hold strings, got {type(name).__name__}; "
+            f"see sketchattn.theory.error_bounds()"
+        )
+    if name in known:
+        return known[name]
+    claim = claims().get(name)
+    if claim is None:
+        raise ValueError(f"bounds must be ids of claims, got {name!r}{closest(name, known)}")
+    raise ValueError(
+        f"bounds must be claims about an error measure at each rank, got {name!r}, which is about "
+        f"{claim.observes}; choose one of sketchattn.theory.error_bounds()"
+    )
+
+
+def _whose(curve: ErrorBound, variants: Sequence[_Variant]) -> str:
+    """Return the label of the method that a bound is about."""
+    for variant in variants:
+        if curve.is_about(variant.method):
+            return variant.label
+    raise ValueError(
+        f"bounds must be about a method of the study, got {curve.claim!r}, which is about {curve}; "
+        f"add that method or leave the bound out"
+    )
+
+
+def as_folder(out: Any) -> Path | None:
+    """Return a path that is a folder or nothing yet; refuse a file."""
     if out is None:
         return None
     if not isinstance(out, str | PathLike):
@@ -558,19 +637,29 @@ def _cells(variants: Sequence[_Variant], ranks: list[int], seeds: list[int]) -> 
 def _measure(problem: AttentionProblem, cell: _Cell, *, warm: bool) -> Values:
     """Return the values of one cell: what the error report says, and what it cost."""
     values = problem.values
+    linear = cell.method.traits.matrix
+
+    def run(method: Method) -> Any:
+        """Return what is measured, Ahat or the output itself, after the output was computed."""
+        if not linear:
+            return method.attend(problem, rng=cell.seed)
+        ahat = method.approximate(problem, rng=cell.seed)
+        _ = ahat @ values
+        return ahat
+
     if not warm:  # the first run of a method may compile kernels or decompose the exact matrix
-        _ = cell.first.approximate(problem, rng=cell.seed) @ values
+        run(cell.first)
     times: list[float] = []
     while not times or (len(times) < 3 and sum(times) < TIMED_SECONDS):
         start = time.perf_counter()
-        ahat = cell.method.approximate(problem, rng=cell.seed)
-        _ = ahat @ values
+        found = run(cell.method)
         times.append(time.perf_counter() - start)
-    rank = ahat.effective_rank
+    report = error_report(problem, found) if linear else error_report(problem, output=found)
+    rank = found.effective_rank if linear else None
     return {
-        **error_report(problem, ahat).as_dict(),
+        **report.as_dict(),
         "seconds": statistics.median(times),
-        "bytes": int(ahat.nbytes),
+        "bytes": int(found.nbytes) if linear else None,
         "effective_rank": None if rank is None else int(rank),
     }
 
@@ -618,7 +707,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
         values = {name: decode(record["values"][name]) for name in COLUMNS[4:]}
         whole = all(
-            isinstance(x, int | float) or (name == "effective_rank" and x is None)
+            isinstance(x, int | float) or (name in ("bytes", "effective_rank") and x is None)
             for name, x in values.items()
         )
         known = {"problem", "method", "seed", "version"} <= set(record)
@@ -874,6 +963,7 @@ def study(
     resume: bool = True,
     pictures: bool = True,
     progress: bool | None = None,
+    bounds: str | Sequence[str] | None = None,
 ) -> StudyResult:
     """Measure error against rank: every method on every head, at every rank, for every seed.
 
@@ -906,6 +996,9 @@ def study(
         Draw the pictures into ``out``.
     progress : bool, optional
         Show a bar with the time left on stderr; by default where stderr is a terminal.
+    bounds : id or sequence of ids, optional
+        Claims of ``sketchattn.theory.error_bounds()`` whose bounds are drawn over the measured
+        curves, each on the error measure that it is about and in the colour of its method.
 
     Returns
     -------
@@ -916,12 +1009,16 @@ def study(
     ------
     TypeError, ValueError
         Before any work, for a method that cannot honour a head, ranks above n_k, repeated names,
-        empty heads, heads without values, unknown names, or a folder that another study holds.
+        empty heads, heads without values, unknown names, a bound that is about no error measure
+        or about none of the methods, or a folder that another study holds.
     RuntimeError
         If a method fails on a head.  Finished cells stay in the folder.
 
     Notes
     -----
+    A method without a matrix (``traits.matrix`` is False) is measured by its output: errors of the
+    matrix are NaN, ``bytes`` and ``effective_rank`` are missing.
+
     A deterministic method is computed once and its row repeated for every seed; one without a rank
     once for every rank.  ``seconds`` is the median time of ``approximate`` and one product with V
     after a first untimed run, with other heads running beside it where ``jobs > 1``; for floors
@@ -944,7 +1041,7 @@ def study(
     chosen_ranks = _as_ranks(ranks, problems)
     chosen_seeds = _as_seeds(seeds)
     workers = _integer(jobs, "jobs", 1, "jobs=1 computes one head after the other")
-    folder = _as_folder(out)
+    folder = as_folder(out)
     resume = _as_flag(resume, "resume")
     pictures = _as_flag(pictures, "pictures")
     show = (
@@ -953,6 +1050,7 @@ def study(
         else _as_flag(progress, "progress")
     )
     variants, left_out = _as_methods(methods, problems, chosen_ranks)
+    limits = _as_bounds(bounds, problems, variants, chosen_ranks)
     references = [_Variant.of(name, _by_name(name, chosen_ranks[0])) for name in REFERENCES]
     cells = _cells(references, chosen_ranks, chosen_seeds[:1])
     taken = {cell.key for cell in cells}
@@ -1000,10 +1098,14 @@ def study(
         if folder is not None:
             _write_csv(folder / "results.csv", frame)
             _write_csv(folder / "references.csv", beside)
+            if len(limits):
+                _write_csv(folder / "bounds.csv", limits)
+            else:  # of an earlier study
+                (folder / "bounds.csv").unlink(missing_ok=True)
             if pictures:
                 from .plots import plot_study
 
-                drawn = plot_study(frame, beside, folder)
+                drawn = plot_study(frame, beside, folder, limits)
             settings = {
                 "version": __version__,
                 "heads": [_describe_head(p) for p in problems],
@@ -1011,12 +1113,13 @@ def study(
                 "left_out": left_out,
                 "ranks": chosen_ranks,
                 "seeds": chosen_seeds,
+                "bounds": list(dict.fromkeys(limits["claim"])),
                 "jobs": int(jobs),
                 "machine": _machine(),
             }
             write_text(folder / "study.json", json.dumps(settings, indent=2) + "\n")
         return StudyResult(
-            frame, beside, left_out, folder, tuple(drawn), computed, total - computed
+            frame, beside, left_out, folder, tuple(drawn), computed, total - computed, limits
         )
 
 
@@ -1057,7 +1160,11 @@ def _frame(
                         + [values[name] for name in COLUMNS[4:]]
                     )
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return frame.astype(dict.fromkeys(FIELDS, np.float64) | {"effective_rank": "Int64"})
+    kinds: dict[str, Any] = dict.fromkeys(FIELDS, np.float64)
+    kinds["effective_rank"] = "Int64"
+    if frame["bytes"].isna().any():
+        kinds["bytes"] = "Int64"
+    return frame.astype(kinds)
 
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:

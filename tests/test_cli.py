@@ -64,7 +64,7 @@ def only_line(said: Said, message: str) -> None:
 
 # --- help and version ---------------------------------------------------------------------------
 
-VERBS = ["study", "certify", "bench", "methods", "warmup"]
+VERBS = ["study", "validate", "certify", "bench", "methods", "warmup"]
 
 
 def test_help_lists_the_verbs_and_each_explains_itself(say: Any) -> None:
@@ -161,6 +161,21 @@ def test_study_json(say: Any, tmp_path: Path) -> None:
     assert json.loads(say(*arguments, *options, "--fresh").out)["computed"] == 10
 
 
+def test_study_draws_bounds(say: Any, tmp_path: Path) -> None:
+    name = "sketching.moment_gaussian"
+    arguments = ("study", "--heads", MADE, "--ranks", 2, "--methods", "jl", "--seeds", 1)
+    options = ("--jobs", 1, "--out", tmp_path, "--no-pictures", "--bounds", name)
+    said = say(*arguments, *options)
+    assert (said.code, said.err) == (0, "")
+    files = (tmp_path / f"{x}.csv" for x in ("results", "references", "bounds"))
+    assert said.out.splitlines()[-1] == "rows: " + ", ".join(map(str, files))
+    found = json.loads(say(*arguments, *options, "--json").out)
+    assert found["bounds"] == str(tmp_path / "bounds.csv")
+    lines = (tmp_path / "bounds.csv").read_text().splitlines()
+    limit = sa.theory.error_bounds()[name].at(parse_heads(MADE)[0], 2)
+    assert lines[1] == f"{name},jl,clustered/head0,2,output_fro_amm,root mean square,{limit}"
+
+
 def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +201,7 @@ def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
         "resume": True,
         "pictures": True,
         "progress": None,
+        "bounds": None,
     }
 
 
@@ -265,6 +281,49 @@ REFUSED = [
     (
         ["study", "--heads", MADE, "--jobs", "0"],
         "jobs must be at least 1, got 0; jobs=1 computes one head after the other",
+    ),
+    (
+        ["study", "--heads", MADE, "--methods", "jl", "--bounds", "sketching.amm_markof"],
+        "bounds must be ids of claims, got 'sketching.amm_markof'; did you mean "
+        "'sketching.amm_markov'?",
+    ),
+    (
+        ["validate", "--claims", "sketching.amm_markof"],
+        "claims must hold ids or topics, got 'sketching.amm_markof'; did you mean "
+        "'sketching.amm_markov'?",
+    ),
+    (
+        ["validate", "--claims", "sketching.nothing*"],
+        "claims must match at least one id, got the pattern 'sketching.nothing*'; see "
+        "sketchattn.theory.claims()",
+    ),
+    (
+        ["validate", "--claims", ","],
+        "claims must hold at least one id, got none; leave claims out",
+    ),
+    (
+        ["validate", "--heads", "minlm"],
+        "heads must be a file, a bundled set or a family, got 'minlm'; did you mean 'minilm'?",
+    ),
+    (
+        ["validate", "--trials", "0"],
+        "trials must be at least 1, got 0; 200 is usual",
+    ),
+    (
+        ["validate", "--confidence", "1"],
+        "confidence must be in (0, 1), got 1.0; 0.95 is usual",
+    ),
+    (
+        ["validate", "--seed", "-1"],
+        "rng must be at least 0, got -1; give a non-negative seed",
+    ),
+    (
+        ["validate", "--jobs", "0"],
+        "jobs must be at least 1, got 0; jobs=1 is one after the other",
+    ),
+    (
+        ["validate", "--out", __file__],
+        f"out must be a folder, got the file {__file__!r}; name another",
     ),
     (
         ["certify", MADE, "missing.npy"],

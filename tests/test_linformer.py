@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from method_cases import rounding
+from naive import naive_attention
 from numpy.typing import NDArray
 from scipy.linalg import qr
 from scipy.special import softmax
@@ -201,6 +203,129 @@ def test_max_pool_and_convolution_by_channel() -> None:
         problem.values, 1
     )
     assert np.abs(mixed.approximate(problem) @ problem.values - want).max() < 1e-12
+
+
+def naive_compressed(x: Array, r: int, keep: Array, weights: Array | None) -> Array:
+    """Return r rows by loops: the maximum of a block without weights, otherwise a convolution."""
+    m = len(x) // r
+    out = np.zeros((r, x.shape[1]))
+    for b in range(r):
+        seen = [j for j in range(b * m, (b + 1) * m) if keep[j]]
+        for c in range(x.shape[1]):
+            if weights is None:
+                out[b, c] = max((float(x[j, c]) for j in seen), default=0.0)
+                continue
+            for j in seen:
+                w = weights[j - b * m]
+                if weights.ndim == 3:
+                    out[b, c] += sum(float(x[j, i]) * float(w[i, c]) for i in range(x.shape[1]))
+                else:
+                    out[b, c] += float(x[j, c]) * float(w if weights.ndim == 1 else w[c])
+    return out
+
+
+def naive_linformer(
+    q: Array, k: Array, v: Array, r: int, keep: Array, e: Array | None, f: Array | None
+) -> Array:
+    """Return the output of one head by loops; blocks without a key are hidden."""
+    blocks = np.array([block.any() for block in keep.reshape(r, -1)])
+    pooled = naive_compressed(k, r, keep, e), naive_compressed(v, r, keep, e if f is None else f)
+    scale = 1 / math.sqrt(q.shape[1])
+    return naive_attention(q, *pooled, scale=scale, key_mask=blocks)[1]
+
+
+def nonlinear(d: int = 4, d_v: int = 4) -> dict[str, sa.Linformer]:
+    rng = np.random.default_rng(5)
+    by_channel, mixing = rng.standard_normal((3, d)), rng.standard_normal((3, d, d))
+    wide = rng.standard_normal((3, d_v, d_v))
+    return {
+        "max": sa.Linformer(4, "max_pool"),
+        "channel": sa.Linformer(4, "conv", E=by_channel),
+        "mixing": sa.Linformer(4, "conv", E=mixing),
+        "plain keys": sa.Linformer(4, "conv", E=rng.standard_normal(3), F=wide),
+    }
+
+
+@pytest.mark.parametrize("case", nonlinear())
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_without_a_matrix(case: str, masked: bool) -> None:
+    method = nonlinear()[case]
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        rng.standard_normal((2, h, *s)) for h, s in ((4, (5, 4)), (2, (12, 4)), (2, (12, 4)))
+    )
+    keep = np.ones((2, 12), bool)
+    if masked:
+        keep[0, [0, 4, 5]] = False
+        keep[1, 3:6] = False  # a whole block
+    options: dict[str, Any] = {"enable_gqa": True, "key_mask": keep if masked else None}
+    out = sa.attention(q, k, v, method, **options)
+    assert out.shape == (2, 4, 5, 4)
+    e, f = (None if x is None else np.asarray(x) for x in (method.E, method.F))
+    for b, h in np.ndindex(2, 4):
+        want = naive_linformer(q[b, h], k[b, h // 2], v[b, h // 2], 4, keep[b], e, f)
+        # Logits up to 30 of float64 sums of 50 terms, and one exponential.
+        assert np.abs(out[b, h] - want).max() < 1e-11
+    # A head alone is the method's own call, and float32 the same numbers rounded.
+    one = sa.attention(q[0, 0], k[0, 0], v[0, 0], method)
+    problem = sa.AttentionProblem(q[0, 0], k[0, 0], v[0, 0])
+    assert np.array_equal(one, method.attend(problem))
+    assert np.array_equal(one, sa.attention(q[0, 0], k[0, 0], v[0, 0], method, draw={}))
+    q32, k32, v32 = (x.astype(np.float32) for x in (q, k, v))
+    short = sa.attention(q32, k32, v32, method, **options)
+    assert short.dtype == np.float32
+    assert np.abs(short - out).max() < 1e-3 * np.abs(out).max()
+
+
+def test_attention_takes_maxima_by_name() -> None:
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((3, n, 4)) for n in (5, 12, 12))
+    out = sa.attention(q, k, v, "linformer", rank=4, projection="max_pool")
+    want = naive_linformer(q[2], k[2], v[2], 4, np.ones(12, bool), None, None)
+    assert np.abs(out[2] - want).max() < 1e-12
+    # The comparison tells maxima from means.
+    means = sa.attention(q, k, v, "linformer", rank=4, projection="mean_pool")
+    assert np.abs(means[2] - want).max() > 1e-2
+    with pytest.raises(ValueError, match=r"^causal must be False for method 'linformer'"):
+        sa.attention(q, k[:, :5], v[:, :5], "linformer", rank=5, projection="max_pool", causal=True)
+
+
+def test_traits_say_where_there_is_no_matrix() -> None:
+    for method in nonlinear().values():
+        assert not method.traits.matrix
+        with pytest.raises(ValueError, match=r"^projection must be linear for a matrix"):
+            method.approximate(random_head(5, 12, 4, 4))
+    linear = [sa.Linformer(4, x) for x in LINEAR]
+    linear += [
+        sa.Linformer(4, "conv", E=np.ones(3)),
+        sa.Linformer(4, "conv", E=np.ones((3, 4)), F=np.ones(3)),
+        sa.Linformer(4, "conv"),  # refused for another reason, which its check gives
+    ]
+    assert all(method.traits.matrix for method in linear)
+    for cls in sa.methods().values():
+        known = cls._get_param_names()
+        assert cls(**({"rank": 2} if "rank" in known else {})).traits.matrix
+    problem = random_head(5, 12, 4, 4)
+    with pytest.raises(ValueError, match="^rng must be None when draw is given"):
+        sa.Linformer(4, "max_pool").attend(problem, 0, draw={})
+    with pytest.raises(ValueError, match="^draw must hold"):
+        sa.Linformer(4, "max_pool").attend(problem, draw={"E": np.eye(4, 12)})
+
+
+@pytest.mark.parametrize("name", sorted(sa.methods()))
+def test_attend_is_the_product_with_the_values(name: str) -> None:
+    problem = random_head(12, 12)
+    cls = sa.methods()[name]
+    method = cls(**({"rank": 4} if "rank" in cls._get_param_names() else {}))
+    want = method.approximate(problem, 3) @ problem.values
+    out = method.attend(problem, 3)
+    # A method may have a faster way than through its matrix; then it rounds differently.
+    allowed = rounding(problem) if "attend" in vars(cls) else 0.0
+    assert np.abs(out - want).max() <= allowed * np.linalg.norm(want)
+    assert np.array_equal(method.attend(problem, draw=method.draw(problem, 3)), out)
+    bare = sa.AttentionProblem(problem.q, problem.k)
+    with pytest.raises(ValueError, match="^v must be given"):
+        method.attend(bare, 3)
 
 
 # --- invariants ---------------------------------------------------------------------------------

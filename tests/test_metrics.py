@@ -481,3 +481,42 @@ def test_problems_without_a_visible_key_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         sa.error_report(problem, np.eye(3))
+
+
+# --- outputs of methods without a matrix --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("path", ["dense", "streaming"])
+def test_an_output_alone_has_the_errors_of_its_output(name: str, path: str) -> None:
+    problem = make_problem(**OPTIONS[name])
+    other = approximation(problem)
+    report = sa.error_report(problem, output=other @ problem.values, path=path).as_dict()
+    wanted = formulas(problem, other)
+    known = {name: x for name, x in wanted.items() if name in NAN_WITHOUT_VALUES | {"skill"}}
+    # As above: float64 sums of a few thousand terms; norms by iteration are right to 1e-8.
+    assert near(report, known, 1e-7) == []
+    assert all(math.isnan(report[name]) for name in set(FIELDS) - set(known))
+    plain = sa.error_report(problem, output=other @ problem.values, path=path, spectral=False)
+    assert {name for name, x in plain.as_dict().items() if math.isnan(x)} == set(FIELDS) - {
+        "output_fro_rel",
+        "output_fro_amm",
+        "skill",
+    }
+
+
+def test_outputs_are_checked() -> None:
+    problem = make_problem(6, 8)
+    output = problem.output
+    bare = sa.AttentionProblem(*problem.arrays[:2])
+    calls: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+        (problem, {}, TypeError, "^error_report must be given ahat or output, got none"),
+        (problem, {"ahat": problem.exact, "output": output}, TypeError, "got both; pass one"),
+        (problem, {"output": output[1:]}, ValueError, r"^output must have shape \(n_q, d_v\) = "),
+        (problem, {"output": output * np.nan}, ValueError, "^output must be finite"),
+        (problem, {"output": output.astype(int)}, TypeError, "^output must"),
+        (bare, {"output": output}, ValueError, "^v must be given for an output"),
+    ]
+    for given, arguments, kind, message in calls:
+        with pytest.raises(kind, match=message):
+            sa.error_report(given, **arguments)

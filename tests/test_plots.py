@@ -17,7 +17,7 @@ import sketchattn as sa
 from sketchattn import plots
 from sketchattn.metrics import FIELDS
 from sketchattn.plots import COLOURS, DASHES, MARKERS, MEASURES, plot_study, study_figure
-from sketchattn.study import COLUMNS, REFERENCES
+from sketchattn.study import BOUND_COLUMNS, COLUMNS, REFERENCES
 
 RANKS = (8, 16, 32)
 
@@ -270,6 +270,70 @@ def test_every_field_has_words_and_a_picture(tmp_path: Path) -> None:
     # Drawn again, the same bytes: no dates, no state.
     again = plot_study(result.frame, result.references, tmp_path)
     assert {p: p.read_bytes() for p in again} == before
+
+
+def bounds_of(heads: int = 2, fields: tuple[str, ...] = ("output_fro_amm",)) -> pd.DataFrame:
+    rows = [
+        [f"a.{field}", "m0", f"h{h}", r, field, "mean", (h + 1) / math.sqrt(r)]
+        for field in fields
+        for h in range(heads)
+        for r in RANKS
+    ]
+    return pd.DataFrame(rows, columns=list(BOUND_COLUMNS))
+
+
+def test_bounds_are_drawn_on_the_measure_that_they_bound_and_on_no_other() -> None:
+    bounds = bounds_of(fields=("output_fro_amm", "output_spec_amm"))
+    for field in FIELDS:
+        figure = study_figure(frame_of(error), references_of(), field, bounds)
+        drawn = [gid for gid in gids(figure.axes[0]) if gid.startswith("a.")]
+        wanted = [f"a.{field}"] if field in ("output_fro_amm", "output_spec_amm") else []
+        assert drawn == wanted
+        assert [x for x in legend_of(figure) if x.startswith("a.")] == [
+            f"{x} (mean)" for x in drawn
+        ]
+
+
+def test_a_bound_is_its_number_on_a_head_and_the_median_over_heads() -> None:
+    heads = 3
+    figure = study_figure(
+        frame_of(error, heads), references_of(heads), "output_fro_amm", bounds_of(heads)
+    )
+    summary, *single = figure.axes
+    wanted = [[(h + 1) / math.sqrt(r) for r in RANKS] for h in range(heads)]
+    for axes, values in zip((summary, *single), (wanted[1], *wanted), strict=True):
+        line = line_of(axes, "a.output_fro_amm")
+        assert line.get_xdata().tolist() == list(RANKS)
+        assert line.get_ydata() == pytest.approx(values)
+        bottom, top = axes.get_ylim()  # vacuous or not, a bound is on the picture
+        assert bottom < min(values)
+        assert max(values) < top
+        assert line.get_color() == line_of(axes, "m0").get_color()
+        assert line.get_marker() in ("None", "none", "", None)
+
+
+def test_bounds_that_do_not_apply_leave_gaps() -> None:
+    bounds = bounds_of()
+    bounds.loc[bounds["rank"] == 8, "bound"] = math.nan
+    figure = study_figure(frame_of(error), references_of(), "output_fro_amm", bounds)
+    for axes in figure.axes:
+        assert np.isnan(line_of(axes, "a.output_fro_amm").get_ydata()[0])
+    figure.canvas.draw()
+
+
+def test_the_longest_names_of_bounds_stay_inside_the_picture() -> None:
+    claims = sorted(sa.theory.error_bounds().values(), key=lambda x: -len(x.claim + x.what))[:6]
+    parts = [bounds_of().assign(claim=x.claim, what=x.what) for x in claims]
+    figure = study_figure(
+        frame_of(error, methods=3), references_of(), "output_fro_amm", pd.concat(parts)
+    )
+    (legend,) = figure.legends
+    box = legend.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]  # Agg has one
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    looks = {str(line_of(figure.axes[0], x.claim)._unscaled_dash_pattern) for x in claims[:3]}
+    assert len(looks) == 3
 
 
 def test_no_global_state_of_matplotlib() -> None:

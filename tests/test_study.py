@@ -28,6 +28,7 @@ from sketchattn.metrics import FIELDS
 from sketchattn.operators import AttentionOperator
 from sketchattn.problem import AttentionProblem
 from sketchattn.study import (
+    BOUND_COLUMNS,
     COLUMNS,
     REFERENCES,
     as_heads,
@@ -279,6 +280,96 @@ def test_not_finite_numbers_survive_the_journal() -> None:
     for x in (math.inf, -math.inf, 0.1, 0.0, 3, None):
         assert decode(json.loads(json.dumps(encode(x), allow_nan=False))) == x
     assert math.isnan(decode(encode(math.nan)))
+
+
+# --- methods without a matrix -------------------------------------------------------------------
+
+MATRIX_FIELDS = ("matrix_fro_rel", "matrix_spec_rel", "row_tv_mean", "row_tv_max", "row_kl_mean")
+
+
+def test_a_method_without_a_matrix_is_measured_by_its_output(tmp_path: Path) -> None:
+    heads = small_heads(2)
+    methods: list[Any] = [("max", sa.Linformer(1, "max_pool")), "uniform"]
+    options: dict[str, Any] = {"methods": methods, "ranks": [2, 4], "seeds": 2}
+    result = sa.study(heads, **options, out=tmp_path)
+    own = result.frame[result.frame["method"] == "max"]
+    assert own[list(MATRIX_FIELDS)].isna().all(axis=None)
+    assert own[["bytes", "effective_rank"]].isna().all(axis=None)
+    others = result.frame[result.frame["method"] != "max"]
+    assert others[list(FIELDS)].notna().all(axis=None)
+    assert others["bytes"].tolist() == [
+        sa.UniformColumns(r).approximate(p, rng=s).nbytes
+        for p in heads
+        for r in (2, 4)
+        for s in (0, 1)
+    ]
+    for (_, row), (i, rank) in zip(
+        own.iloc[::2].iterrows(), [(i, r) for i in range(2) for r in (2, 4)], strict=True
+    ):
+        output = sa.Linformer(rank, "max_pool").attend(heads[i])
+        wanted = sa.error_report(heads[i], output=output)
+        for field in set(FIELDS) - set(MATRIX_FIELDS):
+            assert row[field] == pytest.approx(getattr(wanted, field), rel=1e-12)
+    again = sa.study(heads, **options, out=tmp_path)
+    assert again.computed == 0
+    pd.testing.assert_frame_equal(again.frame, result.frame, check_exact=True)
+    assert "nan" in result.render()
+    with (tmp_path / "results.csv").open(newline="") as file:
+        written = [row for row in csv.DictReader(file) if row["method"] == "max"]
+    assert {(row["bytes"], row["matrix_fro_rel"]) for row in written} == {("", "nan")}
+
+
+# --- bounds of claims ---------------------------------------------------------------------------
+
+GAUSSIAN = "sketching.amm_jl_moment"
+
+
+def test_bounds_are_those_of_the_claim_on_every_head_at_every_rank(tmp_path: Path) -> None:
+    heads = small_heads(2)
+    names = ["sketching.moment_gaussian", GAUSSIAN]
+    result = sa.study(heads, methods={"mine": "jl"}, ranks=[8, 2], seeds=1, bounds=names)
+    assert tuple(result.bounds.columns) == BOUND_COLUMNS
+    places = result.bounds[["claim", "head", "rank"]].itertuples(index=False, name=None)
+    assert list(places) == [(c, h, r) for c in names for h in heads.names for r in (8, 2)]
+    assert set(result.bounds["method"]) == {"mine"}
+    assert set(result.bounds["field"]) == {"output_fro_amm"}
+    # eps = sqrt(2/r), whatever the head; the exact one is smaller on every head.
+    sizes = result.bounds["bound"].to_numpy().reshape(2, 2, 2)
+    assert sizes[1] == pytest.approx(np.sqrt([[2 / 8, 2 / 2]] * 2))
+    assert (sizes[0] < sizes[1]).all()
+    assert (sizes[0] > sizes[1] / math.sqrt(2)).all()  # (1 + rho)/r with 0 < rho < 1
+
+
+def test_bounds_change_no_row_and_are_not_kept(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"methods": ["jl", "uniform"], "ranks": [2, 4], "seeds": 2}
+    first = sa.study(small_heads(2), **options, out=tmp_path, bounds=GAUSSIAN)
+    kept = {p: p.read_bytes() for p in (tmp_path / "cells").glob("*.jsonl")}
+    tables = ["results.csv", "references.csv"]
+    rows = [(tmp_path / name).read_bytes() for name in tables]
+    pd.testing.assert_frame_equal(
+        read_bounds(tmp_path / "bounds.csv"), first.bounds, check_exact=True
+    )
+    assert json.loads((tmp_path / "study.json").read_text())["bounds"] == [GAUSSIAN]
+    amm = (tmp_path / "output_fro_amm.png").read_bytes()
+    rel = (tmp_path / "output_fro_rel.png").read_bytes()
+    second = sa.study(small_heads(2), **options, out=tmp_path)
+    assert (second.computed, second.reused) == (0, first.computed)
+    assert len(second.bounds) == 0
+    assert not (tmp_path / "bounds.csv").exists()
+    assert json.loads((tmp_path / "study.json").read_text())["bounds"] == []
+    pd.testing.assert_frame_equal(first.frame, second.frame, check_exact=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "cells").glob("*.jsonl")} == kept
+    assert [(tmp_path / name).read_bytes() for name in tables] == rows
+    assert (tmp_path / "output_fro_amm.png").read_bytes() != amm
+    assert (tmp_path / "output_fro_rel.png").read_bytes() == rel
+
+
+def read_bounds(path: Path) -> pd.DataFrame:
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    kinds: dict[str, Callable[[str], Any]] = {"rank": int, "bound": float}
+    table = [[kinds.get(c, str)(x) for c, x in zip(rows[0], row, strict=True)] for row in rows[1:]]
+    return pd.DataFrame(table, columns=rows[0])
 
 
 # --- resuming -----------------------------------------------------------------------------------
@@ -584,6 +675,7 @@ def narrow() -> AttentionProblem:
 
 BASE = small_heads(2)
 PLAIN = AttentionProblem(*BASE[0].arrays, name="x")
+ZERO = AttentionProblem(np.ones((4, 2)), np.ones((4, 2)), np.zeros((4, 2)), name="zero")
 
 REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
@@ -768,6 +860,46 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: sa.study(BASE, progress="yes"),  # type: ignore[arg-type]
         TypeError,
         "progress must be a bool, got str; give True or False",
+    ),
+    (
+        lambda: sa.study(BASE, methods="jl", bounds="sketching.amm_markof"),
+        ValueError,
+        "bounds must be ids of claims, got 'sketching.amm_markof'; did you mean "
+        "'sketching.amm_markov'?",
+    ),
+    (
+        lambda: sa.study(BASE, methods="jl", bounds="sketching.amm_entrywise"),
+        ValueError,
+        "bounds must be claims about an error measure at each rank, got "
+        "'sketching.amm_entrywise', which is about max_ij |err_ij| / (|A_i| |V_:j|); choose one "
+        "of sketchattn.theory.error_bounds()",
+    ),
+    (
+        lambda: sa.study(BASE, methods=["jl", "uniform"], bounds=["sketching.amm_markov"]),
+        ValueError,
+        "bounds must be about a method of the study, got 'sketching.amm_markov', which is about "
+        "jl(sketch='countsketch'); add that method or leave the bound out",
+    ),
+    (
+        lambda: sa.study(ZERO, methods="jl", ranks=[2], bounds=GAUSSIAN),
+        ValueError,
+        "bounds must apply to a head at one of the ranks, got 'sketching.amm_jl_moment', which "
+        "applies to none; sketchattn.theory.check says why",
+    ),
+    (
+        lambda: sa.study(BASE, methods="jl", bounds=[]),
+        ValueError,
+        "bounds must hold at least one id, got none; leave bounds out",
+    ),
+    (
+        lambda: sa.study(BASE, methods="jl", bounds=3),  # type: ignore[arg-type]
+        TypeError,
+        "bounds must be ids of claims, got int; see sketchattn.theory.error_bounds()",
+    ),
+    (
+        lambda: sa.study(BASE, methods="jl", bounds=[3]),  # type: ignore[list-item]
+        TypeError,
+        "bounds must hold strings, got int; see sketchattn.theory.error_bounds()",
     ),
 ]
 

@@ -6,6 +6,8 @@ it on a problem gives a verdict: holds, violated, vacuous, not applicable or inc
 themselves are plain functions in ``sketchattn.theory.sketching``.
 """
 
+from ._curves import ErrorBound as ErrorBound
+from ._curves import error_bounds as error_bounds
 from ._engine import Assumption as Assumption
 from ._engine import Context as Context
 from ._engine import bound as bound

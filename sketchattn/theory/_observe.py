@@ -100,7 +100,7 @@ def _likeliest(kind: str, r: int, n: int, parameters: Parameters) -> float:
 
 def _differ(context: Context, likeliest: float) -> bool:
     """Return whether independent trials of a draw are not all equal, but with chance 1e-9."""
-    return bool(likeliest ** (context.trials - 1) < 1e-9)
+    return bool(likeliest ** max(context.trials - 1, 0) < 1e-9)
 
 
 def sketched(

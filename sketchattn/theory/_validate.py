@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from ..draws import Rng, entropy_of
 from ..problem import AttentionProblem, closest
 from ._engine import check_confidence, check_trials, get_entry, one_thread, run, sample
 from ._engine import claims as all_claims
-from ._instances import Instance, as_instance, get_instance
+from ._instances import Instance, as_instance
 from ._records import HEADS, Claim, Observations, Verdict, plain
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Array = NDArray[Any]
+T = TypeVar("T")
+R = TypeVar("R")
 
 COLUMNS = (
     "claim",
@@ -217,7 +220,9 @@ class ValidationResult:
     def __str__(self) -> str:
         return self.render()
 
-    def plot(self, out: str | PathLike[str]) -> list[Path]:
+    def plot(
+        self, out: str | PathLike[str], jobs: int = 1, *, progress: bool | None = None
+    ) -> list[Path]:
         """Draw one picture a claim: the observed distribution against the bound over r.
 
         Each picture shows the first named instance of the claim and the first head that it
@@ -227,48 +232,40 @@ class ValidationResult:
         ----------
         out : path
             Folder; made if there is none.  ``<claim>.png`` is replaced in one step.
+        jobs : int, default 1
+            Claims that are drawn at the same time.
+        progress : bool, optional
+            Show a bar on stderr; by default where stderr is a terminal.
 
         Returns
         -------
         list of Path
+            In the order of the rows.
         """
+        workers, show = _check_jobs(jobs), _check_progress(progress)
         folder = Path(out)
+        by_claim: dict[str, list[Verdict]] = {}
+        for row in self.rows:
+            by_claim.setdefault(row.claim.id, []).append(row.verdict)
+        tasks = [_Picture(name, self._panels(x), self.entropy) for name, x in by_claim.items()]
         folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        with one_thread():
-            for name in dict.fromkeys(row.claim.id for row in self.rows):
-                shown = [row for row in self.rows if row.claim.id == name]
-                path = folder / f"{name}.png"
-                write_bytes(path, self._picture(name, shown))
-                paths.append(path)
-        return paths
+        paths = {name: folder / f"{name}.png" for name in by_claim}
+        for name, data in _in_parallel(_picture, tasks, workers, show, "pictures", "claim"):
+            write_bytes(paths[name], data)
+        return list(paths.values())
 
-    def _picture(self, name: str, rows: Sequence[Row]) -> bytes:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        claim = rows[0].claim
-        named = [r.verdict for r in rows if r.verdict.instance not in self._heads]
-        heads = [r.verdict for r in rows if r.verdict.instance in self._heads]
+    def _panels(self, verdicts: Sequence[Verdict]) -> tuple[_Panel, ...]:
+        """Return the first named instance and the first head to which a claim applies."""
+        named = [v for v in verdicts if v.instance not in self._heads]
+        heads = [v for v in verdicts if v.instance in self._heads]
         shown = [
             next((v for v in group if v.status != "not applicable"), group[0])
             for group in (named, heads)
             if group
         ]
-        figure = Figure(figsize=(5.4 * len(shown), 4.4), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
-        for i, verdict in enumerate(shown):
-            problem = self._heads.get(verdict.instance)
-            instance = get_instance(verdict.instance) if problem is None else as_instance(problem)
-            axes = figure.add_subplot(1, len(shown), i + 1)
-            _draw(axes, claim, _steps(claim, instance, self.entropy))
-            axes.set_title(f"{verdict.instance}: {verdict.status}", fontsize=9)
-        title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
-        figure.suptitle(title, fontsize=10)
-        figure.supylabel(_wrap(claim.observes, 60), fontsize=8)
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png")
-        return buffer.getvalue()
+        return tuple(
+            _Panel(self._heads.get(v.instance, v.instance), v.instance, v.status) for v in shown
+        )
 
 
 def _groups(rows: Sequence[Row], heads: Iterable[str]) -> Iterator[list[Row]]:
@@ -313,6 +310,39 @@ def _wrap(text: str, width: int) -> str:
 
 
 # --- pictures -----------------------------------------------------------------------------------
+
+
+class _Panel(NamedTuple):
+    problem: str | AttentionProblem
+    name: str
+    status: str
+
+
+class _Picture(NamedTuple):
+    claim: str
+    panels: tuple[_Panel, ...]
+    entropy: int
+
+
+def _picture(task: _Picture) -> tuple[str, bytes]:
+    """Return the id of a claim and its picture as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    claim = get_entry(task.claim).claim
+    figure = Figure(figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    with one_thread():
+        for i, panel in enumerate(task.panels):
+            axes = figure.add_subplot(1, len(task.panels), i + 1)
+            _draw(axes, claim, _steps(claim, as_instance(panel.problem), task.entropy))
+            axes.set_title(f"{panel.name}: {panel.status}", fontsize=9)
+    title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
+    figure.suptitle(title, fontsize=10)
+    figure.supylabel(_wrap(claim.observes, 60), fontsize=8)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return task.claim, buffer.getvalue()
 
 
 class _Step(NamedTuple):
@@ -427,7 +457,7 @@ def _run(task: _Task) -> list[Verdict]:
 
 
 def _chosen(claims: Any) -> dict[str, Claim]:
-    """Return claims by ids or topics."""
+    """Return claims by ids, topics or patterns."""
     known = all_claims()
     if claims is None:
         return known
@@ -449,6 +479,14 @@ def _chosen(claims: Any) -> dict[str, Claim]:
             found.update({x: y for x, y in known.items() if x.split(".")[0] == name})
         elif name in known:
             found[name] = known[name]
+        elif any(sign in name for sign in "*?["):
+            matching = fnmatch.filter(known, name)
+            if not matching:
+                raise ValueError(
+                    f"claims must match at least one id, got the pattern {name!r}; "
+                    f"see sketchattn.theory.claims()"
+                )
+            found.update({x: known[x] for x in matching})
         else:
             hint = closest(name, {*known, *topics}) if "." in name else closest(name, topics)
             raise ValueError(f"claims must hold ids or topics, got {name!r}{hint}")
@@ -461,6 +499,22 @@ def _bundled() -> set[tuple[str | None, str]]:
     from ..heads import BUNDLED, load_heads
 
     return {(problem.name, problem.digest) for name in BUNDLED for problem in load_heads(name)}
+
+
+def _check_jobs(jobs: object) -> int:
+    if isinstance(jobs, bool) or not isinstance(jobs, int | np.integer):
+        raise TypeError(f"jobs must be an integer, got {type(jobs).__name__}; jobs=1 is one")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}; jobs=1 is one after the other")
+    return int(jobs)
+
+
+def _check_progress(progress: object) -> bool:
+    if progress is None:
+        return sys.stderr is not None and sys.stderr.isatty()
+    if not isinstance(progress, bool | np.bool_):
+        raise TypeError(f"progress must be a bool, got {type(progress).__name__}; give True, False")
+    return bool(progress)
 
 
 def validate(
@@ -477,8 +531,9 @@ def validate(
 
     Parameters
     ----------
-    claims : id, topic, or sequence of these, optional
-        A topic is what stands before the point; by default all claims.
+    claims : id, topic, pattern, or sequence of these, optional
+        A topic is what stands before the point; a pattern has ``*``, ``?`` or ``[...]``, as
+        "sketching.amm_*".  By default all claims.
     heads : Heads, AttentionProblem, sequence of AttentionProblem, path, or name, optional
         By default the bundled heads.  Claims that are about instances only are not checked on
         heads.
@@ -519,13 +574,7 @@ def validate(
 
     chosen = _chosen(claims)
     count, level = check_trials(trials), check_confidence(confidence)
-    if isinstance(jobs, bool) or not isinstance(jobs, int | np.integer):
-        raise TypeError(f"jobs must be an integer, got {type(jobs).__name__}; jobs=1 is one")
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}; jobs=1 is one after the other")
-    if progress is not None and not isinstance(progress, bool | np.bool_):
-        raise TypeError(f"progress must be a bool, got {type(progress).__name__}; give True, False")
-    show = sys.stderr is not None and sys.stderr.isatty() if progress is None else bool(progress)
+    workers, show = _check_jobs(jobs), _check_progress(progress)
     problems = {str(p.name): p for p in as_heads("minilm" if heads is None else heads)}
     entropy = entropy_of(rng)
     bundled = _bundled()
@@ -546,9 +595,8 @@ def validate(
     ]
     # Heads first: they take longest.
     tasks.sort(key=lambda task: isinstance(task.problem, str))
-    verdicts = {
-        (v.claim, v.instance): v for found in _in_parallel(tasks, int(jobs), show) for v in found
-    }
+    done = _in_parallel(_run, tasks, workers, show, "validate", "problem")
+    verdicts = {(v.claim, v.instance): v for found in done for v in found}
     repeats = (entropy, count, level) == RECORDED_WITH
     rows = []
     for name, record in chosen.items():
@@ -566,19 +614,21 @@ def validate(
     return ValidationResult(tuple(rows), count, level, entropy, problems)
 
 
-def _in_parallel(tasks: Sequence[_Task], jobs: int, show: bool) -> Iterator[list[Verdict]]:
-    """Yield the verdicts of problems as they are finished."""
+def _in_parallel(
+    work: Callable[[T], R], tasks: Sequence[T], jobs: int, show: bool, what: str, unit: str
+) -> Iterator[R]:
+    """Yield the results of tasks as they are finished."""
     from joblib import Parallel, delayed
 
     parallel = Parallel(
         n_jobs=min(jobs, max(1, len(tasks))), return_as="generator_unordered", max_nbytes=None
     )
-    results = parallel(delayed(_run)(task) for task in tasks)
+    results = parallel(delayed(work)(task) for task in tasks)
     bar: Any = None
     if show:
         from tqdm import tqdm
 
-        bar = tqdm(total=len(tasks), desc="validate", unit="problem", file=sys.stderr)
+        bar = tqdm(total=len(tasks), desc=what, unit=unit, file=sys.stderr)
     try:
         for found in results:
             if bar is not None:
