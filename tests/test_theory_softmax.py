@@ -1,0 +1,224 @@
+"""Claims about softmax and norms: the record, broken softmaxes, counterexamples, odd problems."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import softmax as scipy_softmax
+
+import sketchattn as sa
+from sketchattn.theory import Claim, Instance, check, claims, instances
+
+Array = NDArray[Any]
+Broken = Callable[..., Array]
+
+CLAIMS: dict[str, Claim] = {k: c for k, c in claims().items() if k.startswith("softmax.")}
+RECORDED = [(k, on) for k, c in CLAIMS.items() for on in c.instances]
+REFUTED = {k for k, c in CLAIMS.items() if c.status == "refuted"}
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "on"), RECORDED)
+def test_recorded_verdicts(name: str, on: str, global_random_seed: int) -> None:
+    # Every statement is deterministic: there is no level, any seed must give the record.
+    verdict = check(name, on, trials=60, rng=global_random_seed)
+    assert verdict.status == CLAIMS[name].recorded[on], str(verdict)
+    json.dumps(verdict.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", [k for k in CLAIMS if "heads" in CLAIMS[k].recorded])
+def test_recorded_verdicts_on_bundled_heads(name: str, global_random_seed: int) -> None:
+    heads = sa.load_heads()
+    for number in (global_random_seed % len(heads), (global_random_seed + 7) % len(heads)):
+        verdict = check(name, heads[number], trials=20, rng=global_random_seed)
+        assert verdict.status == CLAIMS[name].recorded["heads"], str(verdict)
+
+
+# --- negative controls ----------------------------------------------------------------------------
+
+
+def honest(kind: str, r: int, n: int, rng: np.random.Generator, *, logits: Array) -> Array:
+    assert kind == "softmax"
+    assert logits.shape == (r, n)
+    weights: Array = scipy_softmax(logits, axis=1)
+    return weights
+
+
+def scaled(factor: float) -> Broken:
+    """Give weights that sum to another number."""
+    return lambda kind, r, n, rng, *, logits: factor * honest(kind, r, n, rng, logits=logits)
+
+
+def heated(factor: float) -> Broken:
+    """Use another scale of the logits."""
+    return lambda kind, r, n, rng, *, logits: honest(kind, r, n, rng, logits=factor * logits)
+
+
+def shifted(kind: str, r: int, n: int, rng: np.random.Generator, *, logits: Array) -> Array:
+    """Add one to every denominator, which no shift of the logits leaves alone."""
+    return np.asarray(np.exp(logits) / (1 + np.exp(logits).sum(axis=1, keepdims=True)))
+
+
+CONTROLS: list[tuple[str, str, Broken]] = [
+    ("stochastic", "reference", scaled(1.001)),
+    ("stochastic", "reference", shifted),
+    ("spectral_norm", "shared-key", scaled(1.1)),
+    ("spectral_norm", "flat", scaled(0.9)),
+    ("frobenius_norm", "shared-key", scaled(1.1)),
+    ("frobenius_norm", "flat", scaled(0.9)),
+    ("mean_identity", "reference", scaled(1.1)),
+    ("mean_identity", "identity", scaled(1.001)),
+    ("column_mass", "identity", scaled(1.1)),
+    ("shift_invariance", "blocks", shifted),
+    ("merge", "reference", heated(1.1)),
+    ("merge", "clusters", shifted),
+    ("hull", "shared-key", scaled(1.1)),
+    ("truncation", "reference", scaled(1.1)),
+    ("perturbation", "two-keys", heated(1.3)),
+    ("output_perturbation", "two-keys", heated(1.1)),
+    ("divergence", "two-keys", heated(1.1)),
+    ("lipschitz", "two-keys", heated(1.1)),
+    ("query_lipschitz", "two-queries", heated(2.2)),
+    ("query_lipschitz_half", "two-queries", heated(1.1)),
+    ("informer_measure", "flat", scaled(1.1)),
+    ("informer_measure_sharp", "flat", scaled(1.1)),
+]
+
+
+@pytest.mark.parametrize(("name", "on", "broken"), CONTROLS)
+def test_a_broken_softmax_is_reported(name: str, on: str, broken: Broken) -> None:
+    verdict = check(f"softmax.{name}", on, trials=20, sketch=broken)
+    assert verdict.status == "violated", str(verdict)
+
+
+@pytest.mark.parametrize(("name", "on", "broken"), CONTROLS)
+def test_an_honest_softmax_is_not(name: str, on: str, broken: Broken) -> None:
+    verdict = check(f"softmax.{name}", on, trials=20, sketch=honest)
+    assert verdict.status == "holds", str(verdict)
+
+
+def test_every_theorem_has_a_control() -> None:
+    assert {f"softmax.{name}" for name, _, _ in CONTROLS} == set(CLAIMS) - REFUTED
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "parameters"),
+    [
+        ("spectral_norm_one", "identity", {}),
+        ("column_mass_constant", "uniform-ones", {"constant": 1e-6}),
+        ("printed_normalizer", "two-queries", {}),
+        ("measure_orders_norms", "shared-flat", {}),
+    ],
+)
+def test_refuted_statements_are_not_violated_by_everything(
+    name: str, on: str, parameters: dict[str, Any]
+) -> None:
+    problem: Any = on
+    if on == "shared-flat":
+        problem = (np.array([[0.5, 0.5], [0.7, 0.3]]), np.eye(2))
+    assert check(f"softmax.{name}", problem, **parameters).status == "holds"
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def test_counterexamples_have_the_values_of_their_proofs() -> None:
+    assert check("softmax.spectral_norm_one", "shared-key").observed == pytest.approx(12**0.5)
+    assert check("softmax.printed_normalizer", "two-by-two").observed == pytest.approx(0.25)
+    constant = check("softmax.column_mass_constant", "identity")
+    assert constant.observed == pytest.approx(0.01 * 512)
+    # ln(AM/GM) + ln 4 of the two rows.
+    measures = [
+        math.log(sum(row)) - sum(map(math.log, row)) / 4
+        for row in ([1.0, 1.0, 1.0, 1e-6], [10.0, 1.0, 1.0, 1.0])
+    ]
+    found = check("softmax.measure_orders_norms", "two-rows").observed
+    assert found == pytest.approx(measures[0] / measures[1])
+
+
+def test_bounds_are_attained_where_the_statements_say_so() -> None:
+    for name, on in (
+        ("spectral_norm", "flat"),
+        ("spectral_norm", "shared-key"),
+        ("frobenius_norm", "flat"),
+        ("frobenius_norm", "shared-key"),
+        ("column_mass", "identity"),
+        ("informer_measure", "flat"),
+    ):
+        assert check(f"softmax.{name}", on).observed == pytest.approx(1.0, abs=1e-12), name
+    # Rows of the bundled heads have sets of nearly any weight.
+    assert check("softmax.perturbation", sa.load_heads()[0], trials=20).observed > 0.999
+    # 2 tanh(x)/(2x) for small changes of (1/2, 1/2), x = .05 of both.
+    exact = math.tanh(0.1) / 0.1
+    assert check("softmax.lipschitz", "two-keys").observed == pytest.approx(exact, rel=1e-12)
+
+
+def test_key_shifts_of_any_size_are_seen_through() -> None:
+    for size in (1e-3, 1.0, 1e3):
+        assert check("softmax.shift_invariance", "blocks", size=size, trials=20).status == "holds"
+
+
+# --- assumptions ----------------------------------------------------------------------------------
+
+
+def test_matrices_that_are_not_attention_are_told_why() -> None:
+    for a, reason in (
+        (np.array([[2.0, -1.0]]), "negative weights"),
+        (np.array([[0.5, 0.6]]), "do not sum to one"),
+    ):
+        for name in ("mean_identity", "hull", "divergence"):
+            verdict = check(f"softmax.{name}", (a, np.eye(2)))
+            assert verdict.status == "not applicable"
+            assert reason in verdict.notes
+    pair = (np.eye(3), np.eye(3))
+    assert "needs queries and keys" in check("softmax.shift_invariance", pair).notes
+    assert "weights that are zero" in check("softmax.informer_measure", pair).notes
+    q = np.ones((3, 2))
+    causal = sa.AttentionProblem(q, q, q, causal=True)
+    assert "causal" in check("softmax.query_lipschitz", causal).notes
+    with pytest.raises(ValueError, match="^width must be in"):
+        check("softmax.perturbation", width=0.0)
+
+
+def test_theorems_hold_on_odd_problems() -> None:
+    rng = np.random.default_rng(5)
+    mask = np.arange(9) % 3 > 0
+
+    def normal(n_q: int, n_k: int, **options: Any) -> sa.AttentionProblem:
+        q, k, v = (rng.standard_normal((n, 4)) for n in (n_q, n_k, n_k))
+        return sa.AttentionProblem(q, k, v, **options)
+
+    problems = {
+        "one key": sa.AttentionProblem(np.ones((3, 2)), np.ones((1, 2)), np.ones((1, 1))),
+        "one query": normal(1, 9),
+        "masked": normal(5, 9, key_mask=mask),
+        "causal": normal(8, 8, causal=True),
+        "identity": sa.AttentionProblem(300 * np.eye(12), np.eye(12), rng.standard_normal((12, 2))),
+        "peaked": sa.AttentionProblem(
+            90 * rng.standard_normal((8, 4)), 9 * rng.standard_normal((8, 4)), np.ones((8, 2))
+        ),
+        "zero values": sa.AttentionProblem(
+            rng.standard_normal((8, 4)), rng.standard_normal((8, 4)), np.zeros((8, 2))
+        ),
+    }
+    for label, problem in problems.items():
+        made = Instance(label, problem)
+        for name in set(CLAIMS) - REFUTED:
+            verdict = check(name, made, trials=30)
+            assert verdict.status in ("holds", "not applicable"), f"{label}: {verdict}"
+
+
+def test_instances_are_what_their_notes_say() -> None:
+    found = instances()
+    assert np.allclose(found["two-keys"].a, 0.5)
+    assert np.allclose(found["two-by-two"].a, [[0.5, 0.5], [0.25, 0.75]])
+    assert np.allclose(found["flat"].a.sum(axis=1), 1)
+    assert np.linalg.matrix_rank(found["shared-key"].a) == 1
