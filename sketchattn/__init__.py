@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from .methods import JL as JL
     from .methods import ColumnSampling as ColumnSampling
     from .methods import Exact as Exact
+    from .methods import Informer as Informer
     from .methods import Linformer as Linformer
     from .methods import LinformerFit as LinformerFit
     from .methods import Method as Method
+    from .methods import SelectionRegret as SelectionRegret
+    from .methods import Skeinformer as Skeinformer
     from .methods import SVDFloor as SVDFloor
     from .methods import TopK as TopK
     from .methods import Traits as Traits
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from .methods import fit_linformer as fit_linformer
     from .methods import linformer_projections as linformer_projections
     from .methods import methods as methods
+    from .methods import row_statistic as row_statistic
+    from .methods import selection_regret as selection_regret
     from .metrics import ErrorCertificate as ErrorCertificate
     from .metrics import ErrorReport as ErrorReport
     from .metrics import certify as certify
@@ -63,6 +68,7 @@ _LAZY = {
     "Exact": "methods",
     "FactoredAttention": "operators",
     "Heads": "heads",
+    "Informer": "methods",
     "JL": "methods",
     "Linformer": "methods",
     "LinformerFit": "methods",
@@ -70,6 +76,8 @@ _LAZY = {
     "ProductSketch": "operators",
     "SVDFloor": "methods",
     "SampledAttention": "operators",
+    "SelectionRegret": "methods",
+    "Skeinformer": "methods",
     "SoftmaxAttention": "operators",
     "StudyResult": "study",
     "TopK": "methods",
@@ -87,6 +95,8 @@ _LAZY = {
     "make_heads": "heads",
     "methods": "methods",
     "read_heads": "heads",
+    "row_statistic": "methods",
+    "selection_regret": "methods",
     "study": "study",
     "write_heads": "heads",
 }
@@ -102,6 +112,7 @@ __all__ = [
     "Exact",
     "FactoredAttention",
     "Heads",
+    "Informer",
     "JL",
     "Linformer",
     "LinformerFit",
@@ -109,6 +120,8 @@ __all__ = [
     "ProductSketch",
     "SVDFloor",
     "SampledAttention",
+    "SelectionRegret",
+    "Skeinformer",
     "SoftmaxAttention",
     "StudyResult",
     "TopK",
@@ -127,6 +140,8 @@ __all__ = [
     "make_heads",
     "methods",
     "read_heads",
+    "row_statistic",
+    "selection_regret",
     "study",
     "write_heads",
 ]

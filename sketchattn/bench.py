@@ -432,6 +432,131 @@ def _linformer(quick: bool, rounds: int) -> Iterator[Row]:
     )
 
 
+# Where Linux tells it, the peak of this program's own memory: the maximum that getrusage gives
+# starts from that of the process which started this one.
+_SKEINFORMER_MEMORY = """
+import re, resource, sys
+import numpy as np
+from sketchattn import attention
+def peak():
+    try:
+        with open("/proc/self/status") as file:
+            return int(re.search(r"VmHWM:\\s*(\\d+)", file.read()).group(1)) * 1024
+    except (OSError, AttributeError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+n = int(sys.argv[1])
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((n, 64), np.float32) for _ in range(3))
+attention(q[:2048], k[:2048], v[:2048], "skeinformer", rank=256, rng=0)
+before = peak()
+out = attention(q, k, v, "skeinformer", rank=256, rng=0)
+print(peak() - before - out.nbytes)
+"""
+
+
+@_benchmark("skeinformer", "skeinformer against exact attention: time, growth, memory, error")
+def _skeinformer(quick: bool, rounds: int) -> Iterator[Row]:
+    from .attention import attention
+    from .methods import Skeinformer
+
+    n, r = (2048, 64) if quick else (16384, 256)
+    q, k, v = (x[0] for x in _normal(1, n, 64))
+    calls: dict[str, Callable[[], object]] = {
+        "ours": partial(attention, q, k, v, "skeinformer", rank=r, rng=0),
+        "exact": partial(attention, q, k, v),
+    }
+    seconds = _interleaved(calls, rounds)
+    size = f"1 head, n={n}, d=64, r={r}"
+    yield _row(
+        "skeinformer",
+        size,
+        seconds["ours"],
+        against="exact",
+        theirs=seconds["exact"],
+        target=1 / 12,
+    )
+    longer = [x[0] for x in _normal(1, 8 * n, 64)]
+    calls = {
+        "long": partial(attention, *longer, "skeinformer", rank=r, rng=0),
+        "short": partial(attention, q, k, v, "skeinformer", rank=r, rng=0),
+    }
+    seconds = _interleaved(calls, rounds)
+    yield _row(
+        "skeinformer",
+        f"1 head, n={8 * n}, d=64, r={r}",
+        seconds["long"],
+        against=f"n={n}",
+        theirs=seconds["short"],
+        target=9.0,
+    )
+    extra = float(_child(_SKEINFORMER_MEMORY, str(8 * n))) / 2**20
+    yield _row(
+        "skeinformer",
+        f"1 head, n={8 * n}: growth beyond inputs and output",
+        [max(extra, 0.0)],
+        against="limit",
+        theirs=[200.0],
+        target=1.0,
+        unit="MB",
+    )
+    # The same draw in float64: what is left is rounding.
+    problem = AttentionProblem(q, k, v)
+    method = Skeinformer(rank=r)
+    draw = method.draw(problem, rng=0)
+    wide = method.attend(problem.astype(np.float64), draw=draw)
+    error = np.linalg.norm(method.attend(problem, draw=draw) - wide) / np.linalg.norm(wide)
+    yield _row(
+        "skeinformer",
+        f"{size}: error against float64, same draw",
+        [float(error)],
+        against="limit",
+        theirs=[1e-5],
+        target=1.0,
+        unit="rel",
+    )
+
+
+@_benchmark("informer", "informer against exact attention: time, and error of float32")
+def _informer(quick: bool, rounds: int) -> Iterator[Row]:
+    from .attention import attention
+    from .methods import Informer
+
+    n, r, u = (2048, 64, 16) if quick else (16384, 256, 64)
+    q, k, v = (x[0] for x in _normal(1, n, 64))
+    size = f"1 head, n={n}, d=64, r={r}, U={u}"
+    for sampling in ("per_query", "shared"):
+        method = Informer(rank=r, samples=u, key_sampling=sampling)
+        calls: dict[str, Callable[[], object]] = {
+            "ours": partial(attention, q, k, v, method, rng=0),
+            "exact": partial(attention, q, k, v),
+        }
+        seconds = _interleaved(calls, rounds)
+        yield _row(
+            "informer",
+            f"{size}, {sampling}",
+            seconds["ours"],
+            against="exact",
+            theirs=seconds["exact"],
+            target=1 / 8 if sampling == "per_query" else None,
+        )
+    # The same draw in float64: what is left is rounding.
+    problem = AttentionProblem(q, k, v)
+    method = Informer(rank=r, samples=u)
+    draw = method.draw(problem, rng=0)
+    wide = method.attend(problem.astype(np.float64), draw=draw)
+    error = np.linalg.norm(method.attend(problem, draw=draw) - wide) / np.linalg.norm(wide)
+    yield _row(
+        "informer",
+        f"n={n}, r={r}, U={u}: error against float64, same draw",
+        [float(error)],
+        against="limit",
+        theirs=[1e-5],
+        target=1.0,
+        unit="rel",
+    )
+
+
 _FIRST_CALL = """
 import time
 import numpy as np
@@ -604,6 +729,7 @@ def render(rows: Sequence[Row]) -> str:
 
 def warmup() -> float:
     """Compile all kernels for both precisions, or load them from the cache; return the seconds."""
+    from .methods import Informer, Skeinformer
     from .metrics import error_report
 
     start = time.perf_counter()
@@ -613,4 +739,7 @@ def warmup() -> float:
         problem = AttentionProblem(q, k, v)
         problem.exact.column_sums()
         error_report(problem, problem.exact, path="streaming")
+        Skeinformer(rank=2).attend(problem, rng=0)
+        for sampling in ("per_query", "shared"):
+            Informer(rank=2, key_sampling=sampling).attend(problem, rng=0)
     return time.perf_counter() - start

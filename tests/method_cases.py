@@ -16,11 +16,31 @@ Array = NDArray[Any]
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "topk": [{"renormalize": False}],
     "uniform": [{"estimator": "horvitz-thompson"}],
+    "informer": [
+        {"mean_divisor": "n_keys", "samples": 3},
+        {"key_sampling": "shared", "samples": 4},
+        {"statistic": "kl", "key_sampling": "full"},
+        {"statistic": "oracle"},
+        {"statistic": "kl", "fill": "masked_mean"},
+    ],
     "jl": [{"sketch": "haar"}, {"sketch": "countsketch", "center": True}],
     "column_sampling": [
         {"law": "uniform", "replace": False},
         {"law": "uniform", "normalizer": "sampled"},
         {"law": "value_norm"},
+    ],
+    "skeinformer": [
+        {"causal_form": "corrected", "mix": 0.1},
+        {"law": "uniform", "causal_form": "corrected", "fill": "arithmetic"},
+        {"law": "optimal", "fill": "oracle", "mix": 0.1, "pilot_reuse": False},
+        {"preset": "sampled_normalizer", "pilots": 3},
+        {
+            "law": "value_norm",
+            "replace": True,
+            "weights": "importance",
+            "normalizer": "exact",
+            "center_values": True,
+        },
     ],
 }
 

@@ -153,3 +153,191 @@ def naive_sketch(
                 entry = transform[arrays["rows"][i], j] * arrays["signs"][j]
                 out[i, j] = math.sqrt(order / r) * entry
     return out
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+
+def naive_informer(
+    q: Array,
+    k: Array,
+    v: Array,
+    rank: int,
+    key_samples: Array | None = None,
+    *,
+    scale: float,
+    statistic: str = "max_mean",
+    mean_divisor: str = "n_samples",
+    fill: str = "mean",
+    peek: bool = False,
+    offset: int | None = None,
+    key_mask: Array | None = None,
+    rows: Array | None = None,
+) -> tuple[list[int], Array, Array, Array]:
+    """Return (I, statistic, Ahat, Ahat V): exact rows for those on top, uniform ones elsewhere.
+
+    Row i sees keys j <= i + offset (None: all) that the mask keeps; ``key_samples (n_q, U)`` or
+    ``(U,)``, None: all keys; ``peek``: the statistic looks at keys that the row does not see.
+    ``rows`` are taken for I without a ranking.
+    """
+    n_q, n_k, d = len(q), len(k), q.shape[1]
+    kept = [j for j in range(n_k) if key_mask is None or key_mask[j]]
+    found = np.full(n_q, -math.inf)
+    weights = np.zeros((n_q, n_k))
+    exact: dict[int, Array] = {}
+    for i in range(n_q):
+        seen = [j for j in kept if offset is None or j <= i + offset]
+        if not seen:
+            continue
+        looked = kept if peek else seen
+        logits = {j: scale * sum(float(q[i, c]) * float(k[j, c]) for c in range(d)) for j in looked}
+        if key_samples is None:
+            sample = looked
+        else:
+            sample = [int(j) for j in (key_samples if key_samples.ndim == 1 else key_samples[i])]
+            sample = [j for j in sample if j in logits]
+        terms = [logits[j] for j in sample]
+        if terms:
+            top = max(terms)
+            divisor = len(terms) if mean_divisor == "n_samples" else len(looked)
+            mean = sum(terms) / divisor
+            lse = top + math.log(sum(math.exp(x - top) for x in terms))
+            found[i] = {
+                "max_mean": top - mean,
+                "zero_filled": max(0.0, top) - sum(terms) / len(looked),
+                "kl": lse - math.log(len(terms)) - mean,
+                "m": lse - math.log(len(terms)) + math.log(len(looked)) - mean,
+            }[statistic]
+        top = max(logits[j] for j in seen)
+        total = sum(math.exp(logits[j] - top) for j in seen)
+        exact[i] = np.zeros(n_k)
+        for j in seen:
+            exact[i][j] = math.exp(logits[j] - top) / total
+            weights[i, j] = 1.0 if fill == "cumsum" else 1.0 / len(seen)
+    if rows is None:
+        # sorted is stable: equal statistics go to the smaller index.
+        order = sorted(exact, key=lambda i: -found[i])[:rank]
+    else:
+        order = [int(i) for i in rows]
+    for i in order:
+        weights[i] = exact[i]
+    out = np.zeros((n_q, v.shape[1]))
+    for i in range(n_q):
+        for c in range(v.shape[1]):
+            out[i, c] = sum(float(weights[i, j]) * float(v[j, c]) for j in range(n_k))
+    return order, found, weights, out
+
+
+def naive_pilot_law(
+    q: Array,
+    k: Array,
+    v: Array,
+    pilots: Array,
+    *,
+    scale: float,
+    offset: int | None = None,
+    key_mask: Array | None = None,
+    mix: float = 0.0,
+    center: bool = False,
+) -> Array:
+    """Return p_j proportional to (sum over pilots i of A_ij^2)^(1/2) |V_j|, mixed with 1/m."""
+    n_k = len(k)
+    kept = [j for j in range(n_k) if key_mask is None or key_mask[j]]
+    right = None if offset is None else 0
+    a = naive_attention(
+        q, k, v, scale=scale, first=offset or 0, right=right, key_mask=key_mask
+    )[0]  # fmt: skip
+    mean = [
+        sum(float(v[j, c]) for j in kept) / len(kept) if center else 0.0 for c in range(v.shape[1])
+    ]
+    p = np.zeros(n_k)
+    for j in kept:
+        square = sum(float(a[i, j]) ** 2 for i in pilots)
+        size = sum((float(v[j, c]) - mean[c]) ** 2 for c in range(v.shape[1]))
+        p[j] = math.sqrt(square) * math.sqrt(size)
+    total = sum(p)
+    for j in kept:
+        p[j] = p[j] / total if total > 0 else 1 / len(kept)
+        p[j] = (1 - mix) * p[j] + mix / len(kept)
+    return p
+
+
+def naive_skeinformer(
+    q: Array,
+    k: Array,
+    v: Array,
+    columns: Array,
+    pilots: Array | None = None,
+    *,
+    scale: float,
+    normalizer: str = "adaptive",
+    fill: str = "geometric",
+    factors: Array | None = None,
+    offset: int | None = None,
+    key_mask: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return (Ahat, Ahat V) for given columns J and exact rows; a repeated column counts again.
+
+    Row i sees keys j <= i + offset (None: all) that the mask keeps; ``factors`` are the weights of
+    the drawn columns (None: 1).
+    """
+    n_q, n_k, d = len(q), len(k), q.shape[1]
+    exact_rows = set() if pilots is None else {int(i) for i in pilots}
+    factor = dict.fromkeys((int(j) for j in columns), 0.0)
+    for t, j in enumerate(columns):
+        factor[int(j)] += 1.0 if factors is None else float(factors[t])
+    weights = np.zeros((n_q, n_k))
+    for i in range(n_q):
+        seen = [
+            j
+            for j in range(n_k)
+            if (key_mask is None or key_mask[j]) and (offset is None or j <= i + offset)
+        ]
+        if not seen:
+            continue
+        logits = {j: scale * sum(float(q[i, c]) * float(k[j, c]) for c in range(d)) for j in seen}
+        top = max(logits.values())
+        a = {j: math.exp(logits[j] - top) for j in seen}
+        inside = [j for j in seen if j in factor]
+        outside = [j for j in seen if j not in factor]
+        total = sum(a.values())
+        if i in exact_rows:
+            for j in seen:
+                weights[i, j] = a[j] / total
+            continue
+        if normalizer == "adaptive":
+            if not inside:
+                for j in outside:
+                    weights[i, j] = 1 / len(outside)
+                continue
+            # Relative to the largest drawn logit: the others may be so large that these underflow.
+            high = max(logits[j] for j in inside)
+            if fill == "oracle":
+                high = top
+            a = {j: math.exp(min(logits[j] - high, 700.0)) for j in seen}
+            if fill == "geometric":
+                g = math.exp(sum(logits[j] - high for j in inside) / len(inside))
+            elif fill == "arithmetic":
+                g = sum(a[j] for j in inside) / len(inside)
+            else:
+                g = sum(a[j] for j in outside) / max(len(outside), 1)
+            divisor = sum(a[j] for j in inside) + len(outside) * g
+            for j in outside:
+                weights[i, j] = g / divisor
+            for j in inside:
+                weights[i, j] = a[j] / divisor
+        elif normalizer == "sampled":
+            if not inside:
+                continue
+            high = max(logits[j] for j in inside)
+            terms = {j: factor[j] * math.exp(logits[j] - high) for j in inside}
+            for j in inside:
+                weights[i, j] = terms[j] / sum(terms.values())
+        else:
+            for j in inside:
+                weights[i, j] = factor[j] * a[j] / total
+    out = np.zeros((n_q, v.shape[1]))
+    for i in range(n_q):
+        for c in range(v.shape[1]):
+            out[i, c] = sum(float(weights[i, j]) * float(v[j, c]) for j in range(n_k))
+    return weights, out

@@ -137,6 +137,68 @@ def nothing_sampled(dtype: Any) -> Made:
     return Made(made, np.zeros((7, 9)), np.zeros((7, 9)), 0.0)
 
 
+def filled(own: bool, n_q: int, n_k: int, r: int, **options: Any) -> Make:
+    """Return an operator with a fill: ``offset``, ``masked`` keys, ``replaced`` rows."""
+
+    def make(dtype: Any) -> Made:
+        rng = np.random.default_rng(0)
+        weights, fill = (rng.standard_normal(x).astype(dtype) for x in ((n_q, r), n_q))
+        columns = np.array([rng.permutation(n_k)[:r] for _ in range(n_q if own else 1)])
+        offset = options.get("offset")
+        keys = rng.random(n_k) < 0.6 if options.get("masked") else None
+        rows = rng.permutation(n_q)[: options.get("replaced", 0)]
+        row_weights = rng.standard_normal((len(rows), n_k)).astype(dtype)
+        dense = np.zeros((n_q, n_k))
+        for i in range(n_q):
+            for j in range(n_k):
+                if (keys is None or keys[j]) and (offset is None or j <= i + offset):
+                    dense[i, j] = fill[i]
+            dense[i, columns[i if own else 0]] = weights[i]
+        dense[rows] = row_weights
+        made = sa.SampledAttention(
+            columns if own else columns[0],
+            weights,
+            n_k,
+            fill=fill,
+            keys=keys,
+            offset=offset,
+            rows=rows if len(rows) else None,
+            row_weights=row_weights if len(rows) else None,
+        )
+        return Made(made, dense, np.abs(dense), 100 * unit_roundoff(dtype))
+
+    return make
+
+
+FILLED: dict[str, Make] = {
+    f"{'own' if own else 'shared'} {name}": filled(own, **options)
+    for own in (False, True)
+    for name, options in {
+        "filled": {"n_q": 7, "n_k": 9, "r": 3},
+        "filled masked": {"n_q": 12, "n_k": 16, "r": 2, "masked": True},
+        "filled replaced": {"n_q": 7, "n_k": 9, "r": 3, "masked": True, "replaced": 2},
+        "filled causal": {"n_q": 9, "n_k": 9, "r": 3, "offset": 0, "replaced": 2},
+        "filled late": {"n_q": 5, "n_k": 9, "r": 2, "offset": 4, "masked": True},
+        "filled early": {"n_q": 12, "n_k": 8, "r": 2, "offset": -4},
+        "filled without columns": {"n_q": 6, "n_k": 5, "r": 0, "offset": 0, "replaced": 6},
+        "filled whole": {"n_q": 4, "n_k": 3, "r": 3},
+        "filled one": {"n_q": 1, "n_k": 1, "r": 0},
+    }.items()
+}
+
+
+def replaced_only(dtype: Any) -> Made:
+    rng = np.random.default_rng(0)
+    weights, row_weights = (rng.standard_normal(x).astype(dtype) for x in ((7, 2), (3, 9)))
+    dense = np.zeros((7, 9))
+    dense[:, [4, 1]] = weights
+    dense[[6, 0, 3]] = row_weights
+    made = sa.SampledAttention(
+        np.array([4, 1]), weights, 9, rows=np.array([6, 0, 3]), row_weights=row_weights
+    )
+    return Made(made, dense, np.abs(dense), 100 * unit_roundoff(dtype))
+
+
 def held(wrap: bool) -> Make:
     def make(dtype: Any) -> Made:
         dense = np.random.default_rng(0).standard_normal((7, 9)).astype(dtype)
@@ -155,6 +217,8 @@ OPERATORS: dict[str, Make] = {
     "sampled": sampled(False),
     "sampled own": sampled(True),
     "sampled nothing": nothing_sampled,
+    "sampled replaced": replaced_only,
+    **FILLED,
     "dense": held(False),
     "wrapped": held(True),
 }
@@ -473,6 +537,98 @@ def test_factors_that_do_not_fit_are_refused(shapes: list[Any], text: str) -> No
 def test_columns_that_do_not_fit_are_refused(columns: Any, text: str) -> None:
     with pytest.raises(ValueError, match=message(text)):
         sa.SampledAttention(np.array(columns), np.ones((3, 2)), 4)
+
+
+FILL_REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"fill": np.ones(4)},
+        ValueError,
+        "fill must have shape (n_q,) = (3,), got (4,); give one weight a row",
+    ),
+    (
+        {"keys": np.ones(4, bool)},
+        ValueError,
+        "fill must be given where keys or offset say which keys get it, got None; drop keys and "
+        "offset",
+    ),
+    (
+        {"offset": 0},
+        ValueError,
+        "fill must be given where keys or offset say which keys get it, got None; drop keys and "
+        "offset",
+    ),
+    (
+        {"fill": np.ones(3), "keys": np.ones(4)},
+        ValueError,
+        "keys must be boolean of shape (n_k,) = (4,), got float64 of shape (4,); True for the keys "
+        "that get the fill",
+    ),
+    (
+        {"rows": np.array([0])},
+        ValueError,
+        "rows and row_weights must be given together, got one of them; say which rows are "
+        "replaced, and by what",
+    ),
+    (
+        {"rows": np.array([0, 0]), "row_weights": np.ones((2, 4))},
+        ValueError,
+        "rows must be distinct and in 0..n_q - 1 = 2, got 2 indices from 0 to 0; give each row "
+        "once",
+    ),
+    (
+        {"rows": np.array([3]), "row_weights": np.ones((1, 4))},
+        ValueError,
+        "rows must be distinct and in 0..n_q - 1 = 2, got 1 indices from 3 to 3; give each row "
+        "once",
+    ),
+    (
+        {"rows": np.array([0.0]), "row_weights": np.ones((1, 4))},
+        TypeError,
+        "rows must be a one-dimensional integer array, got float64 of shape (1,); give indices of "
+        "queries",
+    ),
+    (
+        {"rows": np.array([0, 1]), "row_weights": np.ones((2, 3))},
+        ValueError,
+        "row_weights must have shape (s, n_k) = (2, 4), got (2, 3); give one row of weights for "
+        "each of rows",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), FILL_REFUSALS)
+def test_fills_and_rows_that_do_not_fit_are_refused(
+    options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=message(text)):
+        sa.SampledAttention(np.array([0, 1]), np.ones((3, 2)), 4, **options)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("offset", [None, 0])
+def test_the_fill_is_no_difference_of_large_sums(own: bool, offset: int | None) -> None:
+    # A value of 1e20 at a column of weight zero: subtracted from a total it would leave nothing.
+    n = 40
+    columns = np.full((n, 1), 7) if own else np.array([7])
+    a = sa.SampledAttention(columns, np.zeros((n, 1)), n, fill=np.ones(n), offset=offset)
+    x = np.ones((n, 1))
+    x[7] = 1e20
+    expected = a.to_dense().sum(axis=1)
+    assert np.array_equal((a @ x)[:, 0], expected)
+    assert np.abs((x.sum() - x[7]) - (n - 1)) > 1
+
+
+def test_ranks_of_fills() -> None:
+    cases: dict[str, tuple[Array, dict[str, Any]]] = {
+        "shared": (np.arange(3), {"fill": np.ones(20)}),
+        "rows": (np.arange(3), {"rows": np.arange(2), "row_weights": np.ones((2, 20))}),
+        "causal": (np.arange(3), {"fill": np.ones(20), "offset": 0}),
+        "own": (np.zeros((20, 3), int) + np.arange(3), {"fill": np.ones(20)}),
+    }
+    for name, (columns, options) in cases.items():
+        made = sa.SampledAttention(columns, np.ones((20, 3)), 20, **options)
+        assert made.rank_bound == {"shared": 4, "rows": 5, "causal": 20, "own": 20}[name]
+        assert made.effective_rank == 3
 
 
 def test_an_operator_without_products_says_so() -> None:

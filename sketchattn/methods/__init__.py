@@ -11,8 +11,14 @@ from .baselines import UniformColumns as UniformColumns
 from .baselines import VMean as VMean
 from .baselines import Zero as Zero
 from .column_sampling import ColumnSampling as ColumnSampling
+from .informer import Informer as Informer
+from .informer import SelectionRegret as SelectionRegret
+from .informer import lazy_errors as lazy_errors
+from .informer import row_statistic as row_statistic
+from .informer import selection_regret as selection_regret
 from .jl import JL as JL
 from .linformer import Linformer as Linformer
 from .linformer import LinformerFit as LinformerFit
 from .linformer import fit_linformer as fit_linformer
 from .linformer import linformer_projections as linformer_projections
+from .skeinformer import Skeinformer as Skeinformer

@@ -44,6 +44,10 @@ class Traits:
         is not causal still accepts causal problems, since its matrix is compared, never used.
     exact_at_full_rank : bool
         ``Ahat = A`` when ``rank = n_k``.
+    autoregressive : bool
+        On causal problems no row depends on later keys, the draw included.  Otherwise ``Ahat`` has
+        no entry above the diagonal, but which rows or columns are exact was chosen by looking at
+        later ones: good for comparing matrices, not for a decoder.
     matrix : bool
         The output is ``Ahat V`` with a matrix that does not depend on V; otherwise `approximate`
         refuses, `Method.attend` gives the output, and errors of the matrix are unknown.
@@ -60,6 +64,7 @@ class Traits:
     uses_rank: bool = True
     oracle: bool = False
     exact_at_full_rank: bool = False
+    autoregressive: bool = True
     matrix: bool = True
 
 

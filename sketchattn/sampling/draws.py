@@ -269,6 +269,37 @@ def sample_uniform(
     return _draw(columns, 1.0 / probabilities, probabilities, int(n), r, False)
 
 
+def gumbel_top(log_p: Array, count: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Return the columns of the ``count`` largest ``g_j = log_p_j + Gumbel_j``, and these g.
+
+    In descending order, and fewer where fewer are not -inf.  The first t of them are t draws one
+    after another without replacement from ``exp(log_p)``, whatever its sum; probabilities that are
+    zero in floating point are none in the logarithm.
+
+    Parameters
+    ----------
+    log_p : float64 array (n,)
+        Natural logarithms, -inf for columns that are never drawn.
+    count : int
+        At least 0.
+    rng : numpy.random.Generator
+        Moves on by one number a column that is not -inf.
+
+    Examples
+    --------
+    >>> log_p = np.array([-1e4, -np.inf, -2e4])
+    >>> gumbel_top(log_p, 3, np.random.default_rng(0))[0].tolist()
+    [0, 2]
+    """
+    support = np.flatnonzero(log_p > -np.inf)
+    priority = log_p[support] + rng.gumbel(size=len(support))
+    top = np.arange(len(support))
+    if count < len(support):
+        top = np.sort(np.argpartition(-priority, count)[:count])
+    order = top[np.argsort(-priority[top], kind="stable")]
+    return support[order], priority[order]
+
+
 def sample_gumbel(p: ArrayLike, rank: int, rng: Rng = None) -> ColumnDraw:
     """Draw ``rank`` distinct columns one after another from p, with unbiased priority weights.
 
@@ -306,18 +337,17 @@ def sample_gumbel(p: ArrayLike, rank: int, rng: Rng = None) -> ColumnDraw:
     ([0, 1], [1.0, 1.0])
     """
     law, r, generator = check_probabilities(p), check_size(rank), as_generator(rng)
-    support = np.flatnonzero(law)
-    log_p = np.log(law[support])
-    priority = log_p + generator.gumbel(size=len(support))
-    order = np.argsort(-priority, kind="stable")
-    chosen = order[:r]
-    if r < len(support):
+    with np.errstate(divide="ignore"):
+        log_p = np.log(law)
+    first, priority = gumbel_top(log_p, r + 1, generator)
+    chosen = first[:r]
+    if r < len(first):
         # -expm1 keeps the digits of small probabilities; exp(700) is as good as infinity.
-        excess = np.minimum(log_p[chosen] - priority[order[r]], 700.0)
+        excess = np.minimum(log_p[chosen] - priority[r], 700.0)
         kept = -np.expm1(-np.exp(excess))
     else:
         kept = np.ones(len(chosen))
-    return _draw(support[chosen], 1.0 / kept, kept, len(law), r, False)
+    return _draw(chosen, 1.0 / kept, kept, len(law), r, False)
 
 
 def inclusion_probabilities(p: ArrayLike, rank: float) -> Array:

@@ -61,12 +61,10 @@ NEGLIGIBLE = 1e-150
 
 def _norms(x: Array) -> Array:
     """Return the Euclidean norms of the rows, float64, without underflow of the squares."""
-    size = float(np.max(np.abs(x), initial=0.0))
-    if size == 0.0:
-        return np.zeros(len(x))
-    scaled = x.astype(np.float64) / size
-    norms: Array = size * np.sqrt(np.einsum("ij,ij->i", scaled, scaled))
-    return norms
+    from ..kernels.sampled import euclidean_norms
+
+    dtype = np.float32 if x.dtype == np.float32 else np.float64
+    return euclidean_norms(np.require(x, dtype, ["C", "W", "A"]))
 
 
 class _FromProblem:
@@ -99,32 +97,12 @@ class _FromProblem:
         return self.problem.n_q
 
     def log_row_norms(self, rows: Array, counts: Array) -> Array:
-        """Return ``(1/2) ln sum_i count_i A_ij^2`` over chosen rows, from logarithms of A.
+        """Return ``(1/2) ln sum_i count_i A_ij^2`` over chosen rows."""
+        from ..operators import solve_rows
 
-        In float32 A^2 is zero once ln A < -51, and a zero probability is a bias.
-        """
-        problem = self.problem
-        q, k = problem.q[rows].astype(np.float64), problem.k[self.keep].astype(np.float64)
-        seen = problem.visible(rows)[:, self.keep] if problem.causal else None
-        total = np.full(len(self.keep), -np.inf)
-        block = max(1, BLOCK_ENTRIES // max(len(self.keep), 1))
-        for start in range(0, len(rows), block):
-            part = slice(start, start + block)
-            logits = (problem.scale * q[part]) @ k.T
-            if seen is not None:
-                logits[~seen[part]] = -np.inf
-            top = logits.max(axis=1, keepdims=True, initial=-np.inf)
-            logits -= np.where(np.isfinite(top), top, 0.0)
-            mass = np.exp(logits).sum(axis=1, keepdims=True)
-            logits -= np.log(np.where(mass > 0, mass, 1.0))
-            # A log-sum-exp of 2 ln A down the columns, with the multiplicity of the rows.
-            doubled = 2.0 * logits + np.log(counts[part])[:, None]
-            peak = np.maximum(doubled.max(axis=0, initial=-np.inf), total)
-            base = np.where(np.isfinite(peak), peak, 0.0)
-            summed = np.exp(doubled - base).sum(axis=0) + np.exp(total - base)
-            with np.errstate(divide="ignore"):
-                total = base + np.log(summed)
-        return 0.5 * total
+        wide = self.problem.astype(np.float64)
+        lse = solve_rows(wide, rows, None)[1]
+        return log_column_norms(wide, rows, lse, counts)[self.keep]
 
     def largest_entries(self, columns: Array) -> Array:
         """Return ``max_i A_ij`` of chosen columns, at most 1."""
@@ -140,6 +118,58 @@ class _FromProblem:
         """Return ``|V_j|/max |V|`` of all keys; ones for a problem without values."""
         v = self.problem.v
         return np.ones(self.n) if v is None else _ratio(_norms(v))
+
+
+def log_column_norms(
+    problem: AttentionProblem, rows: Array, lse: Array, counts: Array | None = None
+) -> Array:
+    """Return ``(1/2) ln sum_{i in I} count_i A_ij^2``, the column norms of chosen rows.
+
+    It is half the logsumexp over I of ``2 (L_ij - lse_i) + ln count_i``: attention of the keys to
+    the pilot queries, so that no (s, n_k) array is formed.  In float32 A^2 is zero once
+    ln A < -51, and a zero probability is a bias; a logarithm has no such limit.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    rows : int array (s,)
+        Rows I.
+    lse : ndarray (s,)
+        Their logsumexp, -inf for a row that sees no key.
+    counts : array (s,), optional
+        Multiplicities; None is 1.
+
+    Returns
+    -------
+    ndarray, float64 (n_k,)
+        -inf for keys that no chosen row sees.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> problem = sa.make_heads("gaussian", n=4, d=4, rng=0)[0]
+    >>> norms = np.exp(log_column_norms(problem, np.arange(4), problem.logsumexp))
+    >>> bool(np.allclose(norms, problem.exact.column_norms()))
+    True
+    """
+    from ..kernels.sampled import log_column_norms as column_norms
+
+    order = np.argsort(rows, kind="stable")
+    order = order[np.isfinite(lse[order])]
+    keep = problem.kept_keys
+    log_norms = np.full(problem.n_k, -np.inf)
+    if len(order) and len(keep):
+        q, k, _ = problem.arrays
+        norms = column_norms(
+            k,
+            q[rows[order]],
+            lse[order].astype(np.float64),
+            scale=problem.scale,
+            counts=np.ones(len(order)) if counts is None else counts[order],
+            positions=rows[order] + problem.offset if problem.causal else None,
+        )
+        log_norms[keep] = norms[keep]
+    return log_norms
 
 
 class _FromMatrices:
@@ -296,12 +326,15 @@ def _pilot_rows(source: _Source, pilots: int | Array, rng: np.random.Generator) 
     return pilots
 
 
+def log_norms(x: Array) -> Array:
+    """Return the natural logarithms of the Euclidean norms of the rows, -inf for zero rows."""
+    with np.errstate(divide="ignore"):
+        return np.log(_norms(x))
+
+
 def _pilot_law(source: _Source, pilots: int | Array, rng: np.random.Generator) -> Array:
     rows, counts = np.unique(_pilot_rows(source, pilots, rng), return_counts=True)
-    with np.errstate(divide="ignore"):
-        log_p = source.log_row_norms(rows, counts.astype(np.float64)) + np.log(
-            _norms(source.values())
-        )
+    log_p = source.log_row_norms(rows, counts.astype(np.float64)) + log_norms(source.values())
     top = float(log_p.max(initial=-np.inf))
     law: Array = np.exp(log_p - top) if np.isfinite(top) else np.zeros(len(log_p))
     return law

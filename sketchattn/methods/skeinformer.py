@@ -1,0 +1,883 @@
+"""Skeinformer: column sampling by pilot rows, adaptive row normalisation, pilot reuse.
+
+With the sampled columns J (r of them) and ``S = L[:, J]`` a row of ``Ahat`` is ``exp(S_it) / D_i``
+on J and ``g_i / D_i`` on the m - r other keys, ``D_i = sum_t exp(S_it) + (m - r) g_i``, and the
+rows that were computed exactly to choose J, the pilots, are kept.  All of it is done with
+logarithms relative to a row's largest logit: no exponential can overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..draws import Draw, Rng, as_generator, check_columns, check_draw
+from ..operators import AttentionOperator, SampledAttention, solve_rows, zero_attention
+from ..problem import AttentionProblem, check_logits, check_rank, closest
+from ..sampling.draws import gumbel_top, sample_with_replacement
+from ..sampling.probabilities import (
+    check_mix,
+    check_pilots,
+    log_column_norms,
+    log_norms,
+    probabilities,
+)
+from ..sketches._base import streams
+from ._base import Method, Traits, register
+from .column_sampling import WEIGHT_TOLERANCE, _positive
+
+Array = NDArray[Any]
+
+LAW_NAMES = ("pilot", "optimal", "value_norm", "uniform")
+# Short names of laws beside those of `sketchattn.sampling`.
+SYNONYMS = {"exact": "optimal", "value": "value_norm"}
+# Laws that look at V, and so can look at V without its mean.
+VALUE_LAWS = ("pilot", "optimal", "value_norm")
+WEIGHTS = ("none", "importance")
+NORMALIZERS = ("adaptive", "sampled", "exact")
+FILLS = ("geometric", "arithmetic", "oracle")
+CAUSAL_FORMS = ("corrected",)
+
+
+class Components(NamedTuple):
+    """Name the choices that make one estimator; defaults are those of the published method."""
+
+    law: str | ArrayLike = "pilot"
+    replace: bool = False
+    weights: str = "none"
+    normalizer: str = "adaptive"
+    fill: str = "geometric"
+    pilot_reuse: bool = True
+
+
+# What each preset changes.  The first four differ from the published method in one component; the
+# last four are the released code's flags, of which all but the first drop pilot reuse beside
+# the component that they are named after.
+PRESETS: dict[str, dict[str, Any]] = {
+    "without_pilot_reuse": {"pilot_reuse": False},
+    "uniform_law": {"law": "uniform"},
+    "exact_normalizer": {"normalizer": "exact"},
+    "sampled_normalizer": {"normalizer": "sampled"},
+    "skein_nopilot": {"pilot_reuse": False},
+    "skein_uniform": {"law": "uniform", "pilot_reuse": False},
+    "skein_nonorm": {"normalizer": "exact", "pilot_reuse": False},
+    "skein_simplenorm": {"normalizer": "sampled", "pilot_reuse": False},
+}
+
+# Child of a batch entry's seed that its heads share their pilot rows from; no head has it.
+SHARED_STREAM = 2**32 - 1
+
+
+class _Pilots(NamedTuple):
+    """Hold the distinct pilot rows: how often each was drawn, logsumexp, and ``A_I V``."""
+
+    rows: Array
+    counts: Array
+    lse: Array
+    output: Array
+
+
+@dataclass(frozen=True, eq=False)
+class SkeinformerDetails:
+    """Hold what a Skeinformer drew and computed on the way.
+
+    Attributes
+    ----------
+    pilot_rows : int64 array (s,)
+        I in drawing order, repeats kept; empty where no pilots are used.
+    columns : int64 array (t,)
+        J in drawing order.
+    probabilities : float64 array (n_k,)
+        The law that J was drawn from.
+    log_fill : ndarray (n_q,)
+        ``ln g_i`` with the logits as they are, -inf without a fill.
+    log_total : ndarray (n_q,)
+        ``ln D_i``.
+    mass_outside : ndarray (n_q,)
+        What ``Ahat_i`` puts on keys outside J, before pilot rows are put back.
+    effective_rank : int
+        Number of distinct columns.
+    row_sums : (float, float)
+        Smallest and largest row sum of ``Ahat``.
+    """
+
+    pilot_rows: Array
+    columns: Array
+    probabilities: Array
+    log_fill: Array
+    log_total: Array
+    mass_outside: Array
+    effective_rank: int
+    row_sums: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorTerms:
+    """Split the error of rows that are no pilots: ``A_i V - Ohat_i = normalizer_i + shape_i``.
+
+    Attributes
+    ----------
+    normalizer : ndarray (n_q, d_v)
+        ``(tau_i - tauhat_i)(vbar_i - h_i)``: the mass outside J is wrong.
+    shape : ndarray (n_q, d_v)
+        ``tau_i (t_i - vbar_i)``: the keys outside J are not equally important.
+    mass, mass_hat : ndarray (n_q,)
+        ``tau`` and ``tauhat``, the mass outside J of A and of ``Ahat``.
+    """
+
+    normalizer: Array
+    shape: Array
+    mass: Array
+    mass_hat: Array
+
+
+@register("skeinformer")
+class Skeinformer(Method):
+    """Sample columns of A by a few exact rows, fill the rest of each row, keep the exact rows.
+
+    ``Ahat_ij = exp(L_ij) / D_i`` for j in J, ``g_i / D_i`` for the other keys,
+    ``D_i = sum_{j in J} exp(L_ij) + (m - r) g_i`` with m keys that are not masked, and
+    ``Ahat_i = A_i`` for the pilot rows i in I.
+
+    Parameters
+    ----------
+    rank : int
+        Number of sampled columns r, in 1..n_k.
+    law : {"pilot", "optimal", "value_norm", "uniform"} or array (n_k,)
+        What columns are drawn by.  "pilot": ``(sum_{i in I} A_ij^2)^(1/2) |V_j|`` over I, s rows
+        drawn uniformly with replacement; "optimal": the same over all rows (looks at all of A);
+        ``|V_j|``; 1; or probabilities that sum to one.  Where a law is zero throughout it is
+        uniform.  "exact" and "value" are other names of "optimal" and "value_norm".
+    replace : bool, default False
+        Whether a column can be drawn again.
+    weights : {"none", "importance"}
+        Factor of a drawn column: 1, or ``1/(r p_j)`` (``m/r`` for the uniform law without
+        replacement; other laws without replacement have no such weight and are refused).
+    normalizer : {"adaptive", "sampled", "exact"}
+        Rows are divided by D above; by the sum over drawn columns; or by the exact sum over all
+        keys, which looks at all of A.  "exact" without weights is biased low: rows of ``Ahat``
+        sum to less than one.
+    fill : {"geometric", "arithmetic", "oracle"}
+        For "adaptive": g is the geometric or the arithmetic mean of the row's drawn entries, or
+        the true mean of the others, which looks at all of A.
+    pilot_reuse : bool, default True
+        Whether the pilot rows, which are exact, replace those of the estimate; with every law.
+    mix : float, default 0
+        Share of the uniform law, in [0, 1].
+    center_values : bool, default False
+        Put ``|V_j - vbar|`` for ``|V_j|`` in the law, vbar the mean of the values; with importance
+        weights and exact normalisers also estimate ``A (V - 1 vbar^T)`` and add vbar back.
+    pilots : int or int array (s,), optional
+        How many pilot rows to draw, or which rows; None is ``rank``.
+    shared_pilots : bool, default False
+        Whether all heads of a batch entry take the same pilot rows, as in the released code.
+        ``attention`` gives each head a stream grown from one seed, and the rows then come from that
+        seed.
+    causal_form : {None, "corrected"}
+        None refuses causal problems: neither paper nor code treats them.  "corrected" counts and
+        averages, for each row, the keys that it sees (prefix sums).
+    preset : str, optional
+        A key of ``PRESETS``: a published ablation or a flag of the released code.  The
+        components that it sets are left at their defaults.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For combinations that are wrong: "adaptive" with importance weights (the fill stands for
+        the other keys already), "adaptive" with replacement (a repeated column would be taken from
+        the others twice), options that would be ignored.
+
+    Notes
+    -----
+    Chen, Zeng, Hakkani-Tur, Jin, Ji and Yang (2022), arXiv 2112.05359, Algorithm 1, equations (5)
+    and (6), for n_q != n_k, any number of pilots, and any key mask.  No published bound covers
+    the adaptive normaliser; their Proposition 1 is about ``weights="importance"``,
+    ``replace=True``, ``normalizer="exact"``, the method "column_sampling".
+
+    Without replacement J is the r largest of ``ln p_j + Gumbel_j``, the law of drawing one after
+    another; zero-probability keys are never drawn, and ``effective_rank`` says how many were.
+    With ``pilots`` fixed a larger rank extends the draw of a smaller one; with
+    ``pilots=None`` the law itself changes with the rank.
+
+    The published ablations other than ``without_pilot_reuse`` were run without pilot reuse too
+    (presets ``skein_*``), so that they measure two changes; ``uniform_law``, ``exact_normalizer``
+    and ``sampled_normalizer`` change one.
+
+    Causal problems: the corrected form approximates the causal matrix, row by row, but J is
+    chosen from pilot rows that may lie later and see more: a decoder must not use it unless the
+    law is uniform or given (``traits.autoregressive``).  Late keys are seen by few pilots: use
+    ``mix`` > 0.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+    >>> method = Skeinformer(rank=4)
+    >>> sorted(method.draw(problem, rng=0))
+    ['columns', 'pilot_rows']
+    >>> ahat = method.approximate(problem, rng=0)
+    >>> ahat.effective_rank, bool(abs(ahat.row_sums() - 1).max() < 1e-6)
+    (4, True)
+    >>> method.attend(problem, rng=0).shape
+    (16, 4)
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        law: str | ArrayLike = "pilot",
+        replace: bool = False,
+        weights: str = "none",
+        normalizer: str = "adaptive",
+        fill: str = "geometric",
+        pilot_reuse: bool = True,
+        mix: float = 0.0,
+        center_values: bool = False,
+        pilots: int | ArrayLike | None = None,
+        shared_pilots: bool = False,
+        causal_form: str | None = None,
+        preset: str | None = None,
+    ) -> None:
+        self.rank = rank
+        self.law = law
+        self.replace = replace
+        self.weights = weights
+        self.normalizer = normalizer
+        self.fill = fill
+        self.pilot_reuse = pilot_reuse
+        self.mix = mix
+        self.center_values = center_values
+        self.pilots = pilots
+        self.shared_pilots = shared_pilots
+        self.causal_form = causal_form
+        self.preset = preset
+
+    @property
+    def components(self) -> Components:
+        """The choices in force: the arguments, and what the preset changes."""
+        own = {name: getattr(self, name) for name in Components._fields}
+        chosen = Components(**(own | PRESETS.get(str(self.preset), {})))
+        if isinstance(chosen.law, str):
+            return chosen._replace(law=SYNONYMS.get(chosen.law, chosen.law))
+        return chosen
+
+    @property
+    def traits(self) -> Traits:
+        """Masks and shapes are honoured, causal problems by the corrected form."""
+        c = self.components
+        named = isinstance(c.law, str)
+        centred = bool(self.center_values) and c.weights == "importance"
+        return Traits(
+            causal=self.causal_form is not None,
+            key_mask=True,
+            autoregressive=not named or c.law == "uniform",
+            row_stochastic=c.normalizer != "exact" or (centred and c.normalizer == "exact"),
+            nonnegative=not (centred and c.normalizer == "exact"),
+            exact_at_full_rank=named and not c.replace,
+        )
+
+    @property
+    def draw_names(self) -> tuple[str, ...]:  # type: ignore[override]  # they depend on parameters
+        """Names of the arrays of a draw."""
+        c = self.components
+        names = ("pilot_rows",) if _uses_pilots(c) else ()
+        more = ("weights", "probabilities") if c.weights == "importance" else ()
+        return (*names, "columns", *more)
+
+    # --- arguments --------------------------------------------------------------------------
+
+    def check(self, problem: AttentionProblem) -> None:
+        """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
+        if not (isinstance(problem, AttentionProblem) and problem.causal):
+            super().check(problem)
+            return
+        if self.causal_form is None:
+            raise ValueError(
+                f"causal must be False for method 'skeinformer', which is published without a "
+                f"causal form, got {problem.causal!r}; use causal_form='corrected'"
+            )
+        check_rank(self.rank, problem.n_k)
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        if self.preset is not None:
+            self._check_preset()
+        for label in ("replace", "pilot_reuse", "center_values", "shared_pilots"):
+            value = getattr(self, label)
+            if not isinstance(value, bool | np.bool_):
+                raise TypeError(
+                    f"{label} must be a bool, got {type(value).__name__}; pass True or False"
+                )
+        for label, known in (
+            ("weights", WEIGHTS),
+            ("normalizer", NORMALIZERS),
+            ("fill", FILLS),
+            ("causal_form", CAUSAL_FORMS),
+        ):
+            value = getattr(self, label)
+            if value not in known and not (label == "causal_form" and value is None):
+                raise ValueError(
+                    f"{label} must be one of {', '.join(known)}, got {value!r}"
+                    f"{closest(str(value), known)}"
+                )
+        c = self.components
+        if isinstance(c.law, str):
+            if c.law not in LAW_NAMES:
+                raise ValueError(
+                    f"law must be one of {', '.join(LAW_NAMES)}, or an array, got {c.law!r}"
+                    f"{closest(c.law, LAW_NAMES)}"
+                )
+        else:
+            from ..sampling.probabilities import check_law
+
+            check_law(c.law)
+        check_mix(self.mix)
+        if self.pilots is not None:
+            check_pilots(self.pilots)
+        self._check_combination(c)
+
+    def _check_preset(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(
+                f"preset must be a known name, got {self.preset!r}"
+                f"{closest(str(self.preset), PRESETS)}"
+            )
+        default = Components()
+        for label, value in PRESETS[str(self.preset)].items():
+            given = getattr(self, label)
+            standard = getattr(default, label)
+            if not any(type(given) is type(x) and given == x for x in (value, standard)):
+                raise ValueError(
+                    f"{label} must be left at {standard!r} with preset {self.preset!r}, which sets "
+                    f"it to {value!r}, got {given!r}; drop one of them"
+                )
+
+    def _check_combination(self, c: Components) -> None:
+        if c.normalizer == "adaptive" and c.weights == "importance":
+            raise ValueError(
+                "weights must be 'none' with normalizer='adaptive', whose fill stands for the keys "
+                "that are not drawn, got 'importance'; use normalizer='sampled' or 'exact'"
+            )
+        if c.normalizer == "adaptive" and c.replace:
+            raise ValueError(
+                "replace must be False with normalizer='adaptive', which takes each drawn column "
+                "from the others once, got True; use normalizer='sampled' or 'exact'"
+            )
+        if c.weights == "importance" and not c.replace and not _has_law(c, "uniform"):
+            raise ValueError(
+                "replace must be True with weights='importance' unless law='uniform': inclusion "
+                "probabilities of a draw without replacement are not r p_j, got False; use "
+                "law='uniform' or replace=True"
+            )
+        if c.normalizer != "adaptive" and c.fill != "geometric":
+            raise ValueError(
+                f"fill must be left at 'geometric' unless normalizer='adaptive', which alone has "
+                f"a fill, got {c.fill!r} with {c.normalizer!r}; drop it"
+            )
+        if c.normalizer != "adaptive" and self.causal_form is not None:
+            raise ValueError(
+                f"causal_form must be None unless normalizer='adaptive', got "
+                f"{self.causal_form!r} with {c.normalizer!r}; a row may see no drawn column"
+            )
+        centres = c.weights == "importance" and c.normalizer == "exact"
+        if self.center_values and not centres and (
+            not isinstance(c.law, str) or c.law not in VALUE_LAWS
+        ):  # fmt: skip
+            raise ValueError(
+                f"center_values must be False where no values are looked at, got True with law "
+                f"{c.law!r}; use one of the laws {', '.join(VALUE_LAWS)}"
+            )
+        if not _uses_pilots(c) and (self.pilots is not None or self.shared_pilots):
+            label = "pilots" if self.pilots is not None else "shared_pilots"
+            raise ValueError(
+                f"{label} must be left at its default without law='pilot' and pilot_reuse, got "
+                f"{getattr(self, label)!r}; no pilot row is drawn"
+            )
+
+    # --- draw -------------------------------------------------------------------------------
+
+    def _count(self, problem: AttentionProblem) -> int:
+        """Return the number of pilot rows that a draw for this problem has."""
+        if len(_seeing(problem)) == 0:
+            return 0
+        pilots = int(self.rank) if self.pilots is None else check_pilots(self.pilots)
+        return pilots if isinstance(pilots, int) else len(pilots)
+
+    def _draw_pilots(self, problem: AttentionProblem, rng: np.random.Generator) -> Array:
+        given = None if self.pilots is None else check_pilots(self.pilots)
+        if isinstance(given, np.ndarray):
+            if not 0 <= given.min() <= given.max() < problem.n_q:
+                raise ValueError(
+                    f"pilots must be row indices in 0..{problem.n_q - 1}, got {int(given.min())}.."
+                    f"{int(given.max())}; give indices of queries"
+                )
+            return given
+        seeing = _seeing(problem)
+        count = self._count(problem)
+        return seeing[rng.integers(0, max(len(seeing), 1), size=count)] if count else seeing[:0]
+
+    def _log_law(self, problem: AttentionProblem, pilots: _Pilots | None) -> Array:
+        """Return ``ln p`` of the law, float64 (n_k,), -inf for keys that are never drawn."""
+        c, keep = self.components, problem.kept_keys
+        log_p = np.full(problem.n_k, -np.inf)
+        if not isinstance(c.law, str):
+            with np.errstate(divide="ignore"):
+                log_p = np.log(probabilities(c.law, problem))
+        elif c.law == "uniform":
+            log_p[keep] = 0.0
+        else:
+            log_p[keep] = log_norms(self._law_values(problem))[keep]
+            if c.law == "pilot" and pilots is not None:
+                log_p += log_column_norms(problem, pilots.rows, pilots.lse, pilots.counts)
+            elif c.law == "optimal":
+                rows = np.arange(problem.n_q)
+                log_p += log_column_norms(problem, rows, problem.logsumexp)
+        log_p = _normalized(log_p, keep)
+        mix = check_mix(self.mix)
+        if mix > 0 and len(keep):
+            with np.errstate(divide="ignore"):
+                rest = np.log1p(-mix)
+            log_p[keep] = np.logaddexp(rest + log_p[keep], np.log(mix / len(keep)))
+        return log_p
+
+    def _law_values(self, problem: AttentionProblem) -> Array:
+        """Return what the law takes for V: zero where masked, without the mean if that is asked."""
+        _ = problem.values  # refuses a problem without them
+        values = problem.arrays.v
+        assert values is not None
+        if self.center_values and len(problem.kept_keys):
+            mean = values[problem.kept_keys].mean(axis=0, dtype=np.float64)
+            values = (values - mean).astype(values.dtype)
+        if problem.key_mask is not None:
+            values = np.where(problem.key_mask[:, None], values, values.dtype.type(0))
+        return values
+
+    def _sample(
+        self, problem: AttentionProblem, rng: np.random.Generator, values: Array | None
+    ) -> tuple[Draw, _Pilots | None]:
+        """Return the draw, and the pilots with ``A_I X`` for the values X that are needed."""
+        c, r = self.components, int(self.rank)
+        shared = _shared_stream(rng) if self.shared_pilots else None
+        pilot_rng, column_rng = streams(rng, 2)
+        out, pilots = Draw(), None
+        if _uses_pilots(c):
+            drawn = self._draw_pilots(problem, pilot_rng if shared is None else shared)
+            out["pilot_rows"] = drawn
+            if _has_law(c, "pilot") or values is not None:
+                pilots = _solve_pilots(problem, drawn, values)
+        log_p = self._log_law(problem, pilots)
+        if c.replace:
+            sampled = sample_with_replacement(np.exp(log_p), r, column_rng)
+            out["columns"] = sampled.columns.copy()
+        else:
+            out["columns"] = gumbel_top(log_p, r, column_rng)[0]
+        if c.weights == "importance":
+            count, kept = len(out["columns"]), len(problem.kept_keys)
+            p = np.exp(log_p[out["columns"]]) if c.replace else np.full(count, count / max(kept, 1))
+            out["weights"] = 1.0 / (r * p) if c.replace else 1.0 / p
+            out["probabilities"] = p
+        return out, pilots
+
+    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
+        return self._sample(problem, rng, None)[0]
+
+    def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
+        c, rank, keys = self.components, int(self.rank), problem.kept_keys
+        checked = check_draw(draw, self.draw_names)
+        out = Draw()
+        if _uses_pilots(c):
+            out["pilot_rows"] = self._check_pilot_rows(problem, checked["pilot_rows"])
+        columns = checked["columns"]
+        if c.replace:
+            # Repeats are part of the law; everything else is checked on the distinct ones.
+            check_columns(np.unique(columns) if columns.ndim == 1 else columns, keys)
+            columns = columns.astype(np.int64)
+        else:
+            columns = check_columns(columns, keys)
+        most = rank if len(keys) else 0
+        if len(columns) > most or (c.replace and len(columns) != most):
+            wanted = "" if c.replace else "at most "
+            raise ValueError(
+                f"columns must hold {wanted}{most} keys for rank = {rank}, got {len(columns)}; "
+                f"change rank or the draw"
+            )
+        out["columns"] = columns
+        if c.weights == "importance":
+            weights, p = (
+                _positive(checked[label], label, len(columns))
+                for label in ("weights", "probabilities")
+            )
+            unbiased = 1.0 / (rank * p) if c.replace else 1.0 / p
+            wrong = np.abs(weights - unbiased) > WEIGHT_TOLERANCE * unbiased
+            if wrong.any():
+                t = int(wrong.argmax())
+                raise ValueError(
+                    f"weights must be {'1/(rank p)' if c.replace else '1/p'} = {unbiased[t]:.9g} "
+                    f"at position {t} for the probabilities of the draw, got {weights[t]:.9g}; "
+                    f"other weights are biased"
+                )
+            out["weights"], out["probabilities"] = weights, p
+        return out
+
+    def _check_pilot_rows(self, problem: AttentionProblem, rows: Array) -> Array:
+        if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+            raise TypeError(
+                f"pilot_rows must be a one-dimensional integer array, got {rows.dtype} of shape "
+                f"{rows.shape}; give indices of queries"
+            )
+        if len(rows) != self._count(problem):
+            raise ValueError(
+                f"pilot_rows must hold {self._count(problem)} queries, got {len(rows)}; change "
+                f"pilots or the draw"
+            )
+        if len(rows) and not 0 <= rows.min() <= rows.max() < problem.n_q:
+            raise ValueError(
+                f"pilot_rows must be indices in 0..n_q - 1 = {problem.n_q - 1}, got "
+                f"{int(rows.min())}..{int(rows.max())}; give indices of queries"
+            )
+        return rows.astype(np.int64)
+
+    # --- what it makes ----------------------------------------------------------------------
+
+    def _merged(self, draw: Draw) -> tuple[Array, Array | None]:
+        """Return the distinct columns, ascending, and their factors where these are not 1."""
+        columns, where = np.unique(draw["columns"], return_inverse=True)
+        factors = draw.get("weights")
+        if factors is None and len(columns) == len(where):
+            return columns, None
+        return columns, np.bincount(where, factors, minlength=len(columns))
+
+    def _product(self, problem: AttentionProblem, draw: Draw, values: Array | None) -> _Product:
+        """Return one pass over the sampled columns: the weights, or the product with values."""
+        from ..kernels.sampled import sampled_product
+
+        c = self.components
+        columns, factors = self._merged(draw)
+        keep = np.ones(problem.n_k, bool) if problem.key_mask is None else problem.key_mask.copy()
+        keep[columns] = False
+        ends = None
+        seen = np.full(problem.n_q, len(columns))
+        if problem.causal:
+            ends = np.clip(np.arange(problem.n_q) + problem.offset + 1, 0, problem.n_k)
+            seen = np.searchsorted(columns, ends)
+        rest = problem.visible_counts() - seen
+        tail = None
+        if c.normalizer == "adaptive" and c.fill == "oracle":
+            tail = _restricted(problem, keep, with_values=False).logsumexp[None]
+        q, k, _ = problem.arrays
+        v = np.empty((problem.n_k, 0), problem.dtype) if values is None else values
+        made = sampled_product(
+            q[None],
+            k[None],
+            v[None],
+            columns[None],
+            scale=problem.scale,
+            kind=c.fill if c.normalizer == "adaptive" else "none",
+            seen=seen[None],
+            rest=rest[None],
+            keep=keep[None],
+            bias=None if factors is None else np.log(factors).astype(problem.dtype)[None],
+            tail=None if tail is None else np.ascontiguousarray(tail),
+            ends=ends,
+            store=values is None,
+        )
+        check_logits(made.log_total[0])
+        return _Product(
+            columns,
+            made.out[0],
+            made.weights[0],
+            made.fill[0],
+            rest,
+            made.log_fill[0],
+            made.log_total[0],
+        )
+
+    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        if len(problem.kept_keys) == 0:
+            return zero_attention(problem)
+        c = self.components
+        options: dict[str, Any] = {}
+        if c.pilot_reuse:
+            rows = np.unique(draw["pilot_rows"])
+            options |= {"rows": rows, "row_weights": problem.exact.rows(rows)}
+        if c.normalizer == "exact":
+            columns, factors = self._merged(draw)
+            entries = problem.exact.columns(columns)
+            if factors is not None:
+                entries *= factors.astype(problem.dtype)
+            if self.center_values and c.weights == "importance":
+                # A S^T S (V - 1 vbar^T) + 1 vbar^T spreads what rows lack over all keys.
+                missing = (1 - entries.sum(axis=1)) / len(problem.kept_keys)
+                entries += missing[:, None]
+                options |= {"fill": missing, "keys": problem.key_mask}
+        else:
+            made = self._product(problem, draw, None)
+            columns, entries = made.columns, made.weights
+            if c.normalizer == "adaptive":
+                offset = problem.offset if problem.causal else None
+                options |= {"fill": made.fill, "keys": problem.key_mask, "offset": offset}
+        return SampledAttention(columns, entries, problem.n_k, len(columns), **options)
+
+    def attend(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat`` (n_q, d_v) in one pass; neither weights nor pilot rows are held.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            With values.
+        rng, draw
+            As for `approximate`, of which this is the product with V up to rounding.
+
+        Returns
+        -------
+        ndarray (n_q, d_v)
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `approximate`, and for a problem without values.
+
+        Notes
+        -----
+        ``O(s n_k (d + d_v) + n_q r (d + d_v))`` and memory for neither product; with
+        ``normalizer="exact"`` the reference product is computed instead.
+
+        Examples
+        --------
+        >>> import numpy as np, sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> method = sa.Skeinformer(rank=4)
+        >>> ahat = method.approximate(problem, rng=0)
+        >>> bool(np.allclose(method.attend(problem, rng=0), ahat @ problem.v, atol=1e-5))
+        True
+        """
+        self.check(problem)
+        _ = problem.values  # refuses a problem without them
+        c = self.components
+        if c.normalizer == "exact" or len(problem.kept_keys) == 0:
+            return super().attend(problem, rng, draw=draw)
+        v = problem.arrays.v
+        pilots = None
+        if draw is None:
+            checked, pilots = self._sample(problem, as_generator(rng), v if c.pilot_reuse else None)
+        elif rng is not None:
+            raise ValueError("rng must be None when draw is given, got both; pass one of them")
+        else:
+            checked = self._check_draw(problem, draw)
+            if c.pilot_reuse:
+                pilots = _solve_pilots(problem, checked["pilot_rows"], v)
+        out = self._product(problem, checked, v).out
+        if c.pilot_reuse and pilots is not None:
+            out[pilots.rows] = pilots.output
+        return out
+
+    # --- what it did ------------------------------------------------------------------------
+
+    def details(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> SkeinformerDetails:
+        """Return what was drawn, from which law, and what rows were divided by.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        SkeinformerDetails
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> details = Skeinformer(rank=4, fill="arithmetic").details(problem, rng=0)
+        >>> bool(abs(details.mass_outside - (16 - 4) / 16).max() < 1e-6)
+        True
+        """
+        checked = self._checked(problem, rng, draw)
+        rows = checked.get("pilot_rows", np.zeros(0, np.int64))
+        pilots = None
+        if _has_law(self.components, "pilot"):
+            pilots = _solve_pilots(problem, rows, None)
+        p = np.exp(self._log_law(problem, pilots))
+        columns, _ = self._merged(checked)
+        if len(problem.kept_keys) == 0 or self.components.normalizer == "exact":
+            log_total = problem.logsumexp
+            log_fill, outside = np.full_like(log_total, -np.inf), np.zeros_like(log_total)
+        else:
+            made = self._product(problem, checked, None)
+            log_total, log_fill = made.log_total, made.log_fill
+            outside = made.mass_outside
+        sums = self._approximate(problem, checked).row_sums()
+        return SkeinformerDetails(
+            pilot_rows=rows,
+            columns=checked["columns"],
+            probabilities=p,
+            log_fill=log_fill,
+            log_total=log_total,
+            mass_outside=outside,
+            effective_rank=len(columns),
+            row_sums=(float(sums.min(initial=np.inf)), float(sums.max(initial=-np.inf))),
+        )
+
+    def error_terms(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> ErrorTerms:
+        """Split the error of every row, as it is without pilot reuse, into its two causes.
+
+        With tau and tauhat the mass of ``A_i`` and ``Ahat_i`` outside J, h and t the means of V
+        over J and outside J weighted by A, and vbar the plain mean outside J,
+        ``A_i V - Ohat_i = (tau - tauhat)(vbar - h) + tau (t - vbar)``; the normaliser "sampled"
+        is the case tauhat = 0.  Looks at all of A.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            With values.
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        ErrorTerms
+
+        Raises
+        ------
+        ValueError
+            For exact normalisers and importance weights, which the identity does not cover.
+
+        Examples
+        --------
+        >>> import numpy as np, sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0].astype(np.float64)
+        >>> method = sa.Skeinformer(rank=4, pilot_reuse=False)
+        >>> terms = method.error_terms(problem, rng=0)
+        >>> error = problem.output - method.attend(problem, rng=0)
+        >>> bool(np.allclose(terms.normalizer + terms.shape, error))
+        True
+        """
+        from .baselines import VisibleMean
+
+        c = self.components
+        if c.normalizer == "exact" or c.weights == "importance" or c.replace:
+            raise ValueError(
+                f"normalizer must be 'adaptive' or 'sampled', without weights and replacement, for "
+                f"these terms, got {c.normalizer!r}, {c.weights!r} and replace={c.replace!r}; "
+                f"use sketchattn.error_report"
+            )
+        checked = self._checked(problem, rng, draw)
+        values = problem.values
+        made = self._product(problem, checked, None)
+        chosen = np.zeros(problem.n_k, bool)
+        chosen[made.columns] = True
+        others = ~chosen if problem.key_mask is None else problem.key_mask & ~chosen
+        inside, outside = (_restricted(problem, x, with_values=True) for x in (chosen, others))
+        # Both logsumexps are -inf for a row that sees no key: its terms are zero.
+        log_mass = np.logaddexp(inside.logsumexp, outside.logsumexp)
+        seeing = np.isfinite(log_mass)
+        tau = np.zeros(problem.n_q, problem.dtype)
+        tau[seeing] = np.exp(outside.logsumexp[seeing] - log_mass[seeing])
+        tau_hat = made.mass_outside if c.normalizer == "adaptive" else np.zeros_like(tau)
+        mean = np.asarray(VisibleMean(outside) @ values)
+        return ErrorTerms(
+            normalizer=(tau - tau_hat)[:, None] * (mean - inside.output),
+            shape=tau[:, None] * (outside.output - mean),
+            mass=tau,
+            mass_hat=tau_hat,
+        )
+
+    def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
+        """Return the draw that ``rng`` makes, or the one given, checked."""
+        self.check(problem)
+        if draw is None:
+            return self._draw(problem, as_generator(rng))
+        if rng is not None:
+            raise ValueError("rng must be None when draw is given, got both; pass one of them")
+        return self._check_draw(problem, draw)
+
+
+class _Product(NamedTuple):
+    """Hold the sampled part of one head: see `kernels.sampled.SampledProduct`."""
+
+    columns: Array
+    out: Array
+    weights: Array
+    fill: Array
+    rest: Array
+    log_fill: Array
+    log_total: Array
+
+    @property
+    def mass_outside(self) -> Array:
+        return self.rest.astype(self.fill.dtype) * self.fill
+
+
+def _has_law(c: Components, name: str) -> bool:
+    return isinstance(c.law, str) and c.law == name
+
+
+def _uses_pilots(c: Components) -> bool:
+    return bool(c.pilot_reuse) or _has_law(c, "pilot")
+
+
+def _seeing(problem: AttentionProblem) -> Array:
+    """Return the rows that see a key."""
+    return np.flatnonzero(problem.visible_counts())
+
+
+def _solve_pilots(problem: AttentionProblem, drawn: Array, values: Array | None) -> _Pilots:
+    rows, counts = np.unique(drawn, return_counts=True)
+    output, lse = solve_rows(problem, rows, values)
+    check_logits(lse)
+    return _Pilots(rows, counts.astype(np.float64), lse, output)
+
+
+def _normalized(log_p: Array, keep: Array) -> Array:
+    """Return ``ln p`` with sum one; uniform on ``keep`` where nothing has a probability."""
+    top = float(log_p.max(initial=-np.inf))
+    if np.isfinite(top):
+        return np.asarray(log_p - (top + np.log(np.exp(log_p - top).sum())))
+    uniform = np.full(len(log_p), -np.inf)
+    uniform[keep] = -np.log(max(len(keep), 1))
+    return uniform
+
+
+def _restricted(problem: AttentionProblem, keys: Array, *, with_values: bool) -> AttentionProblem:
+    """Return the problem in which only some keys are left."""
+    return AttentionProblem(
+        problem.q,
+        problem.k,
+        problem.v if with_values else None,
+        scale=problem.scale,
+        causal=problem.causal,
+        key_mask=keys,
+    )
+
+
+def _shared_stream(rng: np.random.Generator) -> np.random.Generator | None:
+    """Return the stream that all heads of a batch entry share; None for a stream of its own."""
+    seed = getattr(rng.bit_generator, "seed_seq", None)
+    if not isinstance(seed, np.random.SeedSequence) or len(seed.spawn_key) != 2:
+        return None
+    key = (*seed.spawn_key[:-1], SHARED_STREAM)
+    return np.random.default_rng(np.random.SeedSequence(seed.entropy, spawn_key=key))
