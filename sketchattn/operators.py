@@ -8,6 +8,7 @@ Each is a ``scipy.sparse.linalg.LinearOperator`` of shape (n_q, n_k): ``ahat @ v
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def solve_rows(problem: AttentionProblem, rows: Array, x: Array | None) -> tuple
         mask = problem.key_mask
         made.append(
             softmax_product(
-                np.ascontiguousarray(np.broadcast_to(q[rows], (heads, count, q.shape[1]))),
+                np.repeat(q[rows][None], heads, axis=0),
                 keys,
                 values,
                 scale=problem.scale,
@@ -352,15 +353,23 @@ class SoftmaxAttention(AttentionOperator):
 
 
 class FactoredAttention(AttentionOperator):
-    """Represent ``Ahat = U S P`` by its factors.
+    """Represent ``Ahat = U S P`` by its factors: products cost ``O(n r)`` a column.
 
     Parameters
     ----------
-    u : ndarray (n_q, r)
+    u : ndarray or AttentionOperator (n_q, r)
     s : ndarray (r, r), (r,) for a diagonal, or None for the identity
-    p : ndarray (r, n_k)
+    p : ndarray or AttentionOperator (r, n_k)
+        A factor that is itself a softmax matrix need not be held: give it as an operator.
     effective_rank : int, optional
         Budget used, by default r.
+    remake : callable, optional
+        Returns the same operator in float64, where arrays alone do not say it.
+
+    Attributes
+    ----------
+    nonnegative, row_stochastic : bool
+        Whether all factors are, hence ``Ahat``: sufficient, not necessary.
 
     Examples
     --------
@@ -368,12 +377,20 @@ class FactoredAttention(AttentionOperator):
     >>> mean = sa.FactoredAttention(np.ones((4, 1)), None, np.full((1, 2), 0.5))
     >>> (mean @ np.array([1.0, 3.0])).tolist()
     [2.0, 2.0, 2.0, 2.0]
+    >>> mean.row_stochastic, mean.rank_bound
+    (True, 1)
     """
 
     def __init__(
-        self, u: Array, s: Array | None, p: Array, effective_rank: int | None = None
+        self,
+        u: Array | AttentionOperator,
+        s: Array | None,
+        p: Array | AttentionOperator,
+        effective_rank: int | None = None,
+        *,
+        remake: Callable[[], FactoredAttention] | None = None,
     ) -> None:
-        if u.ndim != 2 or p.ndim != 2:
+        if len(u.shape) != 2 or len(p.shape) != 2:
             raise ValueError(
                 f"u and p must have shapes (n_q, r) and (r, n_k), got {u.shape} and {p.shape}; "
                 f"pass matrices"
@@ -385,16 +402,42 @@ class FactoredAttention(AttentionOperator):
             raise ValueError(f"s must have shape {inner} or {inner[:1]}, got {s.shape}; check u, p")
         super().__init__(
             (u.shape[0], p.shape[1]),
-            _precision(u, p),
+            _precision(*(np.empty(0, x.dtype) for x in (u, p))),
             inner[0] if effective_rank is None else effective_rank,
         )
-        self.u, self.p = u.astype(self.dtype, copy=False), p.astype(self.dtype, copy=False)
+        self.u, self.p = (
+            x.astype(self.dtype, copy=False) if isinstance(x, np.ndarray) else x for x in (u, p)
+        )
         self.s = None if s is None else s.astype(self.dtype, copy=False)
+        self._remake = remake
 
     @property
     def rank_bound(self) -> int:
         """The smallest inner dimension of the factors."""
         return int(min(*self.u.shape, *self.p.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors, or of what they are computed from."""
+        return int(sum(x.nbytes for x in (self.u, self.s, self.p) if x is not None))
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether no factor has a negative entry."""
+        s = self.s
+        return _nonnegative(self.u) and _nonnegative(self.p) and (s is None or _nonnegative(s))
+
+    @property
+    def row_stochastic(self) -> bool:
+        """Whether rows of every factor are non-negative and sum to one, up to rounding."""
+        s = self.s
+        if s is not None and s.ndim == 1:
+            s = s[:, None]  # a diagonal is row-stochastic if its entries are ones
+        return all(_row_stochastic(x) for x in (self.u, s, self.p) if x is not None)
+
+    def wide(self) -> AttentionOperator:
+        """Return the operator in float64: the same arrays, or the same draw."""
+        return super().wide() if self._remake is None else self._remake()
 
     def _core(self, x: Array, transpose: bool = False) -> Array:
         if self.s is None:
@@ -404,16 +447,37 @@ class FactoredAttention(AttentionOperator):
         return (self.s.T if transpose else self.s) @ x
 
     def _matmat(self, x: Array) -> Array:
-        return self.u @ self._core(self.p @ self._cast(x))
+        return np.asarray(self.u @ self._core(self.p @ self._cast(x)))
 
     def _rmatmat(self, y: Array) -> Array:
-        return self.p.T @ self._core(self.u.T @ self._cast(y), transpose=True)
+        return np.asarray(self.p.T @ self._core(self.u.T @ self._cast(y), transpose=True))
 
     def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
         chosen = pick(self.shape[0], index)
-        rows: Array = self._core(self.u[chosen].T, transpose=True).T @ self.p
-        return rows
+        rows = self.u[chosen] if isinstance(self.u, np.ndarray) else self.u.rows(chosen)
+        inner = self._core(rows.T, transpose=True)
+        if isinstance(self.p, np.ndarray):
+            return np.asarray(inner.T @ self.p)
+        return np.ascontiguousarray((self.p.T @ inner).T)
+
+
+def _nonnegative(x: Array | AttentionOperator) -> bool:
+    """Say whether a factor is known to have no negative entry."""
+    if isinstance(x, np.ndarray):
+        return bool((x >= 0).all())
+    return isinstance(x, SoftmaxAttention) or bool(getattr(x, "nonnegative", False))
+
+
+def _row_stochastic(x: Array | AttentionOperator) -> bool:
+    """Say whether a factor is known to be non-negative with rows that sum to one."""
+    if isinstance(x, SoftmaxAttention):
+        return bool((x.problem.visible_counts() > 0).all())
+    if not isinstance(x, np.ndarray):
+        return bool(getattr(x, "row_stochastic", False))
+    # A row of n terms that sum to 1 carries n roundings; entries carry one or two each.
+    tolerance = (x.shape[1] + 4) * float(np.finfo(x.dtype).eps)
+    return _nonnegative(x) and bool((np.abs(x.sum(axis=1) - 1) <= tolerance).all())
 
 
 def zero_attention(problem: AttentionProblem) -> FactoredAttention:
