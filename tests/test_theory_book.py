@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -15,18 +16,18 @@ from typing import Any
 import pytest
 from packaging_checks import ROOT
 
+import sketchattn as sa
 from sketchattn.theory import claims
 
 BOOK = ROOT / "theory"
-TOPICS = ("softmax", "sketching", "sampling", "linformer")
+TOPICS = ("softmax", "sketching", "sampling", "linformer", "skeinformer", "informer")
 # Scripts that take more than a few seconds.
-LONG = frozenset({"sketching", "linformer"})
+LONG = frozenset({"sketching", "linformer", "skeinformer"})
 # What is broken by default: one statement of each table, and tables of numbers that are quick.
 BROKEN = {
     "softmax": (
         *("softmax.stochastic", "softmax.spectral_norm", "softmax.hull", "softmax.merge"),
-        *("softmax.perturbation", "softmax.query_lipschitz_half", "softmax.informer_measure"),
-        "pilots",
+        *("softmax.perturbation", "softmax.query_lipschitz_half", "heads"),
     ),
     "sketching": (
         *("sketching.moment_countsketch", "sketching.eckart_young", "sketching.hutchinson_tail"),
@@ -34,6 +35,15 @@ BROKEN = {
     ),
     "sampling": ("sketching.moment_sample_uniform", "sketching.leverage_fast", "enumeration"),
     "linformer": ("linformer.oracle", "linformer.eckart_young", "pooling", "spiked", "ranks"),
+    "skeinformer": (
+        *("skeinformer.expected_error_exact", "skeinformer.mcdiarmid_T", "skeinformer.pilot_law"),
+        *("skeinformer.identity_adaptive", "skeinformer.permutation"),
+        *("enumeration", "scope", "unseen", "worked"),
+    ),
+    "informer": (
+        *("informer.sandwich", "informer.regret", "informer.total_bound", "informer.miss_rate"),
+        *("worked", "counterexample", "fills"),
+    ),
 }
 
 
@@ -189,7 +199,7 @@ def test_every_chapter_has_its_script_and_its_figure() -> None:
         assert (BOOK / f"{topic}.svg").exists()
 
 
-NAME = re.compile(r"`((?:softmax|sketching|linformer)\.[a-z0-9_]+)`")
+NAME = re.compile(r"`((?:softmax|sketching|linformer|skeinformer|informer)\.[A-Za-z0-9_]+)`")
 
 
 def test_chapters_name_claims_that_exist_and_every_claim_is_named() -> None:
@@ -210,6 +220,30 @@ def test_every_claim_has_a_verdict_in_some_chapter(scripts: dict[str, Any]) -> N
         for statement in group
     }
     assert {x for x in claims() if NAME.fullmatch(f"`{x}`")} == shown
+
+
+def test_claims_of_methods_exist_and_are_about_them() -> None:
+    known = claims()
+    named: set[str] = set()
+    for name, cls in sa.methods().items():
+        rank = {"rank": 8} if "rank" in inspect.signature(cls).parameters else {}
+        traits = cls(**rank).traits
+        assert set(traits.claims) <= set(known), name
+        assert len(set(traits.claims)) == len(traits.claims)
+        named |= set(traits.claims)
+    for name in ("skeinformer", "informer", "column_sampling", "jl", "linformer"):
+        assert sa.methods()[name](rank=8).traits.claims, name
+    # Other components have other claims: Proposition 1 is about one choice of them only.
+    weighted = sa.Skeinformer(8, replace=True, weights="importance", normalizer="exact")
+    named |= set(weighted.traits.claims)
+    for choice in ("sampled", "exact"):
+        named |= set(sa.Skeinformer(8, normalizer=choice).traits.claims)
+    named |= set(sa.ColumnSampling(8, law="uniform", replace=False).traits.claims)
+    assert "skeinformer.proposition1" in weighted.traits.claims
+    assert "skeinformer.proposition1" not in sa.Skeinformer(8).traits.claims
+    assert sa.ColumnSampling(8, normalizer="sampled").traits.claims == ()
+    topics = {x for x in known if x.startswith(("skeinformer.", "informer."))}
+    assert topics - named == set()
 
 
 def test_links_between_chapters_lead_somewhere() -> None:

@@ -69,8 +69,6 @@ CHAPTER.verdicts(
         ("softmax.frobenius_norm", "shared-key"),
         ("softmax.frobenius_norm", "flat"),
         ("softmax.mean_identity", "reference"),
-        ("softmax.column_mass", "identity"),
-        ("softmax.column_mass_constant", "identity"),
         ("softmax.printed_normalizer", "two-by-two"),
     ],
     controls={**CONTROLS, "softmax.spectral_norm": scaled(0.9)},
@@ -100,17 +98,6 @@ CHAPTER.verdicts(
     ],
     controls=CONTROLS,
 )
-CHAPTER.verdicts(
-    "measures",
-    [
-        ("softmax.informer_measure", "flat"),
-        ("softmax.informer_measure_sharp", "flat"),
-        ("softmax.informer_measure", "two-rows"),
-        ("softmax.measure_orders_norms", "two-rows"),
-    ],
-    control=scaled(1.1),
-)
-
 # --- numbers ------------------------------------------------------------------------------------
 
 
@@ -147,24 +134,6 @@ def heads(checks: Checks) -> Table:
         "share left by the mean",
         "stable rank",
     )
-    return Table(header, rows)
-
-
-@CHAPTER.table("pilots")
-def pilots(checks: Checks) -> Table:
-    """Tabulate the pilot rows that the lemma with a constant C asks for, delta = 0.1."""
-    rows = []
-    for n in (10, 64, 512, 4096):
-        log = math.log(2 * n / 0.1)
-        found = []
-        for matrix in (np.eye(n), np.full((n, n), 1 / n)):
-            c = float(np.einsum("ij,ij->j", matrix, matrix).min()) / n
-            checks.at_most(f"C at n = {n}", c, 1 / n)
-            found.append(2 / c**2 * log)
-        checks.equal(f"pilots for A = I, n = {n}", found[0], 2 * n**2 * log, relative=1e-9)
-        checks.equal(f"pilots for uniform A, n = {n}", found[1], 2 * n**4 * log, relative=1e-9)
-        rows.append((str(n), number(1 / n), number(log), number(found[0]), number(found[1])))
-    header = ("n", "largest possible C", "ln(2n/delta)", "rows for A = I", "rows for uniform A")
     return Table(header, rows)
 
 

@@ -26,6 +26,23 @@ Array = NDArray[Any]
 
 NORMALIZERS = ("exact", "sampled")
 
+# What is proved of columns drawn with replacement and weighted, the exact matrix given.
+PRODUCT_CLAIMS = (
+    "skeinformer.unbiased",
+    "skeinformer.expected_error_exact",
+    "skeinformer.expected_error_uniform",
+    "skeinformer.expected_error_value",
+    "skeinformer.expected_error_pilot",
+    "skeinformer.expected_error_support",
+    "skeinformer.proposition1",
+    "skeinformer.proposition1_pilot",
+    "skeinformer.dkm_T",
+    "skeinformer.mcdiarmid_T",
+    "skeinformer.mcdiarmid_exact",
+    "skeinformer.markov",
+    "skeinformer.bound_order",
+)
+
 # A draw may have been stored in float32: its weights agree with its probabilities this far.
 WEIGHT_TOLERANCE = 1e-5
 
@@ -112,7 +129,18 @@ class ColumnSampling(Method):
             exact_at_full_rank=(
                 not self.replace and isinstance(self.law, str) and self.law == "uniform"
             ),
+            claims=self._claims(),
         )
+
+    def _claims(self) -> tuple[str, ...]:
+        """Return the ids of what is proved of this estimator: nothing if it renormalises."""
+        if self.normalizer != "exact":
+            return ()
+        if self.replace:
+            return PRODUCT_CLAIMS
+        if isinstance(self.law, str) and self.law == "uniform":
+            return ("skeinformer.expected_error_without", "sketching.moment_sample_without")
+        return ("sketching.moment_sample_gumbel",)
 
     def _check_parameters(self) -> None:
         check_law(self.law)

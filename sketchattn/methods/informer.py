@@ -74,6 +74,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+# What is claimed of its measures and its choice of rows, refuted statements among it.
+CLAIMS = (
+    "informer.lemma1",
+    "informer.sandwich",
+    "informer.proposition1",
+    "informer.key_shift",
+    "informer.row_selection",
+    "informer.regret",
+    "informer.oracle",
+    "informer.random_rows",
+    "informer.variation",
+    "informer.total_bound",
+    "informer.total_bound_surrogate",
+    "informer.measure_orders_rows",
+    "informer.divisor",
+    "informer.miss_rate",
+    "informer.sampled_maximum",
+)
+
 
 def published_count(n: int, factor: int = 5) -> int:
     """Return ``min(factor ceil(ln n), n)``, at least 1: the rows or samples of the public code.
@@ -751,6 +770,7 @@ class Informer(Method):
             row_stochastic=plain,
             nonnegative=True,
             oracle=oracle,
+            claims=CLAIMS,
         )
 
     # --- arguments --------------------------------------------------------------------------

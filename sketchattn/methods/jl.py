@@ -76,6 +76,18 @@ class JL(Method):
             key_mask=True,
             row_stochastic=bool(self.center),
             exact_at_full_rank=self.sketch in _EXACT,
+            claims=self._claims(),
+        )
+
+    def _claims(self) -> tuple[str, ...]:
+        """Return the ids of what is proved of products with this sketch."""
+        if not (isinstance(self.sketch, str) and self.sketch in sketches()):
+            return ()
+        gaussian = ("linformer.mean_square", "linformer.additive", "sketching.amm_gaussian_columns")
+        return (
+            f"sketching.moment_{self.sketch}",
+            "sketching.amm_markov",
+            *(gaussian if self.sketch == "gaussian" else ()),
         )
 
     def _check_parameters(self) -> None:

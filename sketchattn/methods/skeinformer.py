@@ -28,7 +28,7 @@ from ..sampling.probabilities import (
 )
 from ..sketches._base import streams
 from ._base import Method, Traits, register
-from .column_sampling import WEIGHT_TOLERANCE, _positive
+from .column_sampling import PRODUCT_CLAIMS, WEIGHT_TOLERANCE, _positive
 
 Array = NDArray[Any]
 
@@ -66,6 +66,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     "skein_uniform": {"law": "uniform", "pilot_reuse": False},
     "skein_nonorm": {"normalizer": "exact", "pilot_reuse": False},
     "skein_simplenorm": {"normalizer": "sampled", "pilot_reuse": False},
+}
+
+# What is claimed of the estimator without weights, refuted statements about its pilots among it;
+# and of its normalisers.
+CLAIMS = (
+    "skeinformer.pilot_law",
+    "skeinformer.inflation",
+    "skeinformer.lemma1",
+    "skeinformer.lemma1_logarithmic",
+    "skeinformer.column_floor",
+    "skeinformer.coherence",
+    "skeinformer.pilot_reuse",
+    "skeinformer.pilot_reuse_factor",
+    "skeinformer.key_shift",
+    "skeinformer.permutation",
+    "skeinformer.full_rank",
+    "skeinformer.rank_floor",
+)
+STOCHASTIC_CLAIMS = (
+    "skeinformer.stochastic",
+    "skeinformer.hull",
+    "skeinformer.value_shift",
+    "skeinformer.posterior",
+)
+NORMALIZER_CLAIMS = {
+    "adaptive": ("skeinformer.identity_adaptive", "skeinformer.fill_mass", *STOCHASTIC_CLAIMS),
+    "sampled": ("skeinformer.identity_sampled", *STOCHASTIC_CLAIMS),
+    "exact": ("skeinformer.identity_exact",),
 }
 
 # Child of a batch entry's seed that its heads share their pilot rows from; no head has it.
@@ -278,7 +306,16 @@ class Skeinformer(Method):
             row_stochastic=c.normalizer != "exact" or (centred and c.normalizer == "exact"),
             nonnegative=not (centred and c.normalizer == "exact"),
             exact_at_full_rank=named and not c.replace,
+            claims=self._claims(c, centred),
         )
+
+    def _claims(self, c: Components, centred: bool) -> tuple[str, ...]:
+        """Return the ids of what is claimed of these components."""
+        if c.weights == "none":
+            return CLAIMS + NORMALIZER_CLAIMS.get(c.normalizer, ())
+        # Proposition 1 is about draws with replacement and exact normalisers.
+        covered = c.replace and c.normalizer == "exact" and not centred
+        return PRODUCT_CLAIMS if covered else ()
 
     @property
     def draw_names(self) -> tuple[str, ...]:  # type: ignore[override]  # they depend on parameters

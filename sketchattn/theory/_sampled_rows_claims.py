@@ -260,7 +260,8 @@ def _pilot_reuse_factor(
         if is_default(context):
             drawn = method.draw(problem, rng)["pilot_rows"]
         else:
-            drawn = implemented(context, "pilot_rows", count, rng).astype(np.int64)
+            made = context.operator("pilot_rows", count, instance.m, rng)
+            drawn = np.asarray(made, np.int64)
         values.append(1 - float(squares[np.unique(drawn)].sum()) / total)
     return Observations(values, (1 - 1 / instance.m) ** count, rank=r, rounding=1e-12)
 

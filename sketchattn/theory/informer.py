@@ -233,6 +233,12 @@ def _lazy_queries() -> AttentionProblem:
     return AttentionProblem(q, np.array([[0.0], [1.0]]), np.array([[0.0], [1.0]]), scale=1.0)
 
 
+@instance("two-rows", "weights (1, 1, 1, 1e-6) and (10, 1, 1, 1): a flat row with a hole, a peak")
+def _two_rows() -> tuple[Array, Array]:
+    weights = np.array([[1.0, 1.0, 1.0, 1e-6], [10.0, 1.0, 1.0, 1.0]])
+    return weights / weights.sum(axis=1, keepdims=True), np.eye(4)
+
+
 # --- what observers share ------------------------------------------------------------------------
 
 ON = (DENSE, ROWS)

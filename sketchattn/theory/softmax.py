@@ -1,4 +1,4 @@
-"""Softmax and norms: what every attention matrix satisfies, and four things that it does not.
+"""Softmax and norms: what every attention matrix satisfies, and two things that it does not.
 
 ``A = rowsoftmax(L)`` is non-negative with rows that sum to one.  The claims of this module are
 about A itself, its norms, its dependence on the logits L, and outputs ``A V``.  Where an instance
@@ -24,8 +24,6 @@ from .linformer import perturbation_bound
 
 DERIVED = "derived: see the chapter on softmax and norms"
 VYAS = "Vyas, Katharopoulos and Fleuret, arXiv 2007.04825, Proposition 1"
-INFORMER = "Zhou et al., arXiv 2012.07436, Lemma 1"
-SKEINFORMER = "Chen et al., arXiv 2112.05359"
 
 # Rows of A that one trial looks at.
 ROWS = 8
@@ -65,12 +63,6 @@ def _two_by_two() -> AttentionProblem:
     return AttentionProblem(q, k, np.eye(2), scale=1.0)
 
 
-@instance("two-rows", "weights (1, 1, 1, 1e-6) and (10, 1, 1, 1): a flat row with a hole, a peak")
-def _two_rows() -> tuple[Array, Array]:
-    weights = np.array([[1.0, 1.0, 1.0, 1e-6], [10.0, 1.0, 1.0, 1.0]])
-    return weights / weights.sum(axis=1, keepdims=True), np.eye(4)
-
-
 # --- what observers share ----------------------------------------------------------------------
 
 
@@ -80,10 +72,6 @@ def _test_distributions(seen: Instance) -> str | None:
     return None if seen.stochastic else "has rows that do not sum to one"
 
 
-def _test_positive(seen: Instance) -> str | None:
-    return None if (seen.a > 0).all() else "has weights that are zero"
-
-
 def _test_keys(seen: Instance) -> str | None:
     if seen.problem is None:
         return "needs queries and keys, not only their matrix"
@@ -91,7 +79,6 @@ def _test_keys(seen: Instance) -> str | None:
 
 
 STOCHASTIC = Assumption("rows of A are distributions", _test_distributions)
-POSITIVE = Assumption("all weights are positive", _test_positive)
 KEYS = Assumption("queries and keys are known, attention is not causal", _test_keys)
 MATRIX = (DENSE, STOCHASTIC)
 
@@ -268,47 +255,6 @@ def _mean_identity(context: Context) -> Observations:
     left = float(np.sum((a - 1 / n) ** 2))
     right = float(np.sum(a * a)) - m / n
     return Observations([abs(left - right) / m], 0.0, rounding=ROUNDING)
-
-
-@claim(
-    "softmax.column_mass",
-    title="No key is heavy for all lengths",
-    statement="min_j |A_:j|^2/n_q <= |A|_F^2/(n_q n_k) <= 1/n_k.",
-    source=DERIVED,
-    status="derived",
-    kind="inequality",
-    observes="n_k min_j |A_:j|^2/n_q",
-    assumptions=MATRIX,
-    recorded={"reference": "holds", "flat": "holds", "identity": "holds", "heads": "holds"},
-)
-def _column_mass(context: Context) -> Observations:
-    a = _matrix(context)
-    m, n = a.shape
-    least = float(np.einsum("ij,ij->j", a, a).min())
-    return Observations([n * least / m], 1.0, rounding=ROUNDING)
-
-
-@claim(
-    "softmax.column_mass_constant",
-    title="A constant mass of every key",
-    statement="""There is a constant C > 0 with |A_:j|^2/n >= C for all columns j and all lengths
-        n, so that (2/C^2) ln(2n/delta) = O(log n) pilot rows suffice; here C is the parameter
-        constant.""",
-    source=(
-        f"{SKEINFORMER}, the hypothesis of Lemma 1 with C a constant; refuted: C <= 1/n_k for "
-        "every attention matrix"
-    ),
-    status="refuted",
-    kind="inequality",
-    observes="C n_q/min_j |A_:j|^2",
-    assumptions=MATRIX,
-    recorded={"uniform-ones": "violated", "identity": "violated", "heads": "violated"},
-)
-def _column_mass_constant(context: Context, *, constant: float = 0.01) -> Observations:
-    a = context.instance.a
-    mass = float(real(constant, "constant", 0))
-    least = float(np.einsum("ij,ij->j", a, a).min())
-    return Observations([_over(mass * len(a), least)], 1.0, rounding=ROUNDING)
 
 
 @claim(
@@ -621,78 +567,3 @@ def _query_lipschitz(context: Context) -> Observations:
 def _query_lipschitz_half(context: Context) -> Observations:
     keys = _factors(context)[1]
     return Observations(_pairs(context, 0.5, keys - keys.mean(axis=0)), 1.0, rounding=ROUNDING)
-
-
-# --- measures of a row -------------------------------------------------------------------------
-
-
-def _measures(logs: Array) -> tuple[Array, Array]:
-    """Return ``M_i = logsumexp - mean`` and ``Mbar_i = max - mean`` of rows of logits.
-
-    Of ``ln A_i``, whose log-sum-exp is zero, as of any other logits of the row.
-    """
-    mean = logs.mean(axis=1)
-    return -mean, logs.max(axis=1) - mean
-
-
-@claim(
-    "softmax.informer_measure",
-    title="Informer's measure of a row lies between two others",
-    statement="""M_i = logsumexp_j L_ij - mean_j L_ij, Mbar_i = max_j L_ij - mean_j L_ij:
-        ln n_k <= M_i <= Mbar_i + ln n_k.""",
-    source=INFORMER,
-    status="published",
-    kind="inequality",
-    observes="the larger of ln n_k/M_i and M_i/(Mbar_i + ln n_k), over all rows",
-    assumptions=(*MATRIX, POSITIVE),
-    recorded={"reference": "holds", "flat": "holds", "two-rows": "holds", "heads": "holds"},
-)
-def _informer_measure(context: Context) -> Observations:
-    n = context.instance.n
-    context.require(n >= 2, "needs two keys")
-    exact, surrogate = _measures(np.log(_matrix(context)))
-    values = [float((math.log(n) / exact).max()), float((exact / (surrogate + math.log(n))).max())]
-    return Observations(values, 1.0, rounding=ROUNDING)
-
-
-@claim(
-    "softmax.informer_measure_sharp",
-    title="Informer's measure is at least its surrogate",
-    statement="max(ln n_k, Mbar_i) <= M_i, with M_i and Mbar_i as in softmax.informer_measure.",
-    source="derived: a log-sum-exp is at least the maximum",
-    status="derived",
-    kind="inequality",
-    observes="max_i of max(ln n_k, Mbar_i)/M_i",
-    assumptions=(*MATRIX, POSITIVE),
-    recorded={"reference": "holds", "flat": "holds", "two-rows": "holds", "heads": "holds"},
-)
-def _informer_measure_sharp(context: Context) -> Observations:
-    n = context.instance.n
-    context.require(n >= 2, "needs two keys")
-    exact, surrogate = _measures(np.log(_matrix(context)))
-    values = [float((np.maximum(math.log(n), surrogate) / exact).max())]
-    return Observations(values, 1.0, rounding=ROUNDING)
-
-
-@claim(
-    "softmax.measure_orders_norms",
-    title="Informer's measure does not order rows by their norm",
-    statement="""Rows with a larger norm have a larger measure: |A_i| > |A_l| implies M_i >= M_l,
-        so that the rows of largest measure are those that sampling by row norms prefers.""",
-    source=(
-        "the analogy of Informer's measure with sampling by row norms, read as a statement; "
-        "refuted: one very small weight makes M large on a nearly uniform row"
-    ),
-    status="refuted",
-    kind="inequality",
-    observes="max of M_l/M_i over pairs of rows with |A_i| > |A_l|",
-    assumptions=(*MATRIX, POSITIVE),
-    recorded={"two-rows": "violated", "heads": "violated"},
-)
-def _measure_orders_norms(context: Context) -> Observations:
-    a = context.instance.a
-    context.require(len(a) >= 2, "needs two queries")
-    exact = _measures(np.log(a))[0]
-    order = np.argsort(np.einsum("ij,ij->i", a, a), kind="stable")
-    before = np.maximum.accumulate(exact[order])[:-1]
-    return Observations([float((before / exact[order][1:]).max())], 1.0, rounding=1e-9)
