@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .methods import Linformer as Linformer
     from .methods import LinformerFit as LinformerFit
     from .methods import Method as Method
+    from .methods import Nystromformer as Nystromformer
+    from .methods import Performer as Performer
     from .methods import SelectionRegret as SelectionRegret
     from .methods import Skeinformer as Skeinformer
     from .methods import SVDFloor as SVDFloor
@@ -73,6 +75,8 @@ _LAZY = {
     "Linformer": "methods",
     "LinformerFit": "methods",
     "Method": "methods",
+    "Nystromformer": "methods",
+    "Performer": "methods",
     "ProductSketch": "operators",
     "SVDFloor": "methods",
     "SampledAttention": "operators",
@@ -117,6 +121,8 @@ __all__ = [
     "Linformer",
     "LinformerFit",
     "Method",
+    "Nystromformer",
+    "Performer",
     "ProductSketch",
     "SVDFloor",
     "SampledAttention",

@@ -557,6 +557,60 @@ def _informer(quick: bool, rounds: int) -> Iterator[Row]:
     )
 
 
+@_benchmark("nystromformer", "nystromformer against exact attention: time, and error of float32")
+def _nystromformer(quick: bool, rounds: int) -> Iterator[Row]:
+    from .methods import Nystromformer
+
+    n, r = (2048, 64) if quick else (16384, 256)
+    yield from _against_exact("nystromformer", Nystromformer(rank=r), n, rounds, 1 / 8)
+
+
+@_benchmark("performer", "performer against exact attention: time, and error of float32")
+def _performer(quick: bool, rounds: int) -> Iterator[Row]:
+    from .methods import Performer
+
+    n, r = (2048, 64) if quick else (16384, 256)
+    yield from _against_exact("performer", Performer(rank=r), n, rounds, 1 / 8)
+    yield from _against_exact("performer", Performer(rank=r), n, rounds, None, causal=True)
+
+
+def _against_exact(
+    benchmark: str, method: Any, n: int, rounds: int, target: float | None, *, causal: bool = False
+) -> Iterator[Row]:
+    """Measure a method at one head of width 64: its time, and its rounding in float32."""
+    from .attention import attention
+
+    q, k, v = (x[0] for x in _normal(1, n, 64))
+    calls: dict[str, Callable[[], object]] = {
+        "ours": partial(attention, q, k, v, method, rng=0, causal=causal),
+        "exact": partial(attention, q, k, v, causal=causal),
+    }
+    seconds = _interleaved(calls, rounds)
+    size = f"1 head, n={n}, d=64, r={method.rank}{', causal' if causal else ''}"
+    yield _row(
+        benchmark,
+        size,
+        seconds["ours"],
+        against="exact",
+        theirs=seconds["exact"],
+        target=target,
+    )
+    # The same draw in float64: what is left is rounding.
+    problem = AttentionProblem(q, k, v, causal=causal)
+    draw = method.draw(problem, rng=0)
+    wide = method.attend(problem.astype(np.float64), draw=draw)
+    error = np.linalg.norm(method.attend(problem, draw=draw) - wide) / np.linalg.norm(wide)
+    yield _row(
+        benchmark,
+        f"n={n}{', causal' if causal else ''}: error against float64, same draw",
+        [float(error)],
+        against="limit",
+        theirs=[1e-5],
+        target=1.0,
+        unit="rel",
+    )
+
+
 _FIRST_CALL = """
 import time
 import numpy as np
@@ -703,7 +757,7 @@ def _figure(value: float, unit: str) -> str:
 def render(rows: Sequence[Row]) -> str:
     """Return the results as a table with the machine below."""
     lines = [
-        f"{'benchmark':<10}{'case':<58}{'ours':>11}  {'against':<18}{'theirs':>11}{'ratio':>8}"
+        f"{'benchmark':<15}{'case':<58}{'ours':>11}  {'against':<18}{'theirs':>11}{'ratio':>8}"
         f"{'  [quartiles]':<16}{'target':>7}"
     ]
     for row in rows:
@@ -711,14 +765,14 @@ def render(rows: Sequence[Row]) -> str:
         goal = "" if row["target"] is None else f"{row['target']:g}"
         verdict = {None: "", True: " met", False: " MISSED"}[row["met"]]
         lines.append(
-            f"{row['benchmark']:<10}{row['case']:<58}{_figure(row['ours'], row['unit']):>11}  "
+            f"{row['benchmark']:<15}{row['case']:<58}{_figure(row['ours'], row['unit']):>11}  "
             f"{row['against']:<18}{_figure(row['theirs'], row['unit']):>11}{row['ratio']:>8.3f}"
-            f"  [{low:.2f}, {high:.2f}]".ljust(124)
+            f"  [{low:.2f}, {high:.2f}]".ljust(129)
             + f"{goal:>6}{verdict}"
         )
         if "gflops" in row:
             lines.append(
-                f"{'':<10}{row['gflops']:.0f} GFLOP/s, {100 * row['share_of_gemm']:.0f} % of a "
+                f"{'':<15}{row['gflops']:.0f} GFLOP/s, {100 * row['share_of_gemm']:.0f} % of a "
                 f"float32 GEMM ({row['gemm_gflops']:.0f} GFLOP/s)"
             )
     facts = machine()
@@ -729,7 +783,7 @@ def render(rows: Sequence[Row]) -> str:
 
 def warmup() -> float:
     """Compile all kernels for both precisions, or load them from the cache; return the seconds."""
-    from .methods import Informer, Skeinformer
+    from .methods import Informer, Nystromformer, Performer, Skeinformer
     from .metrics import error_report
 
     start = time.perf_counter()
@@ -740,6 +794,11 @@ def warmup() -> float:
         problem.exact.column_sums()
         error_report(problem, problem.exact, path="streaming")
         Skeinformer(rank=2).attend(problem, rng=0)
+        Nystromformer(rank=2).attend(problem)
+        Performer(rank=2).attend(problem, rng=0)
+        causal = AttentionProblem(q, k, v, causal=True)
+        Performer(rank=2).approximate(causal, rng=0).rows(slice(2))
+        Performer(rank=2).attend(causal, rng=0)
         for sampling in ("per_query", "shared"):
             Informer(rank=2, key_sampling=sampling).attend(problem, rng=0)
     return time.perf_counter() - start

@@ -29,6 +29,18 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"law": "uniform", "normalizer": "sampled"},
         {"law": "value_norm"},
     ],
+    "nystromformer": [
+        {"landmarks": "kmeans"},
+        {"landmarks": "random", "iterations": None, "ridge": 1e-3},
+        {"landmarks": "leverage"},
+        {"preset": "nystrom-attention"},
+    ],
+    "performer": [
+        {"features": "hyperbolic"},
+        {"features": "trigonometric", "orthogonal": False},
+        {"preset": "google"},
+        {"center_keys": True},
+    ],
     "skeinformer": [
         {"causal_form": "corrected", "mix": 0.1},
         {"law": "uniform", "causal_form": "corrected", "fill": "arithmetic"},
@@ -43,6 +55,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         },
     ],
 }
+
+# The scale at which the error of a method falls with the rank, where logits of size 2 are too large
+# for it: relative variances of random features grow with exp(|x + y|^2).
+SMALL_LOGITS = {"performer": 0.02}
 
 
 @dataclass(frozen=True)

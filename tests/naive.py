@@ -341,3 +341,80 @@ def naive_skeinformer(
         for c in range(v.shape[1]):
             out[i, c] = sum(float(weights[i, j]) * float(v[j, c]) for j in range(n_k))
     return weights, out
+
+
+def naive_nystrom(
+    q: Array,
+    k: Array,
+    v: Array,
+    queries: Array,
+    keys: Array,
+    inverse: Array | int,
+    *,
+    scale: float,
+    key_mask: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return (Ahat, Ahat V) for landmark queries and keys; ``inverse`` is Z, or published steps."""
+    left = naive_attention(q, keys, np.zeros((len(keys), 0)), scale=scale)[0]
+    middle = naive_attention(queries, keys, np.zeros((len(keys), 0)), scale=scale)[0]
+    right = naive_attention(queries, k, np.zeros((len(k), 0)), scale=scale, key_mask=key_mask)[0]
+    if isinstance(inverse, int):
+        columns = max(sum(abs(middle[i, j]) for i in range(len(middle))) for j in range(len(keys)))
+        rows = max(sum(abs(x) for x in middle[i]) for i in range(len(middle)))
+        z = middle.T / (columns * rows)
+        unit = np.eye(len(middle))
+        for _ in range(inverse):
+            x = middle @ z
+            z = 0.25 * z @ (13 * unit - 15 * x + 7 * x @ x - x @ x @ x)
+    else:
+        z = inverse
+    weights = left @ z @ right
+    return weights, weights @ v
+
+
+def naive_performer(
+    q: Array,
+    k: Array,
+    v: Array,
+    omega: Array,
+    *,
+    scale: float,
+    features: str = "positive",
+    eps: float = 0.0,
+    offset: int | None = None,
+    key_mask: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return (Ahat, Ahat V) as a quotient of sums over features; moderate inputs only.
+
+    Query i sees keys j <= i + offset (None: all) that the mask keeps.  With ``eps`` features are
+    divided by their maxima without the norms, of a query and of all keys, before it is added.
+    """
+    kept = [j for j in range(len(k)) if key_mask is None or key_mask[j]]
+    x, y = math.sqrt(scale) * q, math.sqrt(scale) * k
+
+    def project(row: Array) -> list[float]:
+        return [sum(float(a) * float(b) for a, b in zip(w, row, strict=True)) for w in omega]
+
+    high = max(max(project(y[j])) for j in kept) if eps else 0.0
+
+    def phi(row: Array, top: float) -> list[float]:
+        half = 0.5 * sum(float(a) ** 2 for a in row)
+        dots = project(row)
+        if features == "trigonometric":
+            return [math.exp(half) * f(u) for f in (math.cos, math.sin) for u in dots]
+        signs = (1, -1) if features == "hyperbolic" else (1,)
+        return [math.exp(s * u - half - top) + eps for s in signs for u in dots]
+
+    of_keys = {j: phi(y[j], high) for j in kept}
+    weights = np.zeros((len(q), len(k)))
+    for i in range(len(q)):
+        mine = phi(x[i], max(project(x[i])) if eps else 0.0)
+        seen = [j for j in kept if offset is None or j <= i + offset]
+        entries = {j: sum(a * b for a, b in zip(mine, of_keys[j], strict=True)) for j in seen}
+        for j in seen:
+            weights[i, j] = entries[j] / sum(entries.values())
+    out = np.zeros((len(q), v.shape[1]))
+    for i in range(len(q)):
+        for c in range(v.shape[1]):
+            out[i, c] = sum(float(weights[i, j]) * float(v[j, c]) for j in range(len(k)))
+    return weights, out

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from method_cases import CASES, IDS, MethodCase, dense_attention, make_problem, rounding
+from method_cases import (
+    CASES,
+    IDS,
+    SMALL_LOGITS,
+    MethodCase,
+    dense_attention,
+    make_problem,
+    rounding,
+)
 from numpy.typing import NDArray
 from sklearn.base import clone
 
@@ -476,7 +484,7 @@ def test_error_falls_with_the_rank(case: MethodCase, global_random_seed: int) ->
     # for all unbiased estimators, and no method here falls by less than 1.5 on these heads.
     if not case.traits.uses_rank:
         return
-    problem = make_problem(64, 64, d=8)
+    problem = make_problem(64, 64, d=8, scale=SMALL_LOGITS.get(case.name))
     errors = [
         np.median(
             [

@@ -21,4 +21,6 @@ from .linformer import Linformer as Linformer
 from .linformer import LinformerFit as LinformerFit
 from .linformer import fit_linformer as fit_linformer
 from .linformer import linformer_projections as linformer_projections
+from .nystromformer import Nystromformer as Nystromformer
+from .performer import Performer as Performer
 from .skeinformer import Skeinformer as Skeinformer

@@ -1,0 +1,189 @@
+"""Causal products with feature maps: prefix sums over keys as convex steps, never n x n.
+
+With ``a_jl = logsumexp_{j' <= j} N_j'l`` of the log-features N of the keys and ``e_i`` the last
+key that query i sees, ``Ahat_ij = sum_l U_il exp(N_jl - a_(e_i)l)``.  Both directions need two
+arrays with entries in [0, 1] only: ``U = rowsoftmax_l(T_il + a_(e_i)l)`` and the steps
+``beta_jl = exp(N_jl - a_jl)``, since ``exp(a_(j-1)l - a_jl) = 1 - beta_jl``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._jit import kernel, prange
+from ._threads import kernel_threads
+from .softmax import LOG2E, exp2, row_maximum
+
+Array = NDArray[Any]
+
+# Columns of X that one thread carries through all tokens: its state is (R, COLUMNS).
+COLUMNS = 32
+
+
+@kernel()
+def _prefix_work(t: Array, n: Array, keep: Array, offset: int, u: Array, beta: Array) -> None:
+    """Fill ``u (n_q, R)`` and ``beta (n_k, R)`` from ``t (n_q, R)`` and ``n (n_k, R)``.
+
+    Query i sees keys j <= i + offset; ``keep (n_k,)`` bool.  A query that sees no key gets zeros.
+    """
+    n_q, width = t.shape
+    n_k = n.shape[0]
+    log2e = t.dtype.type(LOG2E)
+    top = np.empty(width, t.dtype)
+    total = np.empty(width, np.float64)
+    line = np.empty(width, t.dtype)
+    top[:] = -np.inf
+    total[:] = 0.0
+    seen = False
+    i = 0
+    while i < n_q and i + offset < 0:
+        u[i] = 0.0
+        i += 1
+    for j in range(n_k):
+        if keep[j]:
+            seen = True
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                value = t.dtype.type(log2e * n[j, l])
+                before = top[l]
+                high = value if value > before else before
+                term = exp2(t.dtype.type(value - high))
+                # Sums in float64: float32 would lose a digit for every hundredfold length.
+                total[l] = total[l] * np.float64(exp2(t.dtype.type(before - high)))
+                total[l] += np.float64(term)
+                top[l] = high
+                beta[j, l] = t.dtype.type(np.float64(term) / total[l])
+        else:
+            beta[j] = 0.0
+        while i < n_q and (i + offset == j or j == n_k - 1):
+            if not seen:
+                u[i] = 0.0
+                i += 1
+                continue
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                line[l] = log2e * t[i, l] + top[l]
+            high = row_maximum(line)
+            weight = 0.0
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                w = np.float64(exp2(t.dtype.type(line[l] - high))) * total[l]
+                line[l] = w
+                weight += w
+            inverse = 1.0 / weight
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                u[i, l] = line[l] * inverse
+            i += 1
+
+
+@kernel(parallel=True)
+def _forward(u: Array, beta: Array, offset: int, x: Array, threads: int, out: Array) -> None:
+    """``out = Ahat X (n_q, m)``: ``C <- C + beta_j (x_j - C)``, ``out_i = u_i C`` after key e_i."""
+    n_q, width = u.shape
+    n_k, m = x.shape
+    parts = (m + COLUMNS - 1) // COLUMNS
+    for worker in prange(threads):
+        for part in range(worker, parts, threads):
+            c0 = part * COLUMNS
+            c1 = min(c0 + COLUMNS, m)
+            state = np.zeros((width, COLUMNS), x.dtype)
+            line = np.zeros(COLUMNS, x.dtype)
+            row = np.zeros(COLUMNS, x.dtype)
+            i = 0
+            while i < n_q and i + offset < 0:
+                out[i, c0:c1] = 0.0
+                i += 1
+            for j in range(n_k):
+                for c in range(c1 - c0):
+                    row[c] = x[j, c0 + c]
+                first = i < n_q and (i + offset == j or j == n_k - 1)
+                line[:] = 0.0
+                for l in range(width):  # noqa: E741  (the letter of the formulas)
+                    b = beta[j, l]
+                    w = u[i, l] if first else x.dtype.type(0.0)
+                    for c in range(COLUMNS):
+                        y = state[l, c]
+                        y = y + b * (row[c] - y)
+                        state[l, c] = y
+                        line[c] += w * y
+                if first:
+                    for c in range(c1 - c0):
+                        out[i, c0 + c] = line[c]
+                    i += 1
+                while i < n_q and j == n_k - 1:  # queries beyond the last key see all of them
+                    line[:] = 0.0
+                    for l in range(width):  # noqa: E741  (the letter of the formulas)
+                        w = u[i, l]
+                        for c in range(COLUMNS):
+                            line[c] += w * state[l, c]
+                    for c in range(c1 - c0):
+                        out[i, c0 + c] = line[c]
+                    i += 1
+
+
+@kernel(parallel=True)
+def _backward(u: Array, beta: Array, offset: int, y: Array, threads: int, out: Array) -> None:
+    """``out = Ahat^T Y (n_k, m)``: from the last key, ``D <- D + sum_{e_i = j} u_i y_i``.
+
+    Then ``out_j = beta_j D`` and ``D <- (1 - beta_j) D``.
+    """
+    n_q, width = u.shape
+    n_k, m = out.shape
+    one = y.dtype.type(1.0)
+    parts = (m + COLUMNS - 1) // COLUMNS
+    for worker in prange(threads):
+        for part in range(worker, parts, threads):
+            c0 = part * COLUMNS
+            c1 = min(c0 + COLUMNS, m)
+            state = np.zeros((width, COLUMNS), y.dtype)
+            line = np.zeros(COLUMNS, y.dtype)
+            i = n_q - 1
+            for back in range(n_k):
+                j = n_k - 1 - back
+                while i >= 0 and i + offset >= j:
+                    for c in range(c1 - c0):
+                        line[c] = y[i, c0 + c]
+                    for l in range(width):  # noqa: E741  (the letter of the formulas)
+                        w = u[i, l]
+                        for c in range(COLUMNS):
+                            state[l, c] += w * line[c]
+                    i -= 1
+                line[:] = 0.0
+                for l in range(width):  # noqa: E741  (the letter of the formulas)
+                    b = beta[j, l]
+                    rest = one - b
+                    for c in range(COLUMNS):
+                        d = state[l, c]
+                        line[c] += b * d
+                        state[l, c] = rest * d
+                for c in range(c1 - c0):
+                    out[j, c0 + c] = line[c]
+
+
+def prefix_factors(t: Array, n: Array, keep: Array, offset: int) -> tuple[Array, Array]:
+    """Return ``(U, beta)`` of log-features ``t (n_q, R)`` and ``n (n_k, R)``.
+
+    ``keep`` bool (n_k,); query i sees the keys ``j <= i + offset``.  Nothing is validated.
+    """
+    u, beta = np.zeros_like(t), np.zeros_like(n)
+    if u.size and beta.size:
+        _prefix_work(t, n, keep, offset, u, beta)
+    return u, beta
+
+
+def prefix_product(u: Array, beta: Array, offset: int, x: Array) -> Array:
+    """Return ``Ahat X (n_q, m)`` for x (n_k, m)."""
+    out = np.zeros((len(u), x.shape[1]), x.dtype)
+    if out.size and len(x):
+        with kernel_threads() as threads:
+            _forward(u, beta, offset, x, threads, out)
+    return out
+
+
+def prefix_transposed(u: Array, beta: Array, offset: int, y: Array) -> Array:
+    """Return ``Ahat^T Y (n_k, m)`` for y (n_q, m)."""
+    out = np.zeros((len(beta), y.shape[1]), y.dtype)
+    if out.size and len(y):
+        with kernel_threads() as threads:
+            _backward(u, beta, offset, y, threads, out)
+    return out

@@ -1,0 +1,532 @@
+"""Nystromformer: three small softmax matrices in place of A, joined by a pseudo-inverse.
+
+With r landmark queries Qc and keys Kc: ``F = rowsoftmax(scale Q Kc^T)``,
+``M = rowsoftmax(scale Qc Kc^T)``, ``B = rowsoftmax(scale Qc K^T)`` and ``Ahat = F Z B``, Z close to
+the pseudo-inverse of M.  It is no CUR decomposition of A: the three softmaxes are normalised over
+different sets, so landmarks among the keys do not make it exact, landmarks among the queries do.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..draws import Draw, check_draw
+from ..operators import AttentionOperator, FactoredAttention, zero_attention
+from ..problem import AttentionProblem, as_array, check_finite, closest, float_dtype
+from ..sketches._base import streams
+from ._base import Method, Traits, register
+
+Array = NDArray[Any]
+
+LANDMARKS = ("segment_means", "kmeans", "random", "leverage")
+MASKING = ("delete", "zero")
+KMEANS_STEPS = 10
+# Up to here an error of eps c in an eigenvalue of M M^T grows to 3.25^8 eps = 3e-12 at most.
+GRAM_STEPS = 8
+
+
+class Core(NamedTuple):
+    """Name the choices that make one estimator; defaults are those of the paper."""
+
+    landmarks: str | ArrayLike = "segment_means"
+    iterations: int | None = 6
+    ridge: float = 0.0
+    masking: str = "delete"
+
+
+# What each released variant changes; both are the paper's where r divides n and no key is masked.
+PRESETS: dict[str, dict[str, Any]] = {
+    "original": {"iterations": 6, "masking": "zero"},
+    "nystrom-attention": {"iterations": 6},
+}
+
+
+# --- the pseudo-inverse -------------------------------------------------------------------------
+
+
+def iterate_inverse(m: ArrayLike, iterations: int = 6) -> Array:
+    """Approximate the pseudo-inverse of one matrix by the published iteration.
+
+    ``Z_0 = M^T / (|M|_1 |M|_inf)``, ``Z <- Z (13 I - X (15 I - X (7 I - X))) / 4``, ``X = M Z``.
+
+    Parameters
+    ----------
+    m : array (r, r)
+    iterations : int
+        At least 0.
+
+    Returns
+    -------
+    ndarray (r, r), float64
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arrays that are no finite square matrix, and counts below 0.
+
+    Notes
+    -----
+    With ``E = I - M Z`` one step is ``E <- (3 E^3 + E^4) / 4`` exactly: third order where it
+    converges.  The start is scaled by the norms of this matrix alone; released codes take the
+    largest of all heads, so that the result of one head depends on the others.
+
+    Examples
+    --------
+    >>> iterate_inverse([[0.5]], 8).round(12).tolist()
+    [[2.0]]
+    """
+    from ..kernels._threads import blas_single_thread
+
+    matrix = _square(m)
+    steps = _count(iterations)
+    z = np.ascontiguousarray(matrix.T) / _start_scale(matrix)
+    unit = np.eye(len(matrix))
+    with blas_single_thread():  # the same bits for any number of threads
+        for _ in range(steps):
+            x = matrix @ z
+            z = 0.25 * z @ (13 * unit - x @ (15 * unit - x @ (7 * unit - x)))
+    return np.asarray(z)
+
+
+def filter_inverse(m: ArrayLike, iterations: int = 6) -> Array:
+    """Evaluate the same iteration from one decomposition, in half the time.
+
+    ``Z_j = W diag((1 - f^(j)(1 - s^2/c)) / s) P^T`` for ``M = P diag(s) W^T``,
+    ``c = |M|_1 |M|_inf`` and ``f(e) = (3 e^3 + e^4) / 4``: the iteration is a spectral filter.
+    It lets singular values below about ``3.25^(-j/2) sqrt(c)`` go to zero in place of inverting
+    them.
+
+    Parameters
+    ----------
+    m, iterations
+        As for `iterate_inverse`.
+
+    Returns
+    -------
+    ndarray (r, r), float64
+
+    Notes
+    -----
+    ``Z_j = M^T g(M M^T / c) / c`` with ``g = prod_i (13 - 15 p_i + 7 p_i^2 - p_i^3) / 4`` and
+    ``p_(i+1)`` the factor times ``p_i``, ``p_0`` the eigenvalue; nothing is divided by.  Few steps
+    do not see what squaring singular values loses; many do, and then take these themselves.
+
+    Examples
+    --------
+    >>> filter_inverse([[0.5]], 8).round(12).tolist()
+    [[2.0]]
+    """
+    from ..kernels._threads import blas_single_thread
+
+    matrix = _square(m)
+    steps = _count(iterations)
+    scale = _start_scale(matrix)
+    with blas_single_thread():  # the same bits for any number of threads
+        if steps <= GRAM_STEPS:
+            values, p = np.linalg.eigh((matrix @ matrix.T) / scale)
+            gain = _filter(np.maximum(values, 0), steps) / scale
+            return np.asarray(((matrix.T @ p) * gain) @ p.T)
+        p, s, wt = np.linalg.svd(matrix)
+        gain = s * _filter(s**2 / scale, steps) / scale
+        return np.asarray((wt.T * gain) @ p.T)
+
+
+def _filter(p: Array, steps: int) -> Array:
+    """Return ``g(p) = (1 - f^(j)(1 - p)) / p`` without the division."""
+    gain = np.ones_like(p)
+    for _ in range(steps):
+        factor = 0.25 * (13 - p * (15 - p * (7 - p)))
+        gain, p = gain * factor, p * factor
+    return gain
+
+
+def pseudo_inverse(m: ArrayLike, ridge: float = 0.0, rcond: float | None = None) -> Array:
+    """Return the pseudo-inverse with a cut-off, or the ridge inverse, of one matrix.
+
+    Singular values up to ``rcond s_1`` give zero, others ``1/s``, or with a ridge
+    ``s / (s^2 + ridge s_1^2)``, which is ``(M^T M + ridge s_1^2 I)^-1 M^T``.
+
+    Parameters
+    ----------
+    m : array (r, r)
+    ridge : float, default 0
+        At least 0, relative to ``s_1^2``.
+    rcond : float, optional
+        In [0, 1); by default ``r eps`` of float64.
+
+    Returns
+    -------
+    ndarray (r, r), float64
+
+    Examples
+    --------
+    >>> pseudo_inverse([[0.5, 0.0], [0.0, 0.0]]).tolist()
+    [[2.0, 0.0], [0.0, 0.0]]
+    """
+    from ..kernels._threads import blas_single_thread
+
+    matrix = _square(m)
+    extra = _fraction(ridge, "ridge", math.inf)
+    cut = len(matrix) * float(np.finfo(np.float64).eps)
+    cut = cut if rcond is None else _fraction(rcond, "rcond", 1.0)
+    with blas_single_thread():  # the same bits for any number of threads
+        p, s, wt = np.linalg.svd(matrix)
+        high = s.max(initial=0.0)
+        size = s**2 + extra * high**2
+        gain = np.divide(s, size, out=np.zeros_like(s), where=s > cut * high)
+        return np.asarray((wt.T * gain) @ p.T)
+
+
+def _start_scale(matrix: Array) -> float:
+    """Return ``|M|_1 |M|_inf``, at least ``s_1^2``; 1 for a zero matrix."""
+    size = np.abs(matrix)
+    scale = size.sum(axis=0).max(initial=0.0) * size.sum(axis=1).max(initial=0.0)
+    return float(scale) if scale > 0 else 1.0
+
+
+def _square(m: ArrayLike) -> Array:
+    matrix = np.ascontiguousarray(as_array(m, "m"), dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"m must be a square matrix, got shape {matrix.shape}; pass (r, r)")
+    check_finite(matrix, "m")
+    return matrix
+
+
+def _count(iterations: object) -> int:
+    if isinstance(iterations, bool | np.bool_) or not isinstance(iterations, numbers.Integral):
+        raise TypeError(
+            f"iterations must be an integer or None, got {type(iterations).__name__}; the paper "
+            f"takes 6, None is the exact pseudo-inverse"
+        )
+    if int(iterations) < 0:
+        raise ValueError(f"iterations must be at least 0, got {int(iterations)}; the paper takes 6")
+    return int(iterations)
+
+
+def _fraction(value: object, label: str, below: float) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{label} must be a real number, got {type(value).__name__}; 0 is none")
+    number = float(value)
+    if not 0 <= number < below:
+        raise ValueError(
+            f"{label} must be finite and in [0, {below:g}), got {number}; 0 switches it off"
+        )
+    return number
+
+
+# --- landmarks ----------------------------------------------------------------------------------
+
+
+def segment_means(x: ArrayLike, r: int) -> Array:
+    """Return the means of r segments of consecutive rows; the first n mod r have one row more.
+
+    Parameters
+    ----------
+    x : array (n, d)
+    r : int
+        In 1..n.
+
+    Returns
+    -------
+    ndarray (r, d), float64
+
+    Examples
+    --------
+    >>> segment_means(np.array([[1.0], [3.0], [5.0]]), 2).tolist()
+    [[2.0], [5.0]]
+    """
+    rows = np.asarray(as_array(x, "x"))
+    if rows.ndim != 2 or not 1 <= r <= len(rows):
+        raise ValueError(
+            f"r must be in 1..n for x of shape (n, d), got {r} and {rows.shape}; lower r"
+        )
+    sizes = len(rows) // r + (np.arange(r) < len(rows) % r)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    sums = np.add.reduceat(rows, starts, axis=0, dtype=np.float64)
+    return np.asarray(sums / sizes[:, None])
+
+
+def _kmeans(x: Array, r: int, seed: int) -> Array:
+    import warnings
+
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    from ..kernels._threads import blas_single_thread
+
+    model = KMeans(r, n_init=1, max_iter=KMEANS_STEPS, random_state=seed)
+    # One thread: partial sums of several would be added in an order that depends on their number.
+    with warnings.catch_warnings(), threadpool_limits(1, user_api="openmp"), blas_single_thread():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # equal rows make equal centroids
+        return np.asarray(model.fit(x).cluster_centers_, np.float64)
+
+
+def _chosen(x: Array, r: int, law: str, rng: np.random.Generator) -> Array:
+    """Return r rows drawn without replacement, uniformly or by leverage, in drawing order."""
+    if law == "random":
+        return np.asarray(x[rng.permutation(len(x))[:r]], np.float64)
+    from ..sampling import leverage_scores
+    from ..sampling.draws import gumbel_top
+
+    scores = leverage_scores(x)
+    # Rows of zeros have none: they come last, uniformly.
+    floor = float(np.finfo(np.float64).tiny)
+    order, _ = gumbel_top(np.log(np.maximum(scores, floor)), r, rng)
+    return np.asarray(x[order], np.float64)
+
+
+def _small_softmax(queries: Array, keys: Array, scale: float) -> Array:
+    """Return ``M`` (r, r) in float64, from what the other factors see: an inverse needs digits."""
+    from ..kernels._threads import blas_single_thread
+
+    with blas_single_thread(), np.errstate(over="ignore", invalid="ignore"):
+        logits = scale * (queries.astype(np.float64) @ keys.astype(np.float64).T)
+    check_finite(logits, "scale * landmarks[0] @ landmarks[1].T")
+    logits -= logits.max(axis=1, keepdims=True)
+    weights: Array = np.exp(logits)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+# --- the method ---------------------------------------------------------------------------------
+
+
+@register("nystromformer")
+class Nystromformer(Method):
+    """Join three small softmax matrices: ``Ahat = F Z B`` with Z close to the pseudo-inverse of M.
+
+    ``F = rowsoftmax(scale Q Kc^T)``, ``M = rowsoftmax(scale Qc Kc^T)``,
+    ``B = rowsoftmax(scale Qc K^T)`` for landmarks Qc, Kc (r, d).
+
+    Parameters
+    ----------
+    rank : int
+        Number of landmarks r, in 1..n_k; where there are fewer queries or keys, as many as these,
+        which ``effective_rank`` says.
+    landmarks : {"segment_means", "kmeans", "random", "leverage"} or array (2, r, d)
+        Means of r segments of consecutive queries and keys; centroids of k-means (k-means++, 10
+        Lloyd steps) on each; rows drawn without replacement, uniformly or by leverage scores of Q
+        and of K; or the landmark queries and keys themselves.
+    iterations : int or None, default 6
+        Steps of the published iteration, as `filter_inverse` evaluates them; None: the
+        pseudo-inverse by singular values.
+    ridge : float, default 0
+        With ``iterations=None``: ``Z = (M^T M + ridge s_1^2 I)^-1 M^T``.
+    rcond : float, optional
+        With ``iterations=None``: singular values up to ``rcond s_1`` count as zero.
+    masking : {"delete", "zero"}
+        Masked keys are deleted before the segments are made, or, as in the original code, count as
+        zeros in their means, and so do the queries at masked positions where n_q = n_k.
+    preset : {None, "original", "nystrom-attention"}
+        A released variant: 6 iterations on segment means, for the first with ``masking="zero"``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For values out of range, options that would be ignored, and causal problems.
+
+    Notes
+    -----
+    Xiong, Zeng, Chakraborty, Tan, Fung, Li and Singh (2021), arXiv 2102.03902.  Rows need not sum
+    to one and entries can be negative: six steps are a regularised inverse, and more accurate is
+    not better, since M is ill-conditioned.  ``Ahat = A`` where every query is a landmark and M is
+    inverted exactly, whatever the landmark keys.
+
+    Deviations from released codes: nothing is shared between heads (they scale the start of the
+    iteration by a maximum over all heads and entries of the batch); segments differ in length by
+    one where r does not divide n ("nystrom-attention" pads in front with tokens that take part);
+    r = n is not replaced by exact attention; the convolution of V is no part of the approximation.
+
+    Cost ``O((n_q + n_k) r (d + d_v) + r^3)``; F and B are never held.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+    >>> ahat = sa.Nystromformer(rank=4).approximate(problem)
+    >>> ahat.rank_bound, (ahat @ problem.v).shape
+    (4, (16, 4))
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        landmarks: str | ArrayLike = "segment_means",
+        iterations: int | None = 6,
+        ridge: float = 0.0,
+        rcond: float | None = None,
+        masking: str = "delete",
+        preset: str | None = None,
+    ) -> None:
+        self.rank = rank
+        self.landmarks = landmarks
+        self.iterations = iterations
+        self.ridge = ridge
+        self.rcond = rcond
+        self.masking = masking
+        self.preset = preset
+
+    @property
+    def core(self) -> Core:
+        """The choices in force: the arguments, and what the preset changes."""
+        own = {name: getattr(self, name) for name in Core._fields}
+        return Core(**(own | PRESETS.get(str(self.preset), {})))
+
+    @property
+    def _draws(self) -> bool:
+        landmarks = self.core.landmarks
+        return isinstance(landmarks, str) and landmarks != "segment_means"
+
+    @property
+    def traits(self) -> Traits:
+        """Masks and shapes are honoured; rows do not sum to one, entries can be negative."""
+        return Traits(key_mask=True, randomized=self._draws)
+
+    @property
+    def draw_names(self) -> tuple[str, ...]:  # type: ignore[override]  # they depend on parameters
+        """``("landmarks",)`` where they are drawn."""
+        return ("landmarks",) if self._draws else ()
+
+    # --- arguments --------------------------------------------------------------------------
+
+    def check(self, problem: AttentionProblem) -> None:
+        """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
+        super().check(problem)
+        if not isinstance(self.landmarks, str):
+            self._check_landmarks(self.landmarks, problem, "landmarks", int(self.rank))
+
+    def _check_parameters(self) -> None:
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(
+                    f"preset must be a known name, got {self.preset!r}"
+                    f"{closest(str(self.preset), PRESETS)}"
+                )
+            for label, standard in Core()._asdict().items():
+                given = getattr(self, label)
+                wanted = PRESETS[self.preset].get(label, standard)
+                if not any(type(given) is type(x) and given == x for x in (standard, wanted)):
+                    raise ValueError(
+                        f"{label} must be left at {standard!r} with preset {self.preset!r}, which "
+                        f"sets it to {wanted!r}, got {given!r}; drop one of them"
+                    )
+        if isinstance(self.landmarks, str) and self.landmarks not in LANDMARKS:
+            raise ValueError(
+                f"landmarks must be one of {', '.join(LANDMARKS)}, or an array (2, r, d), got "
+                f"{self.landmarks!r}{closest(self.landmarks, LANDMARKS)}"
+            )
+        if self.iterations is not None:
+            _count(self.iterations)
+        ridge = _fraction(self.ridge, "ridge", math.inf)
+        if self.rcond is not None:
+            _fraction(self.rcond, "rcond", 1.0)
+        for label, used in (("ridge", ridge > 0), ("rcond", self.rcond is not None)):
+            if used and self.iterations is not None:
+                raise ValueError(
+                    f"{label} must be left out with iterations = {self.iterations}, which do not "
+                    f"use it, got {getattr(self, label)!r}; pass iterations=None"
+                )
+        if self.masking not in MASKING:
+            raise ValueError(
+                f"masking must be one of {', '.join(MASKING)}, got {self.masking!r}"
+                f"{closest(str(self.masking), MASKING)}"
+            )
+        if self.masking == "zero" and not (
+            isinstance(self.landmarks, str) and self.landmarks == "segment_means"
+        ):
+            raise ValueError(
+                "masking must be 'delete' unless landmarks are segment means, got 'zero'; "
+                "masked keys are never drawn"
+            )
+
+    def _check_landmarks(
+        self, given: ArrayLike, problem: AttentionProblem, label: str, most: int
+    ) -> Array:
+        array = as_array(given, label)
+        float_dtype(array, label)
+        wanted = (2, most, problem.d)
+        if array.shape != wanted:
+            raise ValueError(
+                f"{label} must have shape (2, r, d) = {wanted}, got {array.shape}; "
+                f"landmark queries first, landmark keys second"
+            )
+        check_finite(array, label)
+        return array
+
+    def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
+        made = check_draw(draw, self.draw_names)
+        if self._draws:
+            self._check_landmarks(made["landmarks"], problem, "landmarks", self._budget(problem))
+        return made
+
+    def _budget(self, problem: AttentionProblem) -> int:
+        return min(int(self.rank), problem.n_q, len(problem.kept_keys))
+
+    # --- the approximation ------------------------------------------------------------------
+
+    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
+        if not self._draws:
+            return Draw()
+        law, r = str(self.landmarks), self._budget(problem)
+        if r == 0:
+            return Draw(landmarks=np.zeros((2, 0, problem.d)))
+        sides = (problem.q, problem.k[problem.kept_keys])
+        if law == "kmeans":
+            made = [_kmeans(x, r, int(rng.integers(2**31))) for x in sides]
+        else:
+            # A stream for each side, so that a larger rank extends the draw of both.
+            made = [
+                _chosen(x, r, law, stream) for x, stream in zip(sides, streams(rng, 2), strict=True)
+            ]
+        return Draw(landmarks=np.stack(made))
+
+    def _landmarks(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
+        """Return the landmark queries and keys, float64 (r, d)."""
+        core, keep = self.core, problem.key_mask
+        if not isinstance(core.landmarks, str):
+            queries, keys = np.asarray(as_array(core.landmarks, "landmarks"), np.float64)
+            return queries, keys
+        if core.landmarks != "segment_means":
+            queries, keys = np.asarray(draw["landmarks"], np.float64)
+            return queries, keys
+        q, k, r = problem.q, problem.k, self._budget(problem)
+        if core.masking == "zero" and keep is not None:
+            k = np.where(keep[:, None], k, 0)
+            q = np.where(keep[:, None], q, 0) if problem.n_q == problem.n_k else q
+        elif keep is not None:
+            k = k[keep]
+        return segment_means(q, r), segment_means(k, r)
+
+    def inverse(self, m: ArrayLike) -> Array:
+        """Return the Z that this method takes for a matrix M (r, r), float64."""
+        core = self.core
+        if core.iterations is not None:
+            return filter_inverse(m, core.iterations)
+        return pseudo_inverse(m, core.ridge, self.rcond)
+
+    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        if self._budget(problem) == 0:
+            return zero_attention(problem)
+        wide = self._landmarks(problem, draw)
+        queries, keys = (np.ascontiguousarray(x, problem.dtype) for x in wide)
+        q, k, _ = problem.arrays
+        left = AttentionProblem.adopt(q, keys, scale=problem.scale)
+        if problem.key_mask is None:
+            right = AttentionProblem.adopt(queries, k, scale=problem.scale)
+        else:
+            right = AttentionProblem(queries, k, scale=problem.scale, key_mask=problem.key_mask)
+        z = self.inverse(_small_softmax(queries, keys, problem.scale)).astype(problem.dtype)
+
+        def remake() -> FactoredAttention:
+            made = self._approximate(problem.astype(np.float64), draw)
+            assert isinstance(made, FactoredAttention)
+            return made
+
+        budget = min(len(queries), self._budget(problem))
+        return FactoredAttention(left.exact, z, right.exact, budget, remake=remake)
