@@ -169,6 +169,22 @@ def _relative_error(out: Array, q: Array, k: Array, v: Array, rows: Array) -> fl
     return float(np.linalg.norm(out[rows] - truth) / np.linalg.norm(truth))
 
 
+def _rounding(benchmark: str, case: str, method: Any, problem: AttentionProblem) -> Row:
+    """Return the line of a method's error against itself in float64 with the same draw."""
+    draw = method.draw(problem, rng=0)
+    wide = method.attend(problem.astype(np.float64), draw=draw)
+    error = np.linalg.norm(method.attend(problem, draw=draw) - wide) / np.linalg.norm(wide)
+    return _row(
+        benchmark,
+        f"{case}: error against float64, same draw",
+        [float(error)],
+        against="limit",
+        theirs=[1e-5],
+        target=1.0,
+        unit="rel",
+    )
+
+
 @_benchmark("exact", "exact attention, one head and many, against torch SDPA and plain NumPy")
 def _exact(quick: bool, rounds: int) -> Iterator[Row]:
     from .attention import attention
@@ -500,21 +516,7 @@ def _skeinformer(quick: bool, rounds: int) -> Iterator[Row]:
         target=1.0,
         unit="MB",
     )
-    # The same draw in float64: what is left is rounding.
-    problem = AttentionProblem(q, k, v)
-    method = Skeinformer(rank=r)
-    draw = method.draw(problem, rng=0)
-    wide = method.attend(problem.astype(np.float64), draw=draw)
-    error = np.linalg.norm(method.attend(problem, draw=draw) - wide) / np.linalg.norm(wide)
-    yield _row(
-        "skeinformer",
-        f"{size}: error against float64, same draw",
-        [float(error)],
-        against="limit",
-        theirs=[1e-5],
-        target=1.0,
-        unit="rel",
-    )
+    yield _rounding("skeinformer", size, Skeinformer(rank=r), AttentionProblem(q, k, v))
 
 
 @_benchmark("informer", "informer against exact attention: time, and error of float32")
@@ -540,21 +542,8 @@ def _informer(quick: bool, rounds: int) -> Iterator[Row]:
             theirs=seconds["exact"],
             target=1 / 8 if sampling == "per_query" else None,
         )
-    # The same draw in float64: what is left is rounding.
-    problem = AttentionProblem(q, k, v)
     method = Informer(rank=r, samples=u)
-    draw = method.draw(problem, rng=0)
-    wide = method.attend(problem.astype(np.float64), draw=draw)
-    error = np.linalg.norm(method.attend(problem, draw=draw) - wide) / np.linalg.norm(wide)
-    yield _row(
-        "informer",
-        f"n={n}, r={r}, U={u}: error against float64, same draw",
-        [float(error)],
-        against="limit",
-        theirs=[1e-5],
-        target=1.0,
-        unit="rel",
-    )
+    yield _rounding("informer", f"n={n}, r={r}, U={u}", method, AttentionProblem(q, k, v))
 
 
 @_benchmark("nystromformer", "nystromformer against exact attention: time, and error of float32")
@@ -595,20 +584,8 @@ def _against_exact(
         theirs=seconds["exact"],
         target=target,
     )
-    # The same draw in float64: what is left is rounding.
     problem = AttentionProblem(q, k, v, causal=causal)
-    draw = method.draw(problem, rng=0)
-    wide = method.attend(problem.astype(np.float64), draw=draw)
-    error = np.linalg.norm(method.attend(problem, draw=draw) - wide) / np.linalg.norm(wide)
-    yield _row(
-        benchmark,
-        f"n={n}{', causal' if causal else ''}: error against float64, same draw",
-        [float(error)],
-        against="limit",
-        theirs=[1e-5],
-        target=1.0,
-        unit="rel",
-    )
+    yield _rounding(benchmark, f"n={n}{', causal' if causal else ''}", method, problem)
 
 
 _FIRST_CALL = """

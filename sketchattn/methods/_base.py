@@ -210,12 +210,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
             If the method cannot honour the problem, for hyper-parameters out of range, or for a
             draw that does not fit.
         """
-        self.check(problem)
-        if draw is None:
-            return self._approximate(problem, self._draw(problem, as_generator(rng)))
-        if rng is not None:
-            raise ValueError("rng must be None when draw is given, got both; pass one of them")
-        return self._approximate(problem, self._check_draw(problem, draw))
+        return self._approximate(problem, self._checked(problem, rng, draw))
 
     def attend(
         self,
@@ -250,6 +245,19 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         (16, 4)
         """
         return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)
+
+    def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
+        """Return the draw that ``rng`` makes, or the one given, checked as the problem is."""
+        self.check(problem)
+        if draw is None:
+            return self._draw(problem, as_generator(rng))
+        return self._handed_in(problem, rng, draw)
+
+    def _handed_in(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any]) -> Draw:
+        """Return the draw that was handed in, checked; refuse an rng beside it."""
+        if rng is not None:
+            raise ValueError("rng must be None when draw is given, got both; pass one of them")
+        return self._check_draw(problem, draw)
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
         from ..draws import check_draw

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..draws import Draw, Rng, as_generator, check_draw
+from ..draws import Draw, Rng, check_draw
 from ..operators import AttentionOperator, Index, SampledAttention, pick
 from ..problem import AttentionProblem, as_array, check_rank, closest
 from ._base import Method, Traits, register
@@ -919,14 +919,6 @@ class Informer(Method):
         return checked
 
     # --- what it makes ----------------------------------------------------------------------
-
-    def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
-        self.check(problem)
-        if draw is None:
-            return self._draw(problem, as_generator(rng))
-        if rng is not None:
-            raise ValueError("rng must be None when draw is given, got both; pass one of them")
-        return self._check_draw(problem, draw)
 
     def select(
         self,

@@ -751,9 +751,7 @@ class Linformer(Method):
         if self.is_linear:
             return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)
         if draw is not None:
-            if rng is not None:
-                raise ValueError("rng must be None when draw is given, got both; pass one of them")
-            self._check_draw(problem, draw)
+            self._handed_in(problem, rng, draw)
         v = problem.values
         if len(problem.kept_keys) == 0:
             return np.zeros((problem.n_q, v.shape[1]), problem.dtype)

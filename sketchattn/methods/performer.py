@@ -561,10 +561,7 @@ class Performer(Method):
         >>> sa.Performer(rank=4).details(problem, rng=0).nonpositive
         0
         """
-        self.check(problem)
-        if draw is not None and rng is not None:
-            raise ValueError("rng must be None when draw is given, got both; pass one of them")
-        made = self.draw(problem, rng) if draw is None else self._check_draw(problem, draw)
+        made = self._checked(problem, rng, draw)
         wrong = 0
         kept = problem.kept_keys
         if self.form.features == "trigonometric" and len(kept):

@@ -707,10 +707,8 @@ class Skeinformer(Method):
         pilots = None
         if draw is None:
             checked, pilots = self._sample(problem, as_generator(rng), v if c.pilot_reuse else None)
-        elif rng is not None:
-            raise ValueError("rng must be None when draw is given, got both; pass one of them")
         else:
-            checked = self._check_draw(problem, draw)
+            checked = self._handed_in(problem, rng, draw)
             if c.pilot_reuse:
                 pilots = _solve_pilots(problem, checked["pilot_rows"], v)
         out = self._product(problem, checked, v).out
@@ -842,15 +840,6 @@ class Skeinformer(Method):
             mass=tau,
             mass_hat=tau_hat,
         )
-
-    def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
-        """Return the draw that ``rng`` makes, or the one given, checked."""
-        self.check(problem)
-        if draw is None:
-            return self._draw(problem, as_generator(rng))
-        if rng is not None:
-            raise ValueError("rng must be None when draw is given, got both; pass one of them")
-        return self._check_draw(problem, draw)
 
 
 class _Product(NamedTuple):
