@@ -626,6 +626,10 @@ def _add_non_finite(
                 target[where & ~np.isnan(target)] = value
 
 
+# Entries of the arrays of heads that a method is given at a time; copies of them are made.
+_HEADS_ENTRIES = 1 << 22
+
+
 def _approximate(
     arrays: tuple[Array, Array, Array],
     layout: _Layout,
@@ -654,18 +658,26 @@ def _approximate(
     if layout.n_k == 0 or layout.n_q == 0:
         return round_to(out, native).reshape((*layout.lead, layout.n_q, layout.d_v))
     entropy = entropy_of(rng) if draw is None and layout.lead else 0
-    for flat in range(len(out)):
+
+    def problem_of(flat: int) -> AttentionProblem:
         head = (q3[flat], k3[flat // layout.group], v3[flat // layout.group])
         if slabs is None:
             # Checked above, and nobody changes them during this call.
-            problem = AttentionProblem.adopt(*head, scale=scale, causal=causal)
-        else:
-            kept = slabs[0][slabs[1][flat]]
-            problem = AttentionProblem(*head, scale=scale, causal=causal, key_mask=kept)
-        if draw is None:
-            # One head alone is the same call as the method's own: the same rng, the same bits.
-            single = rng if layout.lead == () else head_generator(entropy, *divmod(flat, layout.h))
-            out[flat] = chosen.attend(problem, single)
-        else:
-            out[flat] = chosen.attend(problem, draw=draw)
+            return AttentionProblem.adopt(*head, scale=scale, causal=causal)
+        kept = slabs[0][slabs[1][flat]]
+        return AttentionProblem(*head, scale=scale, causal=causal, key_mask=kept)
+
+    def rng_of(flat: int) -> Rng:
+        # One head alone is the same call as the method's own: the same rng, the same bits.
+        if draw is not None or layout.lead == ():
+            return rng
+        return head_generator(entropy, *divmod(flat, layout.h))
+
+    numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
+    step = max(1, _HEADS_ENTRIES // max(numbers, 1))
+    for start in range(0, len(out), step):
+        heads = range(start, min(start + step, len(out)))
+        out[start : start + step] = chosen.attend_heads(
+            [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=draw
+        )
     return round_to(out, native).reshape((*layout.lead, layout.n_q, layout.d_v))

@@ -8,14 +8,14 @@ Each is a ``scipy.sparse.linalg.LinearOperator`` of shape (n_q, n_k): ``ahat @ v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from .problem import AttentionProblem, as_array, check_finite, float_dtype
+from .problem import AttentionProblem, as_array, check_finite, float_dtype, stacked
 
 Array = NDArray[Any]
 Index = ArrayLike | slice
@@ -96,35 +96,65 @@ PART_KEYS, MOST_PARTS = 2048, 16
 
 def solve_rows(problem: AttentionProblem, rows: Array, x: Array | None) -> tuple[Array, Array]:
     """Return ``(A_I X, logsumexp_I)`` of the rows I (s,) of a problem; A_I is never held."""
+    out, lse = solve_rows_of_heads([problem], rows[None], None if x is None else x[None])
+    return out[0], lse[0]
+
+
+def solve_rows_of_heads(
+    problems: Sequence[AttentionProblem], rows: Array, x: Array | None
+) -> tuple[Array, Array]:
+    """Return ``(A_I X, logsumexp_I)`` of heads that are alike, (H, s, m) and (H, s).
+
+    ``problems`` differ in their arrays and masks only; ``rows`` int (H, s), ``x (H, n_k, m)``.
+    Neither the number of heads nor what the others hold changes a bit of a head.
+    """
+    from .kernels.softmax import row_tile, softmax_product
+
+    first = problems[0]
+    heads, count = rows.shape
+    x = np.empty((heads, first.n_k, 0), first.dtype) if x is None else x
+    q = np.stack([problem.arrays.q[i] for problem, i in zip(problems, rows, strict=True)])
+    if first.n_k >= 2 * PART_KEYS and not first.causal and count < PART_KEYS:
+        made = [_solve_in_parts(*args) for args in zip(problems, q, x, strict=True)]
+        return stacked([out for out, _ in made]), stacked([lse for _, lse in made])
+    options: dict[str, Any] = {"scale": first.scale, "tile": row_tile(count)}
+    masked = any(problem.key_mask is not None for problem in problems)
+    if masked:
+        everything = np.ones(first.n_k, bool)
+        masks = (everything if y.key_mask is None else y.key_mask for y in problems)
+        options["key_mask"] = np.stack(list(masks))
+    k = stacked([problem.arrays.k for problem in problems])
+    slab = np.arange(heads)
+    if first.causal:
+        # Each row has a position of its own: to the kernel it is a head, and all share the keys.
+        options |= {"first": rows.ravel() + first.offset, "right": 0, "group": max(count, 1)}
+        q, slab = q.reshape(heads * count, 1, first.d), np.repeat(slab, count)
+    if masked:
+        options["key_slab"] = slab
+    out, lse = softmax_product(q, k, x, **options)
+    return out.reshape(heads, count, x.shape[2]), lse.reshape(heads, count)
+
+
+def _solve_in_parts(problem: AttentionProblem, q: Array, x: Array) -> tuple[Array, Array]:
+    """Return the same for the queries ``q (s, d)`` of one head with many keys."""
     from .kernels.softmax import softmax_product
 
-    q, k, _ = problem.arrays
-    n_k, count = problem.n_k, len(rows)
-    x = np.empty((n_k, 0), problem.dtype) if x is None else x
-    if problem.causal:
-        # Each row has a position of its own: to the kernel it is a head, and all share the keys.
-        masks = _problem_masks(problem)
-        masks |= {"first": rows + problem.offset, "key_slab": np.zeros(count, np.int64)}
-        out, lse = softmax_product(
-            q[rows][:, None], k[None], x[None], scale=problem.scale, group=max(count, 1), **masks
-        )
-        return out[:, 0], lse[:, 0]
+    n_k, (k, mask) = problem.n_k, (problem.arrays.k, problem.key_mask)
     # Few rows make few tiles, so keys are split as well: parts of them are heads to the kernel.
     # With lse_c of part c, lse = logsumexp_c lse_c and A_I X = sum_c exp(lse_c - lse) (A_I X)_c.
-    parts = min(MOST_PARTS, n_k // PART_KEYS) if count < PART_KEYS else 1
-    width = n_k // max(parts, 1)
+    parts = min(MOST_PARTS, n_k // PART_KEYS)
+    width = n_k // parts
     made = []
-    for start, heads in ((0, max(parts, 1)), (width * parts, 1)) if parts > 1 else ((0, 1),):
+    for start, heads in ((0, parts), (width * parts, 1)):
         stop = start + heads * width if start == 0 else n_k
         if start == stop:
             continue
         keys, values = (
             y[start:stop].reshape(heads, (stop - start) // heads, y.shape[1]) for y in (k, x)
         )
-        mask = problem.key_mask
         made.append(
             softmax_product(
-                np.repeat(q[rows][None], heads, axis=0),
+                np.repeat(q[None], heads, axis=0),
                 keys,
                 values,
                 scale=problem.scale,
@@ -132,8 +162,6 @@ def solve_rows(problem: AttentionProblem, rows: Array, x: Array | None) -> tuple
                 key_slab=np.arange(heads),
             )
         )
-    if len(made) == 1 and len(made[0][1]) == 1:
-        return made[0][0][0], made[0][1][0]
     outs, lses = (np.concatenate([part[i] for part in made]) for i in (0, 1))
     top = lses.max(axis=0)
     shares = np.exp(lses - np.where(np.isneginf(top), 0, top))
@@ -360,7 +388,8 @@ class FactoredAttention(AttentionOperator):
     u : ndarray or AttentionOperator (n_q, r)
     s : ndarray (r, r), (r,) for a diagonal, or None for the identity
     p : ndarray or AttentionOperator (r, n_k)
-        A factor that is itself a softmax matrix need not be held: give it as an operator.
+        A factor that is itself a softmax matrix, or one-hot (`Assignment`), need not be held: give
+        it as an operator.
     effective_rank : int, optional
         Budget used, by default r.
     remake : callable, optional
@@ -413,8 +442,9 @@ class FactoredAttention(AttentionOperator):
 
     @property
     def rank_bound(self) -> int:
-        """The smallest inner dimension of the factors."""
-        return int(min(*self.u.shape, *self.p.shape))
+        """The smallest inner dimension of the factors, or rank that one of them knows."""
+        known = [x.rank_bound for x in (self.u, self.p) if isinstance(x, AttentionOperator)]
+        return int(min(*self.u.shape, *self.p.shape, *known))
 
     @property
     def nbytes(self) -> int:
@@ -437,7 +467,16 @@ class FactoredAttention(AttentionOperator):
 
     def wide(self) -> AttentionOperator:
         """Return the operator in float64: the same arrays, or the same draw."""
-        return super().wide() if self._remake is None else self._remake()
+        if self.dtype == np.float64:
+            return self
+        if self._remake is not None:
+            return self._remake()
+        twin = super().wide()
+        for name in ("u", "p"):
+            factor = getattr(self, name)
+            if isinstance(factor, AttentionOperator):
+                setattr(twin, name, factor.wide())
+        return twin
 
     def _core(self, x: Array, transpose: bool = False) -> Array:
         if self.s is None:
@@ -460,6 +499,163 @@ class FactoredAttention(AttentionOperator):
         if isinstance(self.p, np.ndarray):
             return np.asarray(inner.T @ self.p)
         return np.ascontiguousarray((self.p.T @ inner).T)
+
+
+class Assignment(AttentionOperator):
+    """Represent a one-hot matrix by its labels: entry ``(i, labels_i)`` is 1 or ``weights_i``.
+
+    Parameters
+    ----------
+    labels : int array (n,)
+        Column of the entry of each row, in 0..r - 1.
+    r : int
+        Number of columns.
+    weights : array (n,), optional
+        The entries, float32 or float64, in whose precision products are computed; None is ones.
+        A row of weight zero is zero, and what it is multiplied with is not read.
+    transpose : bool, default False
+        Represent the transpose (r, n) instead: with ``weights = 1 / counts[labels]`` it takes the
+        means of clusters.
+    dtype : dtype, optional
+        Precision, by default that of the weights, or float64.
+
+    Attributes
+    ----------
+    nonnegative, row_stochastic : bool
+        What the matrix is, up to the rounding of its weights.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For labels that are no integers in 0..r - 1, and weights of another length.
+
+    Notes
+    -----
+    A product with m columns costs ``O((n + r) m)``: a copy of chosen rows, or sums over the rows of
+    each label, which have the same bits for any number of threads.  Memory is ``O(n)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> spread = Assignment(np.array([0, 1, 0]), 2)
+    >>> (spread @ np.array([5.0, 7.0])).tolist()
+    [5.0, 7.0, 5.0]
+    >>> mean = Assignment(np.array([0, 1, 0]), 2, np.array([0.5, 1.0, 0.5]), transpose=True)
+    >>> (mean @ np.array([1.0, 2.0, 3.0])).tolist()
+    [2.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        labels: Array,
+        r: int,
+        weights: Array | None = None,
+        *,
+        transpose: bool = False,
+        dtype: Any = None,
+    ) -> None:
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise TypeError(
+                f"labels must be a one-dimensional integer array, got {labels.dtype} of shape "
+                f"{labels.shape}; give a column for each row"
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < r:
+            raise ValueError(
+                f"labels must be in 0..r - 1 = {r - 1}, got {labels.min()} to {labels.max()}; "
+                f"raise r"
+            )
+        if weights is not None and weights.shape != labels.shape:
+            raise ValueError(
+                f"weights must have shape (n,) = {labels.shape}, got {weights.shape}; give one "
+                f"for each label"
+            )
+        if dtype is None:
+            dtype = np.float64 if weights is None else _precision(weights)
+        super().__init__((r, len(labels)) if transpose else (len(labels), r), dtype)
+        self.labels = labels.astype(np.int64)
+        self.weights = None if weights is None else weights.astype(self.dtype)
+        self.transposed = bool(transpose)
+        used = labels if weights is None else labels[weights != 0]
+        self._used = int((np.bincount(used, minlength=1) > 0).sum()) if len(used) else 0
+
+    @property
+    def _r(self) -> int:
+        return int(self.shape[0 if self.transposed else 1])
+
+    @property
+    def rank_bound(self) -> int:
+        """The rank: how many labels there are."""
+        return self._used
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether no weight is negative."""
+        return self.weights is None or bool((self.weights >= 0).all())
+
+    @property
+    def row_stochastic(self) -> bool:
+        """Whether weights are not negative and rows sum to one, up to rounding."""
+        if not self.nonnegative:
+            return False
+        eps = float(np.finfo(self.dtype).eps)
+        if not self.transposed:
+            w = self.weights
+            return w is None or bool((np.abs(w - 1) <= 4 * eps).all())
+        counts = np.bincount(self.labels, minlength=self._r)
+        sums = np.bincount(self.labels, self.weights, minlength=self._r)
+        # Each of the weights of a row may carry a rounding or two.
+        return bool((np.abs(sums - 1) <= (counts + 4) * eps).all())
+
+    def _spread(self, x: Array) -> Array:
+        """Return for each label its row of x (r, m), weighted."""
+        out: Array = x[self.labels]
+        if self.weights is not None:
+            out[self.weights == 0] = 0
+            out *= self.weights[:, None]
+        return out
+
+    def _sums(self, y: Array) -> Array:
+        """Return for each label the weighted sum of its rows of y (n, m)."""
+        from .kernels.sketching import scatter
+
+        if self.weights is not None:
+            some = (self.weights != 0)[:, None]
+            y = np.multiply(y, self.weights[:, None], out=np.zeros_like(y), where=some)
+        if y.size == 0 or self._r == 0:
+            return np.zeros((self._r, y.shape[1]), self.dtype)
+        buckets = self.labels.astype(np.int32)[:, None]
+        return scatter(y, buckets, np.ones(buckets.shape, np.int8), self._r, 1.0)
+
+    def _matmat(self, x: Array) -> Array:
+        return (self._sums if self.transposed else self._spread)(self._cast(x))
+
+    def _rmatmat(self, y: Array) -> Array:
+        return (self._spread if self.transposed else self._sums)(self._cast(y))
+
+    def rows(self, index: Index) -> Array:
+        """Return chosen rows as a dense array."""
+        chosen = pick(self.shape[0], index)
+        return self._entries(chosen) if self.transposed else self._units(chosen)
+
+    def columns(self, index: Index) -> Array:
+        """Return chosen columns as a dense array."""
+        chosen = pick(self.shape[1], index)
+        made = self._units(chosen) if self.transposed else self._entries(chosen)
+        return np.ascontiguousarray(made.T)
+
+    def _units(self, chosen: Array) -> Array:
+        """Return rows of the matrix that is not transposed, (len(chosen), r)."""
+        out = np.zeros((len(chosen), self._r), self.dtype)
+        out[np.arange(len(chosen)), self.labels[chosen]] = (
+            1 if self.weights is None else self.weights[chosen]
+        )
+        return out
+
+    def _entries(self, chosen: Array) -> Array:
+        """Return its columns, transposed, (len(chosen), n)."""
+        hit = self.labels[None, :] == chosen[:, None]
+        return np.where(hit, 1 if self.weights is None else self.weights, 0).astype(self.dtype)
 
 
 def _nonnegative(x: Array | AttentionOperator) -> bool:

@@ -197,6 +197,24 @@ def check_finite(x: Array, name: str) -> None:
         )
 
 
+def stacked(arrays: Sequence[Array]) -> Array:
+    """Return arrays of one shape and dtype with an axis in front.
+
+    Nothing is copied for one array, or where they are neighbours in the memory of another.
+    """
+    first = arrays[0]
+    if len(arrays) == 1:
+        return first[None]
+    start, base = first.__array_interface__["data"][0], first.base
+    if isinstance(base, np.ndarray) and all(
+        x.base is base and x.__array_interface__["data"][0] == start + h * first.nbytes
+        for h, x in enumerate(arrays)
+    ):
+        shape, strides = (len(arrays), *first.shape), (first.nbytes, *first.strides)
+        return np.lib.stride_tricks.as_strided(first, shape, strides)
+    return np.stack(arrays)
+
+
 def check_logits(lse: Array) -> None:
     """Refuse logits that overflowed, which finite inputs show as a logsumexp that is NaN."""
     wrong = np.isnan(lse)

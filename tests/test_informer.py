@@ -1047,3 +1047,22 @@ def test_close_rows_are_ranked_in_float64() -> None:
         want = np.argsort(-(logits.max(axis=1) - logits.mean(axis=1)), kind="stable")
         assert method.select(problem, draw=draw).tolist() == want.tolist()
         assert len(np.unique(logits.astype(np.float32).max(axis=1))) == 1
+
+
+def test_small_heads_of_a_call_share_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[int] = []
+    statistics = probsparse.sampled_statistics
+
+    def counted(q: Array, *args: Any, **kwargs: Any) -> Any:
+        heads.append(len(q))
+        return statistics(q, *args, **kwargs)
+
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 3, 40, 4)) for _ in range(3))
+    keep = np.arange(40) < np.array([[40], [25]])
+    method = sa.Informer(rank=8, samples=5)
+    monkeypatch.setattr(probsparse, "sampled_statistics", counted)
+    out = sa.attention(q, k, v, method, rng=3, key_mask=keep)
+    assert heads == [6]
+    monkeypatch.setattr(sa.Informer, "attend_heads", sa.Method.attend_heads)
+    assert np.array_equal(out, sa.attention(q, k, v, method, rng=3, key_mask=keep))

@@ -24,7 +24,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 import sketchattn as sa
 from sketchattn.kernels._threads import limit_threads
 from sketchattn.methods.baselines import VisibleMean
-from sketchattn.operators import DenseAttention, WrappedAttention, as_operator, pick
+from sketchattn.operators import Assignment, DenseAttention, WrappedAttention, as_operator, pick
 
 Array = NDArray[Any]
 PRECISIONS = [np.float32, np.float64]
@@ -116,6 +116,35 @@ def rectangular_core(dtype: Any) -> Made:
     rng = np.random.default_rng(0)
     u, s, p = (rng.standard_normal(x).astype(dtype) for x in ((7, 2), (2, 3), (3, 9)))
     return product(sa.FactoredAttention(u, s, p), u, s, p)
+
+
+LABELS = np.array([2, 0, 2, 4, 2, 0, 4])  # of five labels two are not used
+
+
+def one_hot(dtype: Any, weighted: bool = False) -> Array:
+    """Return the matrix of ``LABELS`` (7, 5); one weight is zero."""
+    made = np.zeros((7, 5), dtype)
+    for i, label in enumerate(LABELS):
+        made[i, label] = (0.0, -0.5, 0.3)[i % 3] if weighted else 1.0
+    return made
+
+
+def assigned(weighted: bool, transpose: bool) -> Make:
+    def make(dtype: Any) -> Made:
+        narrow = one_hot(dtype, weighted)
+        weights = narrow[np.arange(7), LABELS] if weighted else None
+        made = Assignment(LABELS, 5, weights, transpose=transpose, dtype=dtype)
+        dense = (narrow.T if transpose else narrow).astype(np.float64)
+        return Made(made, dense, np.abs(dense), 100 * unit_roundoff(dtype))
+
+    return make
+
+
+def factored_assignments(dtype: Any) -> Made:
+    """Return U S P with one-hot U and P."""
+    s = np.random.default_rng(0).standard_normal((5, 5)).astype(dtype)
+    u, p = assigned(False, False)(dtype), assigned(True, True)(dtype)
+    return product(sa.FactoredAttention(u.a, s, p.a), u.dense, s, p.dense)
 
 
 def sampled(own: bool) -> Make:
@@ -214,6 +243,11 @@ OPERATORS: dict[str, Make] = {
     **{f"mean {name}": mean(name) for name in PROBLEMS},
     **{f"factored {core}": factored(core) for core in ("none", "diagonal", "full")},
     "factored rectangular": rectangular_core,
+    "factored assignments": factored_assignments,
+    "assignment": assigned(False, False),
+    "assignment transposed": assigned(False, True),
+    "assignment weighted": assigned(True, False),
+    "assignment weighted transposed": assigned(True, True),
     "sampled": sampled(False),
     "sampled own": sampled(True),
     "sampled nothing": nothing_sampled,
@@ -629,6 +663,115 @@ def test_ranks_of_fills() -> None:
         made = sa.SampledAttention(columns, np.ones((20, 3)), 20, **options)
         assert made.rank_bound == {"shared": 4, "rows": 5, "causal": 20, "own": 20}[name]
         assert made.effective_rank == 3
+
+
+def test_a_product_of_factors_knows_what_its_factors_are() -> None:
+    rng = np.random.default_rng(0)
+    counts = np.bincount(LABELS, minlength=5)
+    means = Assignment(LABELS, 5, 1.0 / counts[LABELS], transpose=True)
+    spread = Assignment(LABELS, 5)
+    core = rng.random((5, 5))
+    core /= core.sum(axis=1, keepdims=True)
+    softmax = make_problem(5, 7).exact
+    shares = np.array([0.25, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5])
+    # Factor p, whether it is non-negative and whether row-stochastic.
+    cases: list[tuple[Any, bool, bool]] = [
+        (softmax, True, True),
+        (softmax.to_dense(), True, True),
+        (softmax.to_dense() * 1.001, True, False),
+        (softmax.to_dense() - 0.2, False, False),
+        (make_problem(5, 7, key_mask=np.zeros(7, bool)).exact, True, False),
+        (means, True, False),  # two of its rows are empty
+        (Assignment(LABELS, 5, transpose=True), True, False),  # sums in place of means
+        (Assignment(np.arange(7) % 5, 5, shares, transpose=True), True, True),
+        (Assignment(LABELS, 5, -np.ones(7), transpose=True), False, False),
+    ]
+    for p, nonnegative, stochastic in cases:
+        for s in (None, core):
+            a = sa.FactoredAttention(spread, s, p)
+            assert (a.nonnegative, a.row_stochastic) == (nonnegative, stochastic)
+            dense = a.to_dense()
+            assert not nonnegative or (dense >= 0).all()
+            assert not stochastic or np.abs(dense.sum(axis=1) - 1).max() <= 1e-14
+    assert spread.row_stochastic
+    assert not Assignment(LABELS, 5, np.full(7, 0.9)).row_stochastic
+    # A core with a negative entry, one whose rows sum to 1/2, and a diagonal that is no identity.
+    for s in (core - 0.3, 0.5 * core, np.arange(5) / 4):
+        assert not sa.FactoredAttention(spread, s, softmax).row_stochastic
+    assert not sa.FactoredAttention(spread, core - 0.3, softmax).nonnegative
+    assert sa.FactoredAttention(spread, np.ones(5), softmax).row_stochastic
+    # Three labels are used: no product of these has a larger rank.
+    assert sa.FactoredAttention(spread, core, softmax).rank_bound == 3
+    assert Assignment(LABELS, 5, np.zeros(7)).rank_bound == 0
+
+
+def test_products_of_factors_never_form_the_matrix() -> None:
+    """At this size the matrix would have 10^12 entries."""
+    n, r = 1_000_000, 4
+    labels = np.arange(n) % r
+    means = Assignment(labels, r, np.full(n, r / n), transpose=True)
+    a = sa.FactoredAttention(Assignment(labels, r), np.eye(r)[::-1], means)
+    x = np.ones((n, 1))
+    x[labels == 0] = 5
+    out = a @ x
+    assert np.abs(out[:r, 0] - [1, 1, 1, 5]).max() <= n * unit_roundoff(np.float64) * 5
+    assert np.abs(a.T @ out).sum() > 0
+    assert a.nbytes <= 64 * n
+
+
+def test_rows_of_weight_zero_are_not_read() -> None:
+    weights = np.array([1.0, 1.0, 0.0])
+    x = np.array([[1.0], [2.0], [np.nan]])
+    sums = Assignment(np.array([0, 1, 0]), 2, weights, transpose=True)
+    assert (sums @ x).tolist() == [[1.0], [2.0]]
+    assert (sums.T @ np.array([[np.inf], [3.0]])).tolist() == [[np.inf], [3.0], [0.0]]
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    rng = np.random.default_rng(0)
+    labels, x = rng.integers(0, 30, 20_000), rng.standard_normal((20_000, 16), np.float32)
+    sums = []
+    for count in (1, 2):
+        with limit_threads(count):
+            sums.append(Assignment(labels, 30, transpose=True, dtype=np.float32) @ x)
+    assert np.array_equal(sums[0], sums[1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "error", "text"),
+    [
+        (
+            np.array([0, 3]),
+            {},
+            ValueError,
+            "labels must be in 0..r - 1 = 2, got 0 to 3; raise r",
+        ),
+        (
+            np.array([-1, 2]),
+            {},
+            ValueError,
+            "labels must be in 0..r - 1 = 2, got -1 to 2; raise r",
+        ),
+        (
+            np.array([0.0, 1.0]),
+            {},
+            TypeError,
+            "labels must be a one-dimensional integer array, got float64 of shape (2,); give a "
+            "column for each row",
+        ),
+        (
+            np.array([0, 1]),
+            {"weights": np.ones(3)},
+            ValueError,
+            "weights must have shape (n,) = (2,), got (3,); give one for each label",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(
+    labels: Array, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=message(text)):
+        Assignment(labels, 3, **options)
 
 
 def test_an_operator_without_products_says_so() -> None:

@@ -998,7 +998,7 @@ def test_long_causal_prefix_sums_cross_tiles() -> None:
         method = make(40, causal_form="corrected", pilots=5)
         draw = method.draw(problem, rng=0)
         ahat = method.approximate(problem, draw=draw)
-        assert sampled.tile_rows(1, n_q, 40) < n_q
+        assert sampled.tile_rows(n_q, 40) < n_q
         expected = ahat.to_dense() @ problem.values
         assert np.abs(method.attend(problem, draw=draw) - expected).max() <= 1e-12
         assert np.abs(ahat @ problem.values - expected).max() <= 1e-12
@@ -1052,9 +1052,35 @@ def test_heads_in_one_call_are_heads_one_at_a_time() -> None:
             problem = sa.AttentionProblem(q[i], k[i], v[i], scale=0.4, causal=ends is not None)
             form = None if ends is None else "corrected"
             method = make(r, law="uniform", pilot_reuse=False, causal_form=form)
-            # Another number of rows may have other tiles: the order of sums differs.
-            alone = method.attend(problem, draw=fixed(columns[i]))
-            assert np.abs(made[0].out[i] - alone).max() <= rounding(problem)
+            assert np.array_equal(made[0].out[i], method.attend(problem, draw=fixed(columns[i])))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"replace": True, "normalizer": "sampled"}, {"shared_pilots": True, "mix": 0.1}],
+)
+def test_small_heads_of_a_call_share_each_pass(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[int] = []
+    product = sampled.sampled_product
+
+    def counted(q: Array, *args: Any, **kwargs: Any) -> Any:
+        heads.append(len(q))
+        return product(q, *args, **kwargs)
+
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, h, 40, 4)) for h in (6, 3, 3))
+    keep = np.arange(40) < np.array([[40], [25]])
+    method = make(8, **options)
+    draws: dict[str, Any] = {"rng": 3, "key_mask": keep, "enable_gqa": True}
+    monkeypatch.setattr(sampled, "sampled_product", counted)
+    out = sa.attention(q, k, v, method, **draws)
+    # Draws with replacement have as many distinct columns as they happen to have.
+    assert sum(heads) == 12
+    assert len(heads) == 1 or options.get("replace")
+    monkeypatch.setattr(type(method), "attend_heads", sa.Method.attend_heads)
+    assert np.array_equal(out, sa.attention(q, k, v, method, **draws))
 
 
 @pytest.mark.threads

@@ -224,96 +224,107 @@ def block_sums(v: Array, keep: Array, bounds: Array, threads: int, parts: Array)
 def pilot_norms(
     k: Array, pilots: Array, bias: Array, first: Array, tile: int, threads: int, out: Array
 ) -> None:
-    """``out_j = log2 sum_t 2^(k_j . pilots_t + bias_t) (n_k,)`` over ``t >= first_j``; -inf: none.
+    """``out_j = log2 sum_t 2^(k_j . pilots_t + bias_t) (H, n_k)`` over ``t >= first_j``.
 
-    ``k (n_k, d)``, ``pilots (s, d)``, ``bias (s,)``, ``first (n_k,)`` or of size 0; ``out`` is
-    float64.
+    ``k (H, n_k, d)``, ``pilots (H, s, d)``, ``bias (H, s)``, ``first (H, n_k)`` or of size 0;
+    ``out`` is float64, -inf where there is no such t.
     """
-    n_k = k.shape[0]
-    count = pilots.shape[0]
+    heads, n_k, _ = k.shape
+    count = pilots.shape[1]
     tiles = (n_k + tile - 1) // tile
     lowest = k.dtype.type(-np.inf)
     for worker in prange(threads):
         buffer = np.empty(tile * count, k.dtype)
-        for item in range(worker, tiles, threads):
-            j0 = item * tile
+        for item in range(worker, heads * tiles, threads):
+            h = item // tiles
+            j0 = (item - h * tiles) * tile
             j1 = min(j0 + tile, n_k)
             s = buffer[: (j1 - j0) * count].reshape((j1 - j0, count))
-            np.dot(k[j0:j1], pilots.T, s)
+            np.dot(k[h, j0:j1], pilots[h].T, s)
             for i in range(j1 - j0):
-                start = first[j0 + i] if first.size > 0 else 0
+                start = first[h, j0 + i] if first.size > 0 else 0
                 row = s[i, start:]
                 for t in range(row.size):
-                    row[t] += bias[start + t]
+                    row[t] += bias[h, start + t]
                 high = row_maximum(row)
                 if high == lowest:
-                    out[j0 + i] = -np.inf
+                    out[h, j0 + i] = -np.inf
                     continue
                 total = k.dtype.type(0.0)
                 for t in range(row.size):
                     total += exp2(k.dtype.type(row[t] - high))
-                out[j0 + i] = high + np.log2(np.float64(total))
+                out[h, j0 + i] = high + np.log2(np.float64(total))
 
 
 @kernel(parallel=True)
-def row_norms(x: Array, size: float, block: int, threads: int, out: Array) -> None:
-    """``out_i = size |x_i / size| (n,)``, float64, for ``x (n, m)`` with entries up to ``size``."""
-    n, width = x.shape
+def row_norms(x: Array, size: Array, block: int, threads: int, out: Array) -> None:
+    """``out_hi = size_h |x_hi / size_h|``, float64, for ``x (H, n, m)`` up to ``size (H,)``."""
+    heads, n, width = x.shape
     blocks = (n + block - 1) // block
     for worker in prange(threads):
-        for b in range(worker, blocks, threads):
+        for item in range(worker, heads * blocks, threads):
+            h = item // blocks
+            b = item - h * blocks
             for i in range(b * block, min((b + 1) * block, n)):
                 total = 0.0
                 for c in range(width):
-                    y = np.float64(x[i, c]) / size
+                    y = np.float64(x[h, i, c]) / size[h]
                     total += y * y
-                out[i] = size * np.sqrt(total)
+                out[h, i] = size[h] * np.sqrt(total)
 
 
 # --- drivers --------------------------------------------------------------------------------
 
 
 def log_column_norms(
-    k: Array, pilots: Array, lse: Array, *, scale: float, counts: Array, positions: Array | None
+    k: Array,
+    pilots: Array,
+    lse: Array,
+    *,
+    scale: float,
+    counts: Array,
+    positions: Array | None,
 ) -> Array:
-    """Return ``(1/2) ln sum_i counts_i exp(2 (scale k_j . q_i - lse_i))``, float64 (n_k,).
+    """Return ``(1/2) ln sum_i counts_i exp(2 (scale k_j . q_i - lse_i))``, float64 (H, n_k).
 
     It is half a logsumexp over the pilot queries, so that no array of their rows is formed, and
     no square underflows.  Nothing is validated.
 
     Parameters
     ----------
-    k : ndarray (n_k, d)
-    pilots : ndarray (s, d)
+    k : ndarray (H, n_k, d)
+    pilots : ndarray (H, s, d)
         Pilot queries.
-    lse : float64 array (s,)
-        Finite.
+    lse : float64 array (H, s)
+        -inf for a query that sees no key, which does not count.
     scale : float
-    counts : float64 array (s,)
+    counts : float64 array (H, s)
         How often each was drawn.
-    positions : int64 array (s,), optional
+    positions : int64 array (H, s), optional
         Ascending: pilot i sees the keys up to this one; None: all keys.
     """
-    dtype, n_k = k.dtype, len(k)
-    bias = (np.log2(counts) - 2.0 * LOG2E * lse).astype(dtype)
-    first = np.empty(0, np.int64)
+    dtype, (heads, n_k, _) = k.dtype, k.shape
+    bias = np.where(lse > -np.inf, np.log2(counts) - 2.0 * LOG2E * lse, -np.inf).astype(dtype)
+    first = np.empty((0, n_k), np.int64)
     if positions is not None:
-        first = np.searchsorted(positions, np.arange(n_k))
-    out = np.empty(n_k)
+        first = np.stack([np.searchsorted(x, np.arange(n_k)) for x in positions])
+    out = np.empty((heads, n_k))
     scaled = dtype.type(2.0 * scale * LOG2E) * pilots
+    tile = tile_rows(n_k, pilots.shape[1])
     with kernel_threads() as threads:
-        pilot_norms(k, scaled, bias, first, tile_rows(1, n_k, len(pilots)), threads, out)
+        pilot_norms(k, scaled, bias, first, tile, threads, out)
     out *= 0.5 * LN2
     return out
 
 
 def euclidean_norms(x: Array) -> Array:
-    """Return the Euclidean norms of the rows of ``x (n, m)``, float64, without underflow."""
-    size = max(float(np.max(x, initial=0.0)), -float(np.min(x, initial=0.0)))
-    out = np.zeros(len(x))
-    if size > 0.0:
-        with kernel_threads() as threads:
-            row_norms(x, size, SUM_BLOCK, threads, out)
+    """Return the Euclidean norms of the rows of ``x (H, n, m)``, float64, without underflow."""
+    size = np.maximum(np.max(x, axis=(1, 2), initial=0.0), -np.min(x, axis=(1, 2), initial=0.0))
+    size = size.astype(np.float64)
+    size[size == 0.0] = 1.0
+    out = np.empty(x.shape[:2])
+    with kernel_threads() as threads:
+        row_norms(x, size, SUM_BLOCK, threads, out)
     return out
 
 
@@ -338,9 +349,12 @@ class SampledProduct(NamedTuple):
     log_total: Array
 
 
-def tile_rows(heads: int, n_q: int, r: int) -> int:
-    """Return the queries of a tile: as many as `row_tile` says, and few where r is large."""
-    return max(8, min(row_tile(heads * n_q), TILE_ENTRIES // max(r, 1)))
+def tile_rows(n_q: int, r: int) -> int:
+    """Return the queries of a tile: as many as `row_tile` says, and few where r is large.
+
+    It knows nothing of the other heads of a call, whose number then does not change a bit.
+    """
+    return max(8, min(row_tile(n_q), TILE_ENTRIES // max(r, 1)))
 
 
 def sampled_product(
@@ -390,7 +404,7 @@ def sampled_product(
     dtype = q.dtype
     which = np.arange(heads)[:, None]
     keys, values = (np.ascontiguousarray(x[which, columns]) for x in (k, v))
-    tile = tile_rows(heads, n_q, r)
+    tile = tile_rows(n_q, r)
     if ends is None:
         bounds = np.append(np.arange(0, n_k, SUM_BLOCK), n_k)
     else:

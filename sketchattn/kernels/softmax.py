@@ -586,6 +586,7 @@ def softmax_product(
     mask: Array | None = None,
     mask_slab: Array | None = None,
     sink: Array | None = None,
+    tile: int | None = None,
 ) -> tuple[Array, Array]:
     """Return ``(A V, logsumexp)`` of many heads with prepared arrays; nothing is validated.
 
@@ -606,6 +607,8 @@ def softmax_product(
         Visible entries, or a bias added to the logits; axes of length 1 are broadcast.
     sink : array (H,), optional
         An extra logit of each head with value zero.
+    tile : int, optional
+        Queries of a tile; None takes what suits the queries of all heads.
 
     Returns
     -------
@@ -620,7 +623,7 @@ def softmax_product(
     lse = np.empty((heads, n_q), dtype)
     no_mask, no_bias = np.empty((0, 1, 1), bool), np.empty((0, 1, 1), dtype)
     boolean = mask is not None and mask.dtype == np.bool_
-    tile = row_tile(heads * n_q)
+    tile = row_tile(heads * n_q) if tile is None else tile
     with kernel_threads() as threads:
         for start in range(0, max(width, 1), WIDEST):
             whole = width <= WIDEST

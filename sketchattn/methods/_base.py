@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -245,6 +245,45 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         (16, 4)
         """
         return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)
+
+    def attend_heads(
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[Rng],
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat`` of many heads: what `attend` returns for each, to the bit.
+
+        Methods whose passes take many heads override it, so that small heads share the threads.
+
+        Parameters
+        ----------
+        problems : sequence of AttentionProblem
+            H problems with values that differ in their arrays and masks only, H at least 1.
+        rngs : sequence of None, int or numpy.random.Generator
+            One for each head.
+        draw : mapping from names to arrays, optional
+            One draw that all heads use; ``rngs`` are None then.
+
+        Returns
+        -------
+        ndarray (H, n_q, d_v)
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `attend`.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problems = [sa.make_heads("gaussian", n=16, d=4, rng=s)[0] for s in range(3)]
+        >>> sa.Skeinformer(rank=4).attend_heads(problems, [0, 1, 2]).shape
+        (3, 16, 4)
+        """
+        pairs = zip(problems, rngs, strict=True)
+        return np.stack([self.attend(problem, rng, draw=draw) for problem, rng in pairs])
 
     def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
         """Return the draw that ``rng`` makes, or the one given, checked as the problem is."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,8 +20,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Draw, Rng, check_draw
-from ..operators import AttentionOperator, Index, SampledAttention, pick
-from ..problem import AttentionProblem, as_array, check_rank, closest
+from ..operators import (
+    PART_KEYS,
+    AttentionOperator,
+    Index,
+    SampledAttention,
+    pick,
+    solve_rows_of_heads,
+)
+from ..problem import AttentionProblem, as_array, check_logits, check_rank, closest, stacked
 from ._base import Method, Traits, register
 
 Array = NDArray[Any]
@@ -139,6 +146,16 @@ def _lazy(problem: AttentionProblem, fill: str, dtype: Any) -> SampledAttention:
         keys=None if problem.key_mask is None else problem.key_mask.copy(),
         offset=problem.offset if problem.causal else None,
     )
+
+
+def _lazy_row(fill: Array, keys: Array | None, x: Array) -> Array:
+    """Return the lazy row of a product with ``x (n_k, m)`` where no problem is causal, (m,).
+
+    Then lazy rows differ by nothing but zero for rows without a key: one mean serves them all.
+    """
+    kept = x if keys is None else x[keys]
+    total = kept.sum(axis=0, dtype=np.float64)
+    return np.asarray(float(fill.max(initial=0.0)) * total)
 
 
 def _check_fill(problem: AttentionProblem, fill: str) -> None:
@@ -359,14 +376,17 @@ def _statistic(
     divisor: str,
     scope: str,
     fill: str,
+    reduced: Array | None = None,
 ) -> Array:
-    """Return the statistic from checked arguments."""
+    """Return the statistic from checked arguments; ``reduced`` is what `_reduced` returns."""
     seen = problem.visible_counts() > 0
     if statistic == "row_norm":
         return np.where(seen, problem.exact.row_norms(), -np.inf)
     if statistic == "oracle":
         return np.where(seen, lazy_errors(problem, fill=fill), -np.inf)
-    highest, total, lse, count = _reduced(problem, samples, scope, statistic in ("m", "kl")).T
+    if reduced is None:
+        reduced = _reduced([problem], None if samples is None else [samples], statistic, scope)[0]
+    highest, total, lse, count = reduced.T
     nv = _reach_counts(problem, scope).astype(np.float64)
     some = (count > 0) & seen
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -401,28 +421,35 @@ def _last(problem: AttentionProblem, scope: str) -> Array:
 
 
 def _reduced(
-    problem: AttentionProblem, samples: Array | None, scope: str, exponentials: bool
+    problems: Sequence[AttentionProblem],
+    samples: Sequence[Array] | None,
+    statistic: str,
+    scope: str,
 ) -> Array:
-    """Return maximum, sum, logsumexp and number of the logits that each row looks at."""
+    """Return maximum, sum, logsumexp and number of the logits that rows look at, (H, n_q, 4).
+
+    The heads are alike; more than one only with samples of their own for each row.
+    """
     from ..kernels.probsparse import sampled_statistics, shared_statistics
 
-    q, k, _ = problem.arrays
-    last = _last(problem, scope)
-    if samples is not None and samples.ndim == 2:
-        chosen = np.require(samples, np.int64, ["C", "W"])[None]
-        reduced = sampled_statistics(
-            q[None], k[None], chosen, last, scale=problem.scale, exponentials=exponentials
+    first = problems[0]
+    q, last = stacked([x.arrays.q for x in problems]), _last(first, scope)
+    options: dict[str, Any] = {
+        "scale": first.scale,
+        "exponentials": statistic in ("m", "kl"),
+    }
+    if samples is not None and samples[0].ndim == 2:
+        chosen = stacked([np.require(x, np.int64, ["C", "W"]) for x in samples])
+        return sampled_statistics(
+            q, stacked([x.arrays.k for x in problems]), chosen, last, **options
         )
-        return np.asarray(reduced[0])
-    keys = problem.kept_keys if samples is None else np.sort(samples)
-    reduced = shared_statistics(
-        q[None],
-        k[keys].astype(np.float64)[None],
+    keys = first.kept_keys if samples is None else np.sort(samples[0])
+    return shared_statistics(
+        q,
+        first.arrays.k[keys].astype(np.float64)[None],
         np.searchsorted(keys, last, side="right"),
-        scale=problem.scale,
-        exponentials=exponentials,
+        **options,
     )
-    return np.asarray(reduced[0])
 
 
 # --- arguments --------------------------------------------------------------------------------
@@ -578,14 +605,9 @@ class InformerAttention(SampledAttention):
 
     def _matmat(self, x: Array) -> Array:
         x = self._cast(x)
-        kept = x if self.keys is None else x[self.keys]
-        # Lazy rows differ by nothing but zero for a row without a key: one mean serves them all.
-        fill = np.asarray(self.fill)
-        total = kept.sum(axis=0, dtype=np.float64)
-        weight = float(fill.max(initial=0.0))
         product = np.empty((self.shape[0], x.shape[1]), self.dtype)
-        product[:] = weight * total
-        if weight and self.active.n_q:
+        product[:] = _lazy_row(np.asarray(self.fill), self.keys, x)
+        if self.active.n_q:
             product[self.replaced] = self.active.exact @ x
         return product
 
@@ -952,6 +974,10 @@ class Informer(Method):
     def _select(self, problem: AttentionProblem, draw: Draw) -> Array:
         if "pilot_rows" in draw:
             return draw["pilot_rows"]
+        return self._ranked(problem, draw, None)
+
+    def _ranked(self, problem: AttentionProblem, draw: Draw, reduced: Array | None) -> Array:
+        """Return the rows on top by their statistic, the highest first."""
         c = self.choices
         found = _statistic(
             problem,
@@ -960,6 +986,7 @@ class Informer(Method):
             c.mean_divisor or "n_samples",
             c.scope or "visible",
             c.fill,
+            reduced,
         )
         seen = np.flatnonzero(problem.visible_counts() > 0)
         order = np.argsort(-found[seen], kind="stable")
@@ -981,3 +1008,68 @@ class Informer(Method):
             rows=rows,
             row_weights=problem.exact.rows(rows),
         )
+
+    def attend_heads(
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[Rng],
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat`` (H, n_q, d_v) of many heads.
+
+        Rows that look at keys of their own are ranked for all heads in one pass, and the exact
+        rows of all heads are another; causal problems are computed one by one.
+
+        Parameters
+        ----------
+        problems, rngs, draw
+            As for `Method.attend_heads`.
+
+        Returns
+        -------
+        ndarray (H, n_q, d_v)
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `attend`.
+
+        Examples
+        --------
+        >>> import numpy as np, sketchattn as sa
+        >>> problems = [sa.make_heads("gaussian", n=16, d=4, rng=s)[0] for s in range(3)]
+        >>> method = sa.Informer(rank=4)
+        >>> together = method.attend_heads(problems, [0, 1, 2])
+        >>> alone = [method.attend(problem, rng) for rng, problem in enumerate(problems)]
+        >>> bool(np.array_equal(together, alone))
+        True
+        """
+        c, first = self.choices, problems[0]
+        one_pass = c.key_sampling == "per_query" and not first.causal
+        # Heads with few keys may look at fewer; a head with many fills the threads by itself.
+        looks = {self.budget(problem)[1] for problem in problems}
+        if not one_pass or len(looks) > 1 or first.n_k >= 2 * PART_KEYS:
+            return super().attend_heads(problems, rngs, draw=draw)
+        draws = [self._checked(x, rng, draw) for x, rng in zip(problems, rngs, strict=True)]
+        values = stacked([np.asarray(x.values) for x in problems])
+        if any("pilot_rows" in x for x in draws):
+            chosen = [self._select(x, y) for x, y in zip(problems, draws, strict=True)]
+        else:
+            samples = [x["key_samples"] for x in draws]
+            reduced = _reduced(problems, samples, c.statistic, c.scope or "visible")
+            ranked = zip(problems, draws, reduced, strict=True)
+            chosen = [self._ranked(x, y, z) for x, y, z in ranked]
+        out = np.empty((len(problems), first.n_q, values.shape[2]), first.dtype)
+        for head, problem, x in zip(out, problems, values, strict=True):
+            fill = _fill_weights(problem, c.fill).astype(first.dtype)
+            head[:] = _lazy_row(fill, problem.key_mask, x)
+        sizes = np.array([len(rows) for rows in chosen])
+        for size in np.unique(sizes[sizes > 0]):
+            group = np.flatnonzero(sizes == size).tolist()
+            rows = np.sort(np.stack([chosen[h] for h in group]), axis=1)
+            exact, lse = solve_rows_of_heads([problems[h] for h in group], rows, values[group])
+            for head in lse:
+                check_logits(head)
+            out[np.array(group)[:, None], rows] = exact
+        return out

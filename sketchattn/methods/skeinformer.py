@@ -8,27 +8,31 @@ logarithms relative to a row's largest logit: no exponential can overflow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Draw, Rng, as_generator, check_columns, check_draw
-from ..operators import AttentionOperator, SampledAttention, solve_rows, zero_attention
-from ..problem import AttentionProblem, check_logits, check_rank, closest
+from ..operators import AttentionOperator, SampledAttention, solve_rows_of_heads, zero_attention
+from ..problem import AttentionProblem, check_logits, check_rank, closest, stacked
 from ..sampling.draws import gumbel_top, sample_with_replacement
 from ..sampling.probabilities import (
     check_mix,
     check_pilots,
     log_column_norms,
+    log_column_norms_of_heads,
     log_norms,
     probabilities,
 )
 from ..sketches._base import streams
 from ._base import Method, Traits, register
 from .column_sampling import PRODUCT_CLAIMS, WEIGHT_TOLERANCE, _positive
+
+if TYPE_CHECKING:
+    from ..kernels.sampled import SampledProduct
 
 Array = NDArray[Any]
 
@@ -101,10 +105,9 @@ SHARED_STREAM = 2**32 - 1
 
 
 class _Pilots(NamedTuple):
-    """Hold the distinct pilot rows: how often each was drawn, logsumexp, and ``A_I V``."""
+    """Hold the pilot rows of heads, ascending, as often as drawn: logsumexp, and ``A_I V``."""
 
     rows: Array
-    counts: Array
     lse: Array
     output: Array
 
@@ -459,26 +462,35 @@ class Skeinformer(Method):
 
     def _log_law(self, problem: AttentionProblem, pilots: _Pilots | None) -> Array:
         """Return ``ln p`` of the law, float64 (n_k,), -inf for keys that are never drawn."""
-        c, keep = self.components, problem.kept_keys
-        log_p = np.full(problem.n_k, -np.inf)
+        return np.asarray(self._log_laws([problem], pilots)[0])
+
+    def _log_laws(self, problems: Sequence[AttentionProblem], pilots: _Pilots | None) -> Array:
+        """Return the same of heads that are alike, (H, n_k)."""
+        c, first = self.components, problems[0]
+        keep = np.ones((len(problems), first.n_k), bool)
+        for row, problem in zip(keep, problems, strict=True):
+            if problem.key_mask is not None:
+                row[:] = problem.key_mask
         if not isinstance(c.law, str):
             with np.errstate(divide="ignore"):
-                log_p = np.log(probabilities(c.law, problem))
+                log_p = np.stack([np.log(probabilities(c.law, x)) for x in problems])
         elif c.law == "uniform":
-            log_p[keep] = 0.0
+            log_p = np.zeros(keep.shape)
         else:
-            log_p[keep] = log_norms(self._law_values(problem))[keep]
+            log_p = log_norms(stacked([self._law_values(x) for x in problems]))
             if c.law == "pilot" and pilots is not None:
-                log_p += log_column_norms(problem, pilots.rows, pilots.lse, pilots.counts)
+                log_p += log_column_norms_of_heads(problems, pilots.rows, pilots.lse)
             elif c.law == "optimal":
-                rows = np.arange(problem.n_q)
-                log_p += log_column_norms(problem, rows, problem.logsumexp)
+                rows = np.arange(first.n_q)
+                log_p += np.stack([log_column_norms(x, rows, x.logsumexp) for x in problems])
+        log_p[~keep] = -np.inf
         log_p = _normalized(log_p, keep)
         mix = check_mix(self.mix)
-        if mix > 0 and len(keep):
+        if mix > 0:
             with np.errstate(divide="ignore"):
                 rest = np.log1p(-mix)
-            log_p[keep] = np.logaddexp(rest + log_p[keep], np.log(mix / len(keep)))
+                even = np.log(mix / keep.sum(axis=1, keepdims=True))
+            log_p = np.where(keep, np.logaddexp(rest + log_p, even), log_p)
         return log_p
 
     def _law_values(self, problem: AttentionProblem) -> Array:
@@ -494,33 +506,40 @@ class Skeinformer(Method):
         return values
 
     def _sample(
-        self, problem: AttentionProblem, rng: np.random.Generator, values: Array | None
-    ) -> tuple[Draw, _Pilots | None]:
-        """Return the draw, and the pilots with ``A_I X`` for the values X that are needed."""
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[np.random.Generator],
+        with_values: bool,
+    ) -> tuple[list[Draw], _Pilots | None]:
+        """Return the draws of heads that are alike, and their pilots, with ``A_I V`` if asked."""
         c, r = self.components, int(self.rank)
-        shared = _shared_stream(rng) if self.shared_pilots else None
-        pilot_rng, column_rng = streams(rng, 2)
-        out, pilots = Draw(), None
-        if _uses_pilots(c):
-            drawn = self._draw_pilots(problem, pilot_rng if shared is None else shared)
-            out["pilot_rows"] = drawn
-            if _has_law(c, "pilot") or values is not None:
-                pilots = _solve_pilots(problem, drawn, values)
-        log_p = self._log_law(problem, pilots)
-        if c.replace:
-            sampled = sample_with_replacement(np.exp(log_p), r, column_rng)
-            out["columns"] = sampled.columns.copy()
-        else:
-            out["columns"] = gumbel_top(log_p, r, column_rng)[0]
-        if c.weights == "importance":
-            count, kept = len(out["columns"]), len(problem.kept_keys)
-            p = np.exp(log_p[out["columns"]]) if c.replace else np.full(count, count / max(kept, 1))
-            out["weights"] = 1.0 / (r * p) if c.replace else 1.0 / p
-            out["probabilities"] = p
-        return out, pilots
+        draws, pilots = [Draw() for _ in problems], None
+        column_rngs = []
+        for out, problem, rng in zip(draws, problems, rngs, strict=True):
+            shared = _shared_stream(rng) if self.shared_pilots else None
+            pilot_rng, column_rng = streams(rng, 2)
+            column_rngs.append(column_rng)
+            if _uses_pilots(c):
+                drawn = self._draw_pilots(problem, pilot_rng if shared is None else shared)
+                out["pilot_rows"] = drawn
+        if _uses_pilots(c) and (_has_law(c, "pilot") or with_values):
+            pilots = _solve_pilots(problems, [x["pilot_rows"] for x in draws], with_values)
+        laws = self._log_laws(problems, pilots)
+        for out, problem, log_p, rng in zip(draws, problems, laws, column_rngs, strict=True):
+            if c.replace:
+                sampled = sample_with_replacement(np.exp(log_p), r, rng)
+                out["columns"] = sampled.columns.copy()
+            else:
+                out["columns"] = gumbel_top(log_p, r, rng)[0]
+            if c.weights == "importance":
+                count, kept = len(out["columns"]), max(len(problem.kept_keys), 1)
+                p = np.exp(log_p[out["columns"]]) if c.replace else np.full(count, count / kept)
+                out["weights"] = 1.0 / (r * p) if c.replace else 1.0 / p
+                out["probabilities"] = p
+        return draws, pilots
 
     def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
-        return self._sample(problem, rng, None)[0]
+        return self._sample([problem], [rng], False)[0][0]
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
         c, rank, keys = self.components, int(self.rank), problem.kept_keys
@@ -588,50 +607,75 @@ class Skeinformer(Method):
             return columns, None
         return columns, np.bincount(where, factors, minlength=len(columns))
 
-    def _product(self, problem: AttentionProblem, draw: Draw, values: Array | None) -> _Product:
-        """Return one pass over the sampled columns: the weights, or the product with values."""
-        from ..kernels.sampled import sampled_product
-
-        c = self.components
+    def _product(self, problem: AttentionProblem, draw: Draw) -> _Product:
+        """Return one pass over the sampled columns that stores their weights."""
         columns, factors = self._merged(draw)
-        keep = np.ones(problem.n_k, bool) if problem.key_mask is None else problem.key_mask.copy()
-        keep[columns] = False
-        ends = None
-        seen = np.full(problem.n_q, len(columns))
-        if problem.causal:
-            ends = np.clip(np.arange(problem.n_q) + problem.offset + 1, 0, problem.n_k)
-            seen = np.searchsorted(columns, ends)
-        rest = problem.visible_counts() - seen
-        tail = None
-        if c.normalizer == "adaptive" and c.fill == "oracle":
-            tail = _restricted(problem, keep, with_values=False).logsumexp[None]
-        q, k, _ = problem.arrays
-        v = np.empty((problem.n_k, 0), problem.dtype) if values is None else values
-        made = sampled_product(
-            q[None],
-            k[None],
-            v[None],
-            columns[None],
-            scale=problem.scale,
-            kind=c.fill if c.normalizer == "adaptive" else "none",
-            seen=seen[None],
-            rest=rest[None],
-            keep=keep[None],
-            bias=None if factors is None else np.log(factors).astype(problem.dtype)[None],
-            tail=None if tail is None else np.ascontiguousarray(tail),
-            ends=ends,
-            store=values is None,
-        )
-        check_logits(made.log_total[0])
+        made, rest = self._products([problem], [columns], [factors], False)
         return _Product(
             columns,
-            made.out[0],
             made.weights[0],
             made.fill[0],
-            rest,
+            rest[0],
             made.log_fill[0],
             made.log_total[0],
         )
+
+    def _products(
+        self,
+        problems: Sequence[AttentionProblem],
+        columns: Sequence[Array],
+        factors: Sequence[Array | None],
+        multiply: bool,
+    ) -> tuple[SampledProduct, Array]:
+        """Return the pass over equally many columns of heads that are alike, and key counts.
+
+        ``multiply``: the product with V; otherwise the weights are stored.
+        """
+        from ..kernels.sampled import sampled_product
+
+        c, first = self.components, problems[0]
+        heads, chosen = len(problems), np.stack(columns)
+        keep = np.ones((heads, first.n_k), bool)
+        visible = np.empty((heads, first.n_q), np.int64)
+        for h, problem in enumerate(problems):
+            if problem.key_mask is not None:
+                keep[h] = problem.key_mask
+            visible[h] = problem.visible_counts()
+        keep[np.arange(heads)[:, None], chosen] = False
+        ends = None
+        seen = np.full((heads, first.n_q), chosen.shape[1])
+        if first.causal:
+            ends = np.clip(np.arange(first.n_q) + first.offset + 1, 0, first.n_k)
+            seen = np.stack([np.searchsorted(x, ends) for x in chosen])
+        rest = visible - seen
+        tail = None
+        if c.normalizer == "adaptive" and c.fill == "oracle":
+            others = zip(problems, keep, strict=True)
+            tail = np.stack([_restricted(x, j, with_values=False).logsumexp for x, j in others])
+        bias = None
+        if any(x is not None for x in factors):
+            ones = np.ones(chosen.shape[1])
+            logs = [np.log(ones if x is None else x) for x in factors]
+            bias = np.stack(logs).astype(first.dtype)
+        v = np.empty((heads, first.n_k, 0), first.dtype)
+        made = sampled_product(
+            stacked([x.arrays.q for x in problems]),
+            stacked([x.arrays.k for x in problems]),
+            _stacked_values(problems) if multiply else v,
+            chosen,
+            scale=first.scale,
+            kind=c.fill if c.normalizer == "adaptive" else "none",
+            seen=seen,
+            rest=rest,
+            keep=keep,
+            bias=bias,
+            tail=tail,
+            ends=ends,
+            store=not multiply,
+        )
+        for log_total in made.log_total:
+            check_logits(log_total)
+        return made, rest
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         if len(problem.kept_keys) == 0:
@@ -652,7 +696,7 @@ class Skeinformer(Method):
                 entries += missing[:, None]
                 options |= {"fill": missing, "keys": problem.key_mask}
         else:
-            made = self._product(problem, draw, None)
+            made = self._product(problem, draw)
             columns, entries = made.columns, made.weights
             if c.normalizer == "adaptive":
                 offset = problem.offset if problem.causal else None
@@ -700,20 +744,79 @@ class Skeinformer(Method):
         """
         self.check(problem)
         _ = problem.values  # refuses a problem without them
-        c = self.components
-        if c.normalizer == "exact" or len(problem.kept_keys) == 0:
+        if self.components.normalizer == "exact" or len(problem.kept_keys) == 0:
             return super().attend(problem, rng, draw=draw)
-        v = problem.arrays.v
-        pilots = None
+        return np.asarray(self._attend([problem], [rng], draw)[0])
+
+    def attend_heads(
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[Rng],
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat`` (H, n_q, d_v) of many heads: each pass takes all of them at once.
+
+        Parameters
+        ----------
+        problems, rngs, draw
+            As for `Method.attend_heads`.
+
+        Returns
+        -------
+        ndarray (H, n_q, d_v)
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `attend`.
+
+        Examples
+        --------
+        >>> import numpy as np, sketchattn as sa
+        >>> problems = [sa.make_heads("gaussian", n=16, d=4, rng=s)[0] for s in range(3)]
+        >>> method = sa.Skeinformer(rank=4)
+        >>> together = method.attend_heads(problems, [0, 1, 2])
+        >>> alone = [method.attend(problem, rng) for rng, problem in enumerate(problems)]
+        >>> bool(np.array_equal(together, alone))
+        True
+        """
+        for problem in problems:
+            self.check(problem)
+            _ = problem.values  # refuses a problem without them
+        counts = {self._count(problem) for problem in problems}
+        blind = any(len(problem.kept_keys) == 0 for problem in problems)
+        if self.components.normalizer == "exact" or blind or len(counts) > 1:
+            return super().attend_heads(problems, rngs, draw=draw)
+        return self._attend(problems, rngs, draw)
+
+    def _attend(
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[Rng],
+        draw: Mapping[str, Any] | None,
+    ) -> Array:
+        """Return ``Ohat`` of heads that are alike, see a key, and have equally many pilots."""
+        c, pilots = self.components, None
         if draw is None:
-            checked, pilots = self._sample(problem, as_generator(rng), v if c.pilot_reuse else None)
+            generators = [as_generator(rng) for rng in rngs]
+            draws, pilots = self._sample(problems, generators, bool(c.pilot_reuse))
         else:
-            checked = self._handed_in(problem, rng, draw)
+            pairs = zip(problems, rngs, strict=True)
+            draws = [self._handed_in(problem, rng, draw) for problem, rng in pairs]
             if c.pilot_reuse:
-                pilots = _solve_pilots(problem, checked["pilot_rows"], v)
-        out = self._product(problem, checked, v).out
+                pilots = _solve_pilots(problems, [x["pilot_rows"] for x in draws], True)
+        merged = [self._merged(x) for x in draws]
+        sizes = np.array([len(columns) for columns, _ in merged])
+        first = problems[0]
+        out = np.empty((len(problems), first.n_q, first.values.shape[1]), first.dtype)
+        for size in np.unique(sizes):
+            group = np.flatnonzero(sizes == size).tolist()
+            columns, factors = zip(*(merged[h] for h in group), strict=True)
+            made, _ = self._products([problems[h] for h in group], columns, factors, True)
+            out[group] = made.out
         if c.pilot_reuse and pilots is not None:
-            out[pilots.rows] = pilots.output
+            out[np.arange(len(out))[:, None], pilots.rows] = pilots.output
         return out
 
     # --- what it did ------------------------------------------------------------------------
@@ -749,14 +852,14 @@ class Skeinformer(Method):
         rows = checked.get("pilot_rows", np.zeros(0, np.int64))
         pilots = None
         if _has_law(self.components, "pilot"):
-            pilots = _solve_pilots(problem, rows, None)
+            pilots = _solve_pilots([problem], [rows], False)
         p = np.exp(self._log_law(problem, pilots))
         columns, _ = self._merged(checked)
         if len(problem.kept_keys) == 0 or self.components.normalizer == "exact":
             log_total = problem.logsumexp
             log_fill, outside = np.full_like(log_total, -np.inf), np.zeros_like(log_total)
         else:
-            made = self._product(problem, checked, None)
+            made = self._product(problem, checked)
             log_total, log_fill = made.log_total, made.log_fill
             outside = made.mass_outside
         sums = self._approximate(problem, checked).row_sums()
@@ -822,7 +925,7 @@ class Skeinformer(Method):
             )
         checked = self._checked(problem, rng, draw)
         values = problem.values
-        made = self._product(problem, checked, None)
+        made = self._product(problem, checked)
         chosen = np.zeros(problem.n_k, bool)
         chosen[made.columns] = True
         others = ~chosen if problem.key_mask is None else problem.key_mask & ~chosen
@@ -846,7 +949,6 @@ class _Product(NamedTuple):
     """Hold the sampled part of one head: see `kernels.sampled.SampledProduct`."""
 
     columns: Array
-    out: Array
     weights: Array
     fill: Array
     rest: Array
@@ -871,21 +973,30 @@ def _seeing(problem: AttentionProblem) -> Array:
     return np.flatnonzero(problem.visible_counts())
 
 
-def _solve_pilots(problem: AttentionProblem, drawn: Array, values: Array | None) -> _Pilots:
-    rows, counts = np.unique(drawn, return_counts=True)
-    output, lse = solve_rows(problem, rows, values)
-    check_logits(lse)
-    return _Pilots(rows, counts.astype(np.float64), lse, output)
+def _stacked_values(problems: Sequence[AttentionProblem]) -> Array:
+    """Return the values of problems that have them, (H, n_k, d_v)."""
+    return stacked([x.arrays.v for x in problems if x.arrays.v is not None])
+
+
+def _solve_pilots(
+    problems: Sequence[AttentionProblem], drawn: Sequence[Array], with_values: bool
+) -> _Pilots:
+    rows = np.sort(np.stack(drawn), axis=1)
+    values = _stacked_values(problems) if with_values else None
+    output, lse = solve_rows_of_heads(problems, rows, values)
+    for head in lse:
+        check_logits(head)
+    return _Pilots(rows, lse, output)
 
 
 def _normalized(log_p: Array, keep: Array) -> Array:
-    """Return ``ln p`` with sum one; uniform on ``keep`` where nothing has a probability."""
-    top = float(log_p.max(initial=-np.inf))
-    if np.isfinite(top):
-        return np.asarray(log_p - (top + np.log(np.exp(log_p - top).sum())))
-    uniform = np.full(len(log_p), -np.inf)
-    uniform[keep] = -np.log(max(len(keep), 1))
-    return uniform
+    """Return ``ln p`` (H, n_k) with sums one; uniform on ``keep`` where no key has a chance."""
+    top = log_p.max(axis=1, initial=-np.inf, keepdims=True)
+    void = np.isneginf(top)
+    with np.errstate(divide="ignore"):
+        total = np.log(np.exp(log_p - np.where(void, 0, top)).sum(axis=1, keepdims=True))
+        even = -np.log(np.maximum(keep.sum(axis=1, keepdims=True), 1))
+    return np.where(void, np.where(keep, even, -np.inf), log_p - np.where(void, 0, top + total))
 
 
 def _restricted(problem: AttentionProblem, keys: Array, *, with_values: bool) -> AttentionProblem:

@@ -8,6 +8,7 @@ With p and r draws with replacement the product ``A S^T S V`` has the mean squar
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..draws import Rng, as_generator
 from ..kernels._threads import blas_single_thread
-from ..problem import AttentionProblem, as_array, closest
+from ..problem import AttentionProblem, as_array, closest, stacked
 from .draws import check_probabilities
 from .leverage import (
     ExponentialKernel,
@@ -60,11 +61,12 @@ NEGLIGIBLE = 1e-150
 
 
 def _norms(x: Array) -> Array:
-    """Return the Euclidean norms of the rows, float64, without underflow of the squares."""
+    """Return the Euclidean norms of the rows of x (..., n, m), without underflow of squares."""
     from ..kernels.sampled import euclidean_norms
 
     dtype = np.float32 if x.dtype == np.float32 else np.float64
-    return euclidean_norms(np.require(x, dtype, ["C", "W", "A"]))
+    made = euclidean_norms(np.require(x[None] if x.ndim == 2 else x, dtype, ["C", "W", "A"]))
+    return made[0] if x.ndim == 2 else made
 
 
 class _FromProblem:
@@ -152,24 +154,44 @@ def log_column_norms(
     >>> bool(np.allclose(norms, problem.exact.column_norms()))
     True
     """
+    order = np.argsort(rows, kind="stable")
+    multiple = None if counts is None else counts[order]
+    norms = log_column_norms_of_heads([problem], rows[order][None], lse[order][None], multiple)
+    return np.asarray(norms[0])
+
+
+def log_column_norms_of_heads(
+    problems: Sequence[AttentionProblem], rows: Array, lse: Array, counts: Array | None = None
+) -> Array:
+    """Return `log_column_norms` of heads that are alike, float64 (H, n_k), in one pass.
+
+    Parameters
+    ----------
+    problems : sequence of AttentionProblem
+        H problems that differ in their arrays and masks only.
+    rows : int array (H, s)
+        Ascending.
+    lse : ndarray (H, s)
+    counts : array (s,), optional
+        Multiplicities; None is 1.
+    """
     from ..kernels.sampled import log_column_norms as column_norms
 
-    order = np.argsort(rows, kind="stable")
-    order = order[np.isfinite(lse[order])]
-    keep = problem.kept_keys
-    log_norms = np.full(problem.n_k, -np.inf)
-    if len(order) and len(keep):
-        q, k, _ = problem.arrays
+    first = problems[0]
+    norms = np.full((len(problems), first.n_k), -np.inf)
+    if rows.size and first.n_k:
         norms = column_norms(
-            k,
-            q[rows[order]],
-            lse[order].astype(np.float64),
-            scale=problem.scale,
-            counts=np.ones(len(order)) if counts is None else counts[order],
-            positions=rows[order] + problem.offset if problem.causal else None,
+            stacked([x.arrays.k for x in problems]),
+            np.stack([x.arrays.q[i] for x, i in zip(problems, rows, strict=True)]),
+            lse.astype(np.float64),
+            scale=first.scale,
+            counts=np.ones(rows.shape[1]) if counts is None else counts,
+            positions=rows + first.offset if first.causal else None,
         )
-        log_norms[keep] = norms[keep]
-    return log_norms
+    for head, problem in zip(norms, problems, strict=True):
+        if problem.key_mask is not None:
+            head[~problem.key_mask] = -np.inf
+    return norms
 
 
 class _FromMatrices:
@@ -327,7 +349,7 @@ def _pilot_rows(source: _Source, pilots: int | Array, rng: np.random.Generator) 
 
 
 def log_norms(x: Array) -> Array:
-    """Return the natural logarithms of the Euclidean norms of the rows, -inf for zero rows."""
+    """Return the natural logarithms of the norms of the rows of x (n, m) or (H, n, m)."""
     with np.errstate(divide="ignore"):
         return np.log(_norms(x))
 
