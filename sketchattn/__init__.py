@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import compression as compression
+    from . import perturbation as perturbation
     from . import sampling as sampling
     from . import sketches as sketches
     from . import theory as theory
@@ -24,8 +26,14 @@ if TYPE_CHECKING:
     from .heads import make_heads as make_heads
     from .heads import read_heads as read_heads
     from .heads import write_heads as write_heads
+    from .methods import DBA as DBA
     from .methods import JL as JL
+    from .methods import Clustered as Clustered
     from .methods import ColumnSampling as ColumnSampling
+    from .methods import Compressed as Compressed
+    from .methods import DBABlockWeights as DBABlockWeights
+    from .methods import DBAResult as DBAResult
+    from .methods import DBAWeights as DBAWeights
     from .methods import Exact as Exact
     from .methods import Informer as Informer
     from .methods import Linformer as Linformer
@@ -41,6 +49,8 @@ if TYPE_CHECKING:
     from .methods import UniformColumns as UniformColumns
     from .methods import VMean as VMean
     from .methods import Zero as Zero
+    from .methods import dba_block as dba_block
+    from .methods import dba_layer as dba_layer
     from .methods import fit_linformer as fit_linformer
     from .methods import linformer_projections as linformer_projections
     from .methods import methods as methods
@@ -63,7 +73,13 @@ if TYPE_CHECKING:
 _LAZY = {
     "AttentionOperator": "operators",
     "AttentionProblem": "problem",
+    "Clustered": "methods",
     "ColumnSampling": "methods",
+    "Compressed": "methods",
+    "DBA": "methods",
+    "DBABlockWeights": "methods",
+    "DBAResult": "methods",
+    "DBAWeights": "methods",
     "Draw": "draws",
     "ErrorCertificate": "metrics",
     "ErrorReport": "metrics",
@@ -91,6 +107,8 @@ _LAZY = {
     "Zero": "methods",
     "attention": "attention",
     "certify": "metrics",
+    "dba_block": "methods",
+    "dba_layer": "methods",
     "describe": "heads",
     "error_report": "metrics",
     "fit_linformer": "methods",
@@ -109,7 +127,13 @@ _LAZY = {
 __all__ = [
     "AttentionOperator",
     "AttentionProblem",
+    "Clustered",
     "ColumnSampling",
+    "Compressed",
+    "DBA",
+    "DBABlockWeights",
+    "DBAResult",
+    "DBAWeights",
     "Draw",
     "ErrorCertificate",
     "ErrorReport",
@@ -138,6 +162,8 @@ __all__ = [
     "__version__",
     "attention",
     "certify",
+    "dba_block",
+    "dba_layer",
     "describe",
     "error_report",
     "fit_linformer",
@@ -169,8 +195,8 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-# Packages that are reached as attributes.
-_PACKAGES = ("sampling", "sketches", "theory")
+# Packages and modules that are reached as attributes.
+_PACKAGES = ("compression", "perturbation", "sampling", "sketches", "theory")
 
 
 def __getattr__(name: str) -> object:

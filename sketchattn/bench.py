@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -517,6 +517,7 @@ def _skeinformer(quick: bool, rounds: int) -> Iterator[Row]:
         unit="MB",
     )
     yield _rounding("skeinformer", size, Skeinformer(rank=r), AttentionProblem(q, k, v))
+    yield _many_heads("skeinformer", Skeinformer(rank=64), rounds)
 
 
 @_benchmark("informer", "informer against exact attention: time, and error of float32")
@@ -544,6 +545,32 @@ def _informer(quick: bool, rounds: int) -> Iterator[Row]:
         )
     method = Informer(rank=r, samples=u)
     yield _rounding("informer", f"n={n}, r={r}, U={u}", method, AttentionProblem(q, k, v))
+    yield _many_heads("informer", Informer(rank=64, samples=32), rounds)
+
+
+def _many_heads(benchmark: str, method: Any, rounds: int) -> Row:
+    """Compare small heads in one call with the same heads in calls of their own."""
+    from .attention import attention
+
+    q, k, v = _normal(12, 512, 64)
+
+    def one_at_a_time() -> None:
+        for head in zip(q, k, v, strict=True):
+            attention(*head, method, rng=0)
+
+    calls: dict[str, Callable[[], object]] = {
+        "together": partial(attention, q, k, v, method, rng=0),
+        "apart": one_at_a_time,
+    }
+    seconds = _interleaved(calls, rounds)
+    return _row(
+        benchmark,
+        "12 heads in one call, n=512, d=64, r=64",
+        seconds["together"],
+        against="12 calls",
+        theirs=seconds["apart"],
+        target=None,
+    )
 
 
 @_benchmark("nystromformer", "nystromformer against exact attention: time, and error of float32")
@@ -552,6 +579,14 @@ def _nystromformer(quick: bool, rounds: int) -> Iterator[Row]:
 
     n, r = (2048, 64) if quick else (16384, 256)
     yield from _against_exact("nystromformer", Nystromformer(rank=r), n, rounds, 1 / 8)
+
+
+@_benchmark("dba", "dba without training against exact attention: time, and error of float32")
+def _dba(quick: bool, rounds: int) -> Iterator[Row]:
+    from .methods import DBA
+
+    n, r = (2048, 64) if quick else (16384, 256)
+    yield from _against_exact("dba", DBA(rank=r), n, rounds, 1 / 5)
 
 
 @_benchmark("performer", "performer against exact attention: time, and error of float32")
@@ -586,6 +621,117 @@ def _against_exact(
     )
     problem = AttentionProblem(q, k, v, causal=causal)
     yield _rounding(benchmark, f"n={n}{', causal' if causal else ''}", method, problem)
+
+
+# Packages that compute what a method of ours computes: module and class.
+PEERS = {
+    "nystrom-attention": ("nystrom_attention", "NystromAttention"),
+    "performer-pytorch": ("performer_pytorch", "FastAttention"),
+    "linformer": ("linformer", "LinformerSelfAttention"),
+}
+
+
+def _peer(package: str) -> Any | None:
+    """Return the class of attention of a package, None where it is not installed."""
+    import importlib
+    import warnings
+
+    module, name = PEERS[package]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they import has been deprecated since
+            return getattr(importlib.import_module(module), name)
+    except ImportError:
+        warnings.warn(
+            f"{package} is not installed, so it is left out; pip install 'sketchattn[peers]'",
+            stacklevel=2,
+        )
+        return None
+
+
+def _peer_calls(
+    torch: Any, q: Array, k: Array, v: Array, r: int
+) -> Iterator[tuple[str, Any, Mapping[str, Any] | None, Callable[[], Array]]]:
+    """Yield package, method of ours, its draw, and the attention of the package, without gradients.
+
+    Linear layers before and after the attention are replaced by modules that hand on what they are
+    given.  One head: with several, nystrom-attention scales each by all.
+    """
+    from .methods import Linformer, Nystromformer, Performer
+
+    n, d = q.shape
+    queries, keys, values = (torch.from_numpy(x)[None] for x in (q, k, v))
+
+    class Given(torch.nn.Module):  # type: ignore[misc]  # torch may be absent
+        def __init__(self, output: Any) -> None:
+            super().__init__()
+            self.output = output
+
+        def forward(self, _: Any) -> Any:
+            return self.output
+
+    def without_gradients(module: Any, *arguments: Any) -> Callable[[], Array]:
+        def call() -> Array:
+            with torch.no_grad():
+                out: Array = module(*arguments).numpy().reshape(n, d)
+                return out
+
+        return call
+
+    same = torch.nn.Identity()
+    kind = _peer("nystrom-attention")
+    if kind is not None:
+        module = kind(d, dim_head=d, heads=1, num_landmarks=r, residual=False)
+        module.to_qkv = Given(torch.cat([queries, keys, values], dim=-1))
+        module.to_out = same
+        theirs = without_gradients(module, queries)
+        yield "nystrom-attention", Nystromformer(r), None, theirs
+    kind = _peer("performer-pytorch")
+    if kind is not None:
+        module = kind(d, nb_features=r)
+        draw = {"features": module.projection_matrix.numpy()}
+        theirs = without_gradients(module, *(x[None] for x in (queries, keys, values)))
+        yield "performer-pytorch", Performer(r, preset="performer-pytorch"), draw, theirs
+        yield "performer-pytorch", Performer(r), draw, theirs
+    kind = _peer("linformer")
+    if kind is not None:
+        module = kind(d, n, k=r, heads=1)
+        module.to_q, module.to_out = same, same
+        module.to_k, module.to_v = Given(keys), Given(values)
+        e, f = (np.ascontiguousarray(x.detach().numpy().T) for x in (module.proj_k, module.proj_v))
+        theirs = without_gradients(module, queries)
+        yield "linformer", Linformer(r, "given", E=e, F=f), None, theirs
+
+
+@_benchmark("peers", "nystromformer, performer, linformer against packages of the same methods")
+def _peers(quick: bool, rounds: int) -> Iterator[Row]:
+    from .attention import attention
+
+    torch = _torch()
+    if torch is None:
+        import warnings
+
+        warnings.warn(
+            "torch is not installed, so peers are left out; pip install 'sketchattn[peers]'",
+            stacklevel=2,
+        )
+        return
+    n, r = (1024, 32) if quick else (8192, 256)
+    q, k, v = (x[0] for x in _normal(1, n, 64))
+    for package, method, draw, theirs in _peer_calls(torch, q, k, v, r):
+        ours = partial(attention, q, k, v, method, draw=draw)
+        difference = float(np.linalg.norm(ours() - theirs()) / np.linalg.norm(theirs()))
+        seconds = _interleaved({"ours": ours, "theirs": theirs}, 3 * rounds)
+        preset = f", {method.preset}" if getattr(method, "preset", None) else ""
+        yield _row(
+            "peers",
+            f"{method.name}{preset}, 1 head, n={n}, d=64, r={r}",
+            seconds["ours"],
+            against=package,
+            theirs=seconds["theirs"],
+            target=1 / 1.5,
+            difference=difference,
+        )
 
 
 _FIRST_CALL = """
@@ -773,6 +919,7 @@ def warmup() -> float:
         Skeinformer(rank=2).attend(problem, rng=0)
         Nystromformer(rank=2).attend(problem)
         Performer(rank=2).attend(problem, rng=0)
+        Performer(rank=2, eps=1e-4).attend(problem, rng=0)
         causal = AttentionProblem(q, k, v, causal=True)
         Performer(rank=2).approximate(causal, rng=0).rows(slice(2))
         Performer(rank=2).attend(causal, rng=0)

@@ -483,7 +483,11 @@ class FactoredAttention(AttentionOperator):
             return x
         if self.s.ndim == 1:
             return self.s[:, None] * x
-        return (self.s.T if transpose else self.s) @ x
+        from .kernels._threads import blas_single_thread
+
+        # The same bits for any number of threads, and none that waits beside the next kernel.
+        with blas_single_thread():
+            return np.asarray((self.s.T if transpose else self.s) @ x)
 
     def _matmat(self, x: Array) -> Array:
         return np.asarray(self.u @ self._core(self.p @ self._cast(x)))
@@ -494,7 +498,12 @@ class FactoredAttention(AttentionOperator):
     def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
         chosen = pick(self.shape[0], index)
-        rows = self.u[chosen] if isinstance(self.u, np.ndarray) else self.u.rows(chosen)
+        u, p = self.u, self.p
+        if isinstance(u, Assignment) and not u.transposed and u.weights is None and self.s is None:
+            # Rows of P as they are, with nothing but their own rounding.
+            labels = u.labels[chosen]
+            return np.asarray(p[labels] if isinstance(p, np.ndarray) else p.rows(labels))
+        rows = u[chosen] if isinstance(u, np.ndarray) else u.rows(chosen)
         inner = self._core(rows.T, transpose=True)
         if isinstance(self.p, np.ndarray):
             return np.asarray(inner.T @ self.p)

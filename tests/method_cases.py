@@ -23,6 +23,32 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"statistic": "oracle"},
         {"statistic": "kl", "fill": "masked_mean"},
     ],
+    "clustered": [
+        {"improved": True, "top_keys": 3},
+        {"clustering": "lsh"},
+        {"clustering": "lsh", "improved": True, "steps": 3, "bits": 8},
+    ],
+    "compressed": [
+        {"kind": "gaussian"},
+        {"kind": "srht", "center": True},
+        {"kind": "pca_k"},
+        {"inner": "skeinformer", "d_in": 3},
+        {"inner": "column_sampling", "d_in": 12, "kind": "gaussian"},
+    ],
+    "dba": [
+        {"preset": "dba_means"},
+        {"preset": "key_means", "landmarks": "kmeans"},
+        {"preset": "nystrom"},
+        {"landmarks": "leverage", "unpack": "softmax", "tau": 2.0},
+        {"landmarks": "segment_means", "unpack": "lsq"},
+        {
+            "landmarks": "pivoted_qr",
+            "pack": "mean",
+            "core": "softmax_logcount",
+            "hidden": "gaussian",
+            "d_in": 64,
+        },
+    ],
     "jl": [{"sketch": "haar"}, {"sketch": "countsketch", "center": True}],
     "column_sampling": [
         {"law": "uniform", "replace": False},
@@ -34,6 +60,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"landmarks": "random", "iterations": None, "ridge": 1e-3},
         {"landmarks": "leverage"},
         {"preset": "nystrom-attention"},
+        {"renormalize": True, "iterations": 3},
     ],
     "performer": [
         {"features": "hyperbolic"},
@@ -59,6 +86,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 # The scale at which the error of a method falls with the rank, where logits of size 2 are too large
 # for it: relative variances of random features grow with exp(|x + y|^2).
 SMALL_LOGITS = {"performer": 0.02}
+
+
+# By how much the error of a method falls from rank 4 to 48 of 64 keys, at least; 1.5 elsewhere.
+LEAST_FALL: dict[str, float] = {}
 
 
 @dataclass(frozen=True)

@@ -418,3 +418,326 @@ def naive_performer(
         for c in range(v.shape[1]):
             out[i, c] = sum(float(weights[i, j]) * float(v[j, c]) for j in range(len(k)))
     return weights, out
+
+
+def naive_compressed_logits(q: Array, k: Array, d_in: int, keep: Array | None = None) -> Array:
+    """Return the best rank d_in approximation of ``Q K_c^T``, from its whole decomposition.
+
+    K_c are the kept keys minus their mean; masked columns are zero.
+    """
+    kept = [j for j in range(len(k)) if keep is None or keep[j]]
+    mean = sum(k[j] for j in kept) / max(len(kept), 1)
+    logits = np.zeros((len(q), len(k)))
+    for i in range(len(q)):
+        for j in kept:
+            logits[i, j] = sum(
+                float(a) * float(b - c) for a, b, c in zip(q[i], k[j], mean, strict=True)
+            )
+    u, s, vt = np.linalg.svd(logits, full_matrices=False)
+    best = np.zeros_like(logits)
+    for t in range(min(d_in, len(s))):
+        best += s[t] * np.outer(u[:, t], vt[t])
+    return best
+
+
+def naive_hamming_labels(codes: list[list[int]], start: list[int], steps: int) -> list[int]:
+    """Return labels of codes of bits after some assignments, from the rows ``start`` as centres."""
+    centers = [list(codes[i]) for i in start]
+    labels: list[int] = []
+    for step in range(steps):
+        if step:
+            for c in range(len(centers)):
+                mine = [code for code, label in zip(codes, labels, strict=True) if label == c]
+                if mine:
+                    ones = [sum(bits) for bits in zip(*mine, strict=True)]
+                    centers[c] = [int(2 * count > len(mine)) for count in ones]
+        labels = []
+        for code in codes:
+            distances = [sum(a != b for a, b in zip(code, c, strict=True)) for c in centers]
+            labels.append(distances.index(min(distances)))
+    return labels
+
+
+def naive_clustered(
+    q: Array,
+    k: Array,
+    v: Array,
+    labels: Array,
+    *,
+    scale: float,
+    key_mask: Array | None = None,
+    top_keys: int | None = None,
+) -> tuple[Array, Array]:
+    """Return (Ahat, Ahat V): the row of the mean query; with ``top_keys`` the improved form."""
+    kept = [j for j in range(len(k)) if key_mask is None or key_mask[j]]
+    weights = np.zeros((len(q), len(k)))
+    for i in range(len(q)):
+        mine = [p for p in range(len(q)) if labels[p] == labels[i]]
+        center = [sum(float(q[p, t]) for p in mine) / len(mine) for t in range(q.shape[1])]
+
+        def softmax(query: Any, keys: list[int]) -> dict[int, float]:
+            logits = {
+                j: scale * sum(a * float(b) for a, b in zip(query, k[j], strict=True)) for j in keys
+            }
+            high = max(logits.values())
+            total = sum(math.exp(x - high) for x in logits.values())
+            return {j: math.exp(x - high) / total for j, x in logits.items()}
+
+        shared = softmax(center, kept)
+        for j in kept:
+            weights[i, j] = shared[j]
+        if top_keys is not None:
+            top = sorted(kept, key=lambda j: -shared[j])[:top_keys]
+            mass = sum(shared[j] for j in top)
+            own = softmax([float(x) for x in q[i]], top)
+            for j in top:
+                weights[i, j] = mass * own[j]
+    out = np.zeros((len(q), v.shape[1]))
+    for i in range(len(q)):
+        for c in range(v.shape[1]):
+            out[i, c] = sum(float(weights[i, j]) * float(v[j, c]) for j in range(len(k)))
+    return weights, out
+
+
+def naive_usp(u: Array, s: Array | None, p: Array) -> Array:
+    """Return ``U S P`` by loops; s is None for the identity."""
+    inner = p
+    if s is not None:
+        inner = np.zeros((len(s), p.shape[1]))
+        for a in range(len(s)):
+            for j in range(p.shape[1]):
+                inner[a, j] = sum(float(s[a, b]) * float(p[b, j]) for b in range(len(p)))
+    out = np.zeros((len(u), p.shape[1]))
+    for i in range(len(u)):
+        for j in range(p.shape[1]):
+            out[i, j] = sum(float(u[i, a]) * float(inner[a, j]) for a in range(len(inner)))
+    return out
+
+
+def _naive_softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    terms = [math.exp(x - top) for x in logits]
+    return [x / sum(terms) for x in terms]
+
+
+def naive_dba_factors(
+    q: Array,
+    k: Array,
+    queries: Array | None,
+    keys: Array | None,
+    labels_q: Array | None,
+    labels_k: Array | None,
+    *,
+    scale: float,
+    core: str,
+    unpack: str,
+    tau: float = 1.0,
+) -> tuple[Array, Array | None, Array]:
+    """Return (U, S, P) for landmarks and labels; packs by means where keys have labels."""
+
+    def logits(row: Array, marks: Array, factor: float) -> list[float]:
+        return [
+            factor * sum(float(a) * float(b) for a, b in zip(row, mark, strict=True))
+            for mark in marks
+        ]
+
+    counts: list[int] = []
+    if labels_k is None:
+        assert queries is not None
+        p = np.array([_naive_softmax(logits(mark, k, scale)) for mark in queries])
+    else:
+        assert keys is not None
+        counts = [sum(int(x) == b for x in labels_k) for b in range(len(keys))]
+        p = np.zeros((len(keys), len(k)))
+        for j, label in enumerate(labels_k):
+            p[label, j] = 1 / counts[label]
+    s: Array | None = None
+    if core != "identity":
+        assert queries is not None
+        assert keys is not None
+        s = np.zeros((len(queries), len(keys)))
+        for a, mark in enumerate(queries):
+            row = logits(mark, keys, scale)
+            if core == "softmax_logcount":
+                row = [x + math.log(c) for x, c in zip(row, counts, strict=True)]
+            s[a] = _naive_softmax(row)
+        if core == "pinv":
+            s = np.linalg.pinv(s)
+    if unpack == "onehot":
+        assert labels_q is not None
+        assert queries is not None
+        u = np.zeros((len(q), len(queries)))
+        for i, label in enumerate(labels_q):
+            u[i, label] = 1
+    elif unpack == "softmax":
+        assert queries is not None
+        u = np.array([_naive_softmax(logits(row, queries, tau * scale)) for row in q])
+    else:
+        assert keys is not None
+        rows = [logits(row, keys, scale) for row in q]
+        if labels_k is not None:
+            rows = [[x + math.log(c) for x, c in zip(row, counts, strict=True)] for row in rows]
+        u = np.array([_naive_softmax(row) for row in rows])
+    return u, s, p
+
+
+def naive_dba_layer(
+    x: Array,
+    c: Array,
+    w: dict[str, Array],
+    heads: int,
+    *,
+    keep: Array | None = None,
+    target: Array | None = None,
+    eps: float = 1e-5,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Return (out, Y, U, S, P) of one sequence by the eight published steps, entry by entry."""
+
+    def apply(rows: Array, name: str) -> Array:
+        weight, bias = w[f"w_{name}"], w[f"b_{name}"]
+        out = np.zeros((len(rows), len(weight)))
+        for i, row in enumerate(rows):
+            for o in range(len(weight)):
+                dot = sum(float(a) * float(b) for a, b in zip(weight[o], row, strict=True))
+                out[i, o] = dot + float(bias[o])
+        return out
+
+    def slice_of(rows: Array, h: int) -> Array:
+        width = rows.shape[1] // heads
+        return rows[:, h * width : (h + 1) * width]
+
+    n, d = x.shape
+    r = len(c)
+    half = math.sqrt(len(w["w_pq"]) / heads)
+    pq, pk, pv = apply(c, "pq"), apply(x, "pk"), apply(x, "pv")
+    p = np.zeros((heads, r, n))
+    y = np.zeros((r, d))
+    width = d // heads
+    there = [j for j in range(n) if keep is None or keep[j]]
+    for h in range(heads):
+        g = slice_of(pq, h) @ slice_of(pk, h).T / half
+        for a in range(r):
+            row = _naive_softmax([float(g[a, j]) for j in there])
+            for j, value in zip(there, row, strict=True):
+                p[h, a, j] = value
+                y[a, h * width : (h + 1) * width] += value * slice_of(pv, h)[j]
+    q, k, v = (apply(y, name) for name in ("q", "k", "v"))
+    s = np.zeros((heads, r, r))
+    mixed = np.zeros((r, d))
+    for h in range(heads):
+        g = slice_of(q, h) @ slice_of(k, h).T / half
+        for a in range(r):
+            s[h, a] = _naive_softmax(g[a].tolist())
+            for b in range(r):
+                mixed[a, h * width : (h + 1) * width] += s[h, a, b] * slice_of(v, h)[b]
+    z = np.zeros((r, d))
+    for a in range(r):
+        mean = sum(mixed[a]) / d
+        variance = sum((m - mean) ** 2 for m in mixed[a]) / d
+        for col in range(d):
+            unit = (mixed[a, col] - mean) / math.sqrt(variance + eps)
+            z[a, col] = unit * w["ln_g"][col] + w["ln_b"][col]
+    queries = x if target is None else target
+    lengths = apply(queries, "len")
+    u = np.zeros((heads, len(queries), r))
+    joined = np.zeros((len(queries), d))
+    for h in range(heads):
+        for i in range(len(queries)):
+            u[h, i] = _naive_softmax(slice_of(lengths, h)[i].tolist())
+            for a in range(r):
+                joined[i, h * width : (h + 1) * width] += u[h, i, a] * slice_of(z, h)[a]
+    return apply(joined, "out"), y, u, s, p
+
+
+# --- plans of direct keys and regions -----------------------------------------------------------
+
+
+def naive_plan(
+    pattern: str, n: int, block: int, *, causal: bool = False, split: bool = False
+) -> list[tuple[list[int], list[tuple[int, ...]]]]:
+    """Return (direct keys, regions) of each row, positions counted from 0; nothing is shared."""
+    rows: list[tuple[list[int], list[tuple[int, ...]]]] = []
+    for i in range(n):
+        seen = [j for j in range(n) if not causal or j <= i]
+        a, c = divmod(i, block)
+        groups: dict[Any, list[int]] = {}
+        direct = []
+        for j in seen:
+            x, y = divmod(j, block)
+            own_row, own_column = x == a, y == c
+            if pattern in ("fixed", "axial_rowmajor"):
+                name: Any = None if own_row else x
+            elif pattern == "logsparse":
+                # The highest bit in which i and j differ says which sibling block j lies in.
+                e = (i ^ j).bit_length() - 1
+                name = None if own_row else e
+            elif own_row or own_column:
+                name = None
+            elif pattern == "axial_vertical":
+                name = (y, x > a) if split else y
+            else:
+                name = (x, y > c) if split else x
+            if name is None:
+                direct.append(j)
+            else:
+                groups.setdefault(name, []).append(j)
+        rows.append((direct, [tuple(keys) for keys in groups.values()]))
+    return rows
+
+
+def naive_combiner(
+    q: Array,
+    k: Array,
+    rows: list[tuple[list[int], list[tuple[int, ...]]]],
+    reference: Any,
+    *,
+    scale: float,
+    key: str = "expected",
+    bias: str = "entropy",
+    second_order: str = "none",
+    key_mask: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return (Ahat, log Zhat): exp(L) on direct keys, exp(g) times lam on regions, over their sum.
+
+    ``reference(region)`` is the query that lam of a region is the softmax for.
+    """
+    n_k = len(k)
+    weights = np.zeros((len(q), n_k))
+    normalizer = np.full(len(q), -math.inf)
+    summaries: dict[tuple[int, ...], tuple[Array, Array, float, Array, Array]] = {}
+    for i, (direct, regions) in enumerate(rows):
+        near = [j for j in direct if key_mask is None or key_mask[j]]
+        slots = [(scale * float(q[i] @ k[j]), [j], [1.0]) for j in near]
+        for whole in regions:
+            region = tuple(j for j in whole if key_mask is None or key_mask[j])
+            if not region:
+                continue
+            if region not in summaries:
+                q0 = np.asarray(reference(region), np.float64)
+                e = [scale * float(q0 @ k[j]) for j in region]
+                w = [math.exp(x - max(e)) for x in e]
+                lam = np.array([x / sum(w) for x in w])
+                kappa = sum(p * k[j] for p, j in zip(lam, region, strict=True))
+                variance = sum(p * (k[j] - kappa) ** 2 for p, j in zip(lam, region, strict=True))
+                entropy = -sum(p * math.log(p) for p in lam if p > 0)
+                pooled = {
+                    "expected": kappa,
+                    "mean": np.mean(k[list(region)], axis=0),
+                    "max": np.max(k[list(region)], axis=0),
+                }[key]
+                b = {"entropy": entropy, "log_count": math.log(len(region)), "none": 0.0}[bias]
+                summaries[region] = (lam, pooled, b, variance, q0)
+            lam, pooled, b, variance, q0 = summaries[region]
+            g = scale * float(q[i] @ pooled) + b
+            if second_order == "diag":
+                g += 0.5 * scale**2 * float(((q[i] - q0) ** 2) @ variance)
+            slots.append((g, list(region), [float(x) for x in lam]))
+        if not slots:
+            continue
+        top = max(g for g, _, _ in slots)
+        total = sum(math.exp(g - top) for g, _, _ in slots)
+        normalizer[i] = top + math.log(total)
+        for g, keys, shares in slots:
+            for j, share in zip(keys, shares, strict=True):
+                weights[i, j] += math.exp(g - top) / total * share
+    return weights, normalizer

@@ -10,6 +10,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 from naive import naive_attention
+from peer_packages import peer
 
 from sketchattn import bench
 
@@ -17,6 +18,9 @@ from sketchattn import bench
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bench.BENCHMARKS)
 def test_every_benchmark_runs(name: str) -> None:
+    if name == "peers":
+        for package in bench.PEERS:
+            peer(package)
     rows = bench.run([name], quick=True, rounds=1)
     assert rows
     for row in rows:
@@ -29,6 +33,19 @@ def test_every_benchmark_runs(name: str) -> None:
     text = bench.render(rows)
     assert all(row["case"] in text for row in rows)
     assert "threads:" in text
+
+
+def test_packages_that_are_missing_are_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PEERS", {x: ("no_such_module", "X") for x in bench.PEERS})
+    q, k, v = (x[0] for x in bench._normal(1, 8, 4))
+    torch = pytest.importorskip("torch")
+    with pytest.warns(UserWarning, match=r"is not installed, so it is left out; pip") as caught:
+        assert list(bench._peer_calls(torch, q, k, v, 2)) == []
+    named = [str(x.message).split()[0] for x in caught]
+    assert named == ["nystrom-attention", "performer-pytorch", "linformer"]
+    monkeypatch.setattr(bench, "_torch", lambda: None)
+    with pytest.warns(UserWarning, match=r"^torch is not installed, so peers are left out; pip"):
+        assert bench.run(["peers"], quick=True) == []
 
 
 def test_calls_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:

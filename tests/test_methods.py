@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from method_cases import (
     CASES,
     IDS,
+    LEAST_FALL,
     SMALL_LOGITS,
     MethodCase,
     dense_attention,
@@ -166,6 +168,10 @@ def test_ranks_out_of_range_are_refused(
         return
     text += " method='exact'" if error is ValueError else ""
     problem = make_problem(6, 6)
+    make: Callable[[Any], sa.Method] = case
+    if rank is None and inspect.signature(type(case(1))).parameters["rank"].default is None:
+        assert make(rank).approximate(problem, rng=0).shape == (6, 6)
+        return
     for call in (case(rank).draw, case(rank).approximate):
         with pytest.raises(error, match=message(text)):
             call(problem, rng=0)
@@ -405,6 +411,10 @@ def test_causal_methods_do_not_see_the_future(case: MethodCase, dtype: Any, caus
             with pytest.raises(ValueError, match=f"^{re.escape(text)}.*, got {causal!r}[;:] .*"):
                 call(problem, rng=0)
         return
+    if not supports(case, problem):
+        with pytest.raises(ValueError, match="^n_q and n_k must be equal"):
+            method.approximate(problem, rng=0)
+        return
     rng = np.random.default_rng(5)
     k, v = problem.k.copy(), problem.values.copy()
     k[seen:], v[seen:] = (3 * rng.standard_normal((n_k - seen, x.shape[1])) for x in (k, v))
@@ -500,7 +510,8 @@ def test_huge_logits_give_finite_approximations(case: MethodCase, dtype: Any) ->
 @pytest.mark.statistical
 def test_error_falls_with_the_rank(case: MethodCase, global_random_seed: int) -> None:
     # Medians of 15 errors; between rank 4 and 48 of 64 the mean squared error falls by 12 or more
-    # for all unbiased estimators, and no method here falls by less than 1.5 on these heads.
+    # for all unbiased estimators, and no method here falls by less than 1.5 on these heads but
+    # those with a bound of their own.
     if not case.traits.uses_rank:
         return
     problem = make_problem(64, 64, d=8, scale=SMALL_LOGITS.get(case.name))
@@ -517,7 +528,7 @@ def test_error_falls_with_the_rank(case: MethodCase, global_random_seed: int) ->
         )
         for rank in (4, 48)
     ]
-    assert errors[1] < errors[0] / 1.5
+    assert errors[1] < errors[0] / LEAST_FALL.get(case.name, 1.5)
 
 
 # --- names --------------------------------------------------------------------------------------

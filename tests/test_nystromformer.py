@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 import sketchattn as sa
 from sketchattn.kernels._threads import limit_threads
 from sketchattn.methods.nystromformer import (
+    RenormalizedAttention,
     filter_inverse,
     iterate_inverse,
     pseudo_inverse,
-    segment_means,
 )
+from sketchattn.sampling.landmarks import segment_means
 
 Array = NDArray[Any]
 
@@ -312,7 +313,93 @@ def test_products_in_float64_are_those_of_the_same_draw() -> None:
     assert np.array_equal(wide.to_dense(), expected.to_dense())
 
 
+# --- rows that sum to one, and the convolution ----------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_renormalized_rows_are_divided_by_their_sums(masked: bool, dtype: Any) -> None:
+    mask = np.arange(20) % 5 != 2 if masked else None
+    problem = make_problem(13, 20, dtype, key_mask=mask)
+    plain = sa.Nystromformer(5, iterations=2).approximate(problem)
+    ahat = sa.Nystromformer(5, iterations=2, renormalize=True).approximate(problem)
+    sums = plain.row_sums().astype(np.float64)
+    assert np.abs(sums - 1).max() > 1e-3
+    assert (sums > 0.1).all()
+    expected = plain.to_dense() / sums[:, None]
+    # Rounding of a row sum, 5 terms of |F Z| at most 10 here, is divided by at least 0.1.
+    tolerance = 100 * 5 * float(np.finfo(dtype).eps)
+    assert np.abs(ahat.to_dense() - expected).max() <= tolerance
+    assert np.abs(ahat.row_sums() - 1).max() <= tolerance
+    y = np.random.default_rng(1).standard_normal((13, 2)).astype(dtype)
+    assert np.abs(ahat.T @ y - expected.T @ y).max() <= 13 * 4 * tolerance
+    assert np.abs(ahat.rows([2, 0]) - expected[[2, 0]]).max() <= tolerance
+    wide = ahat.wide()
+    assert wide.dtype == np.float64
+    assert np.abs(wide.to_dense() - expected).max() <= tolerance
+    assert isinstance(ahat, RenormalizedAttention)
+    assert np.array_equal(ahat.divisor, ahat.sums)
+
+
+def test_small_and_negative_row_sums_are_left_alone_and_counted() -> None:
+    # Ridge beyond all singular values shrinks Z, hence rows, to nearly nothing.
+    problem = make_problem(13, 20)
+    options: dict[str, Any] = {"iterations": None, "ridge": 100.0}
+    plain = sa.Nystromformer(5, **options)
+    ahat = sa.Nystromformer(5, renormalize=True, **options).approximate(problem)
+    assert np.array_equal(ahat.to_dense(), plain.approximate(problem).to_dense())
+    details = plain.details(problem)
+    assert details.not_renormalized == 13
+    assert 0 < details.least_sum <= details.largest_sum < 0.1
+    # One matrix with both kinds of rows.
+    s = np.array([[1.0, 0.0], [0.0, -0.5]])
+    mixed = RenormalizedAttention(np.array([[0.5, 0.5], [0.1, 0.9]]), s, np.eye(2))
+    assert mixed.sums.tolist() == pytest.approx([0.25, -0.35])
+    assert mixed.divisor.tolist() == [0.25, 1.0]
+    assert mixed.to_dense()[0].tolist() == pytest.approx([2.0, -1.0])
+    assert mixed.to_dense()[1].tolist() == pytest.approx([0.1, -0.45])
+    details = sa.Nystromformer(5).details(problem)
+    sums = sa.Nystromformer(5).approximate(problem).row_sums()
+    assert details == (sums.min(), sums.max(), (sums <= 0.1).sum())
+
+
+@pytest.mark.parametrize("m", [1, 5, 33])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_convolution_is_added_to_the_output(m: int, masked: bool) -> None:
+    mask = np.arange(12) % 3 > 0 if masked else None
+    problem = make_problem(12, 12, key_mask=mask)
+    w = np.random.default_rng(m).standard_normal(m)
+    v = problem.values if mask is None else np.where(mask[:, None], problem.values, 0)
+    near = np.zeros_like(v)
+    for i in range(12):
+        for t in range(m):
+            j = i + t - (m - 1) // 2
+            if 0 <= j < 12:
+                near[i] += w[t] * v[j]
+    for options in ({}, {"renormalize": True}, {"landmarks": "random"}):
+        plain = sa.Nystromformer(4, **options).attend(problem, rng=0)
+        method = sa.Nystromformer(4, convolution=w, **options)
+        out = method.attend(problem, rng=0)
+        assert np.abs(out - plain - near).max() <= 1e-13 * m
+        assert np.abs(out - plain - near[:, ::-1]).max() > 1e-3  # another order would be seen
+        assert not method.traits.matrix
+        with pytest.raises(ValueError, match=r"^convolution must be None for a matrix, got weig"):
+            method.approximate(problem, rng=0)
+
+
+def test_the_convolution_keeps_the_precision_and_needs_equal_lengths() -> None:
+    method = sa.Nystromformer(4, convolution=[0.5, 1.0, 0.5])
+    assert method.attend(make_problem(12, 12, np.float32)).dtype == np.float32
+    with pytest.raises(ValueError, match=r"^n_q and n_k must be equal for method 'nystromformer'"):
+        method.attend(make_problem(11, 12))
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"renormalize": 1}, TypeError, "renormalize must be a bool, got int"),
+    ({"convolution": np.ones(4)}, ValueError, "convolution must have shape (m,) with m odd, got"),
+    ({"convolution": np.ones((3, 3))}, ValueError, "convolution must have shape (m,) with m odd"),
+    ({"convolution": [np.inf]}, ValueError, "convolution must be finite, got inf at index (0,)"),
+    ({"convolution": [1]}, TypeError, "convolution must be float16, bfloat16, float32 or float64"),
     ({"landmarks": "segments"}, ValueError, "landmarks must be one of segment_means, kmeans"),
     ({"landmarks": np.zeros((2, 3, 4))}, ValueError, "landmarks must have shape (2, r, d) = (2, 5"),
     ({"landmarks": np.full((2, 5, 4), np.nan)}, ValueError, "landmarks must be finite"),

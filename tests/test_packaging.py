@@ -239,6 +239,7 @@ def fake_python(folder: Path) -> Path:
         ' printf \'#!/bin/sh\\necho "ran: $*"\\n\' >"$3/bin/sketchattn";'
         ' chmod +x "$3/bin/sketchattn" ;;\n'
         f'*torch==*) [ ! -e "{folder}/no-torch" ] ;;\n'
+        f'*peers]*) [ ! -e "{folder}/no-peers" ] ;;\n'
         f'*"pip install"*) [ ! -e "{folder}/no-index" ] ;;\n'
         '"-m pytest"*) echo "ran: $*" ;;\n'
         "esac\n",
@@ -296,7 +297,7 @@ def test_the_tests_have_torch_and_an_environment_of_their_own(checkout: Checkout
     first = checkout.run("tests", "-k", "shape")
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[-1] == "ran: -m pytest -k shape"
-    assert checkout.installs() == ["pip>=21.3", "out[test]", "torch==2.13.0"]
+    assert checkout.installs() == ["pip>=21.3", "out[test]", "torch==2.13.0", "out[test,peers]"]
     checkout.run("tests")
     assert checkout.installs() == []
     checkout.run("tests", SKETCHATTN_TORCH="0")
@@ -332,6 +333,19 @@ def test_without_torch_the_tests_run_but_not_in_ci(checkout: Checkout) -> None:
     done = checkout.run("tests")
     assert done.returncode == 0
     assert "run: PyTorch 2.13.0 cannot be had here" in done.stdout
+    assert done.stdout.endswith("ran: -m pytest\n")
+
+
+def test_without_other_packages_the_tests_run_but_not_in_ci(checkout: Checkout) -> None:
+    (checkout.folder / "no-peers").touch()
+    failed = checkout.run("tests", CI="true")
+    assert failed.returncode == 1
+    assert failed.stderr.endswith(
+        "run: other packages of attention must be installable where CI=true.\n"
+    )
+    done = checkout.run("tests")
+    assert done.returncode == 0
+    assert "run: other packages of attention cannot be had here" in done.stdout
     assert done.stdout.endswith("ran: -m pytest\n")
 
 

@@ -96,6 +96,35 @@ def test_the_formula_by_loops(
     assert np.array_equal(wide.to_dense(), expected)
 
 
+@pytest.mark.parametrize("scale", [0.02, 0.5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_outputs_with_eps_hold_no_features(scale: float, dtype: Any) -> None:
+    # More rows than maxima are taken of at a time, and exponents of -100 and more.
+    mask = np.arange(1500) % 7 != 0
+    problem = make_problem(1100, 1500, dtype, d=8, key_mask=mask, scale=scale)
+    method = sa.Performer(20, eps=1e-3)
+    draw = method.draw(problem, rng=0)
+    out = method.attend(problem, draw=draw)
+    ahat = method.approximate(problem.astype(np.float64), draw=draw)
+    expected = ahat @ problem.values.astype(np.float64)
+    # Exponents of size 200 carry 200 roundings, and the weights that many more than a term of 1.
+    tolerance = 1000 * float(np.finfo(dtype).eps) * np.abs(problem.values).max()
+    assert out.dtype == dtype
+    assert np.abs(out - expected).max() <= tolerance
+    other = sa.Performer(20, eps=0.1).attend(problem, draw=draw)
+    assert np.abs(other - expected).max() > 10 * tolerance
+
+
+@pytest.mark.parametrize("side", ["k", "q"])
+def test_features_with_eps_that_overflow_are_refused(side: str) -> None:
+    arrays = {x: np.ones((6, 4), np.float32) for x in "qkv"}
+    arrays[side][3] = 3e38
+    problem = sa.AttentionProblem(*arrays.values(), scale=1.0)
+    draw = {"features": np.full((5, 4), 9.0)}
+    with pytest.raises(ValueError, match=rf"^features @ {side}.T must be finite, got "):
+        sa.Performer(5, eps=1e-3).attend(problem, draw=draw)
+
+
 def test_a_negative_scale_is_honoured() -> None:
     problem = moderate(6, 8)
     turned = sa.AttentionProblem(problem.q, -problem.k, problem.v, scale=-problem.scale)
@@ -205,6 +234,13 @@ def test_threads_do_not_change_the_bits() -> None:
         assert np.array_equal(results[0][0], results[1][0])
         assert np.array_equal(results[0][1], results[1][1])
         assert isinstance(ahat, PrefixAttention) == causal
+    # Several pieces of the keys, which are summed apart.
+    problem = moderate(600, 3000, np.float32, d=8)
+    outputs = []
+    for count in (1, 2):
+        with limit_threads(count):
+            outputs.append(sa.Performer(40, eps=1e-3).attend(problem, rng=0))
+    assert np.array_equal(outputs[0], outputs[1])
 
 
 # --- the random matrix --------------------------------------------------------------------------
@@ -346,6 +382,11 @@ def test_the_corrected_bound_for_orthogonal_features_holds() -> None:
     assert wrong > 0
     x = np.array([0.7, 0.2, -0.3, 0.4])
     assert feature_mse(x, -x, 4) == pytest.approx(0.0, abs=1e-15)
+    for features, most in (("positive", 233.333), ("trigonometric", 700.0)):
+        size = np.sqrt(0.49 * most)
+        assert np.isfinite(feature_mse([size], [size], 4, features))
+        with pytest.raises(ValueError, match=r"^x and y must have \|x\|\^2 \+ \|y\|\^2 below"):
+            feature_mse([1.1 * size], [size], 4, features)
     claimed = -(1 - 1 / 4) * 2 / 6 * math.exp(-2 * float(x @ x))
     assert claimed == pytest.approx(-0.0525340, abs=1e-6)
 

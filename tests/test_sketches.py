@@ -1345,7 +1345,7 @@ def test_a_kind_is_registered_once() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
-    ("r", "n", "m"), [(0, 3, 2), (1, 1, 1), (3, 0, 2), (70, 9, 5), (300, 7, 3)]
+    ("r", "n", "m"), [(0, 3, 2), (1, 1, 1), (3, 0, 2), (70, 9, 5), (300, 7, 3), (3, 4100, 2)]
 )
 def test_dense_products_are_the_sums_of_the_formula(r: int, n: int, m: int, dtype: Any) -> None:
     rng = np.random.default_rng(r)

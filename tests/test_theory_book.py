@@ -20,9 +20,13 @@ import sketchattn as sa
 from sketchattn.theory import claims
 
 BOOK = ROOT / "theory"
-TOPICS = ("softmax", "sketching", "sampling", "linformer", "skeinformer", "informer")
+TOPICS = (
+    *("softmax", "sketching", "sampling", "linformer", "skeinformer", "informer"),
+    "dba",
+    "lowrank_baselines",
+)
 # Scripts that take more than a few seconds.
-LONG = frozenset({"sketching", "linformer", "skeinformer"})
+LONG = frozenset({"sketching", "linformer", "skeinformer", "dba", "lowrank_baselines"})
 # What is broken by default: one statement of each table, and tables of numbers that are quick.
 BROKEN = {
     "softmax": (
@@ -43,6 +47,17 @@ BROKEN = {
     "informer": (
         *("informer.sandwich", "informer.regret", "informer.total_bound", "informer.miss_rate"),
         *("worked", "counterexample", "fills"),
+    ),
+    "dba": (
+        *("dba.lossless_logits", "dba.circle", "dba.multiplicity", "dba.matrix_floor"),
+        *("dba.logit_error", "dba.projector", "dba.skeleton", "dba.jl_logits"),
+        *("line", "trap", "attained", "lemma", "enumeration"),
+    ),
+    "lowrank_baselines": (
+        *("lowrank_baselines.residual_recursion", "lowrank_baselines.queries_suffice"),
+        *("lowrank_baselines.mse_positive", "lowrank_baselines.theorem2"),
+        *("lowrank_baselines.favor_factors", "lowrank_baselines.clustered_proposition2"),
+        *("lowrank_baselines.topk_floor", "filter", "medians", "regularised", "theorem2"),
     ),
 }
 
@@ -199,7 +214,9 @@ def test_every_chapter_has_its_script_and_its_figure() -> None:
         assert (BOOK / f"{topic}.svg").exists()
 
 
-NAME = re.compile(r"`((?:softmax|sketching|linformer|skeinformer|informer)\.[A-Za-z0-9_]+)`")
+NAME = re.compile(
+    r"`((?:softmax|sketching|linformer|skeinformer|informer|dba|lowrank_baselines)\.[A-Za-z0-9_]+)`"
+)
 
 
 def test_chapters_name_claims_that_exist_and_every_claim_is_named() -> None:
@@ -231,7 +248,10 @@ def test_claims_of_methods_exist_and_are_about_them() -> None:
         assert set(traits.claims) <= set(known), name
         assert len(set(traits.claims)) == len(traits.claims)
         named |= set(traits.claims)
-    for name in ("skeinformer", "informer", "column_sampling", "jl", "linformer"):
+    for name in (
+        *("skeinformer", "informer", "column_sampling", "jl", "linformer"),
+        *("nystromformer", "performer", "dba", "clustered", "compressed"),
+    ):
         assert sa.methods()[name](rank=8).traits.claims, name
     # Other components have other claims: Proposition 1 is about one choice of them only.
     weighted = sa.Skeinformer(8, replace=True, weights="importance", normalizer="exact")

@@ -21,6 +21,7 @@ from sketchattn._files import write_bytes, write_text
 from sketchattn.theory._engine import one_thread
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Numbers of a table may differ by this factor from one machine to another: their last digit.
@@ -381,3 +382,21 @@ def new_figure(width: float = 6.4, height: float = 3.8) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def curves(
+    table: Table, x: str, lines: Sequence[tuple[str, str, str]], **labels: str
+) -> tuple[Figure, Axes]:
+    """Return a figure of columns of a table against its column ``x``, and its axes.
+
+    ``lines`` are (column, style, colour); ``labels`` are those of the axes, xlabel and ylabel.
+    """
+    drawn = new_figure()
+    axes = drawn.add_subplot()
+    places = table.column(x)
+    for name, style, colour in lines:
+        axes.plot(places, table.column(name), style, color=colour, label=name, markersize=4)
+    axes.set(**labels)
+    axes.grid(True, which="both", color="0.92", linewidth=0.5)
+    axes.legend(fontsize=8)
+    return drawn, axes

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _chapter import Chapter, Checks, Factory, Table, new_figure, number
+from _chapter import Chapter, Checks, Factory, Table, curves, number
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -445,24 +445,22 @@ def curve(checks: Checks) -> Table:
 @CHAPTER.figure
 def figure(tables: Mapping[str, Table]) -> Figure:
     """Draw the share of the squared error that is left against the number of exact rows."""
-    table = tables["curve"]
-    drawn = new_figure()
-    axes = drawn.add_subplot()
-    r = table.column("r")
-    for name, style, colour in (
+    lines = (
         ("random rows", ":", "0.3"),
         ("sampled, D = U", "s-", "#E69F00"),
         ("Mbar", "o-", "#56B4E9"),
         ("M", "o-", "#0072B2"),
         ("row norm", "D-", "#009E73"),
         ("oracle", "-", "black"),
-    ):
-        axes.plot(r, table.column(name), style, color=colour, label=name, markersize=4)
-    axes.set_xlabel("r, exact rows of 512")
-    axes.set_ylabel("share of the squared error of the mean of V")
+    )
+    drawn, axes = curves(
+        tables["curve"],
+        "r",
+        lines,
+        xlabel="r, exact rows of 512",
+        ylabel="share of the squared error of the mean of V",
+    )
     axes.set_ylim(0, 1.02)
-    axes.grid(True, color="0.92", linewidth=0.5)
-    axes.legend(fontsize=8)
     return drawn
 
 

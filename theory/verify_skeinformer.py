@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _chapter import Chapter, Checks, Factory, Table, new_figure, number
+from _chapter import Chapter, Checks, Factory, Table, curves, number
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -602,11 +602,7 @@ def curve(checks: Checks) -> Table:
 @CHAPTER.figure
 def figure(tables: Mapping[str, Table]) -> Figure:
     """Draw bounds, what they cover, and what they do not cover, against r."""
-    table = tables["curve"]
-    drawn = new_figure()
-    axes = drawn.add_subplot()
-    r = table.column("r")
-    for name, style, colour in (
+    lines = (
         ("Proposition 1", "-", "black"),
         ("best bound", "--", "black"),
         ("optimal law, weighted", "o-", "#0072B2"),
@@ -615,14 +611,17 @@ def figure(tables: Mapping[str, Table]) -> Figure:
         ("Skeinformer", "D-", "#D55E00"),
         ("mean of V", ":", "0.3"),
         ("truncated svd", "-.", "0.5"),
-    ):
-        axes.plot(r, table.column(name), style, color=colour, label=name, markersize=4)
+    )
+    drawn, axes = curves(
+        tables["curve"],
+        "r",
+        lines,
+        xlabel="r, columns drawn",
+        ylabel="Frobenius error of the output over |A V|_F",
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.set_xlabel("r, columns drawn")
-    axes.set_ylabel("Frobenius error of the output over |A V|_F")
-    axes.grid(True, which="both", color="0.92", linewidth=0.5)
     axes.legend(fontsize=7, ncols=2)
     return drawn
 

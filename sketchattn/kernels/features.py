@@ -1,9 +1,10 @@
-"""Causal products with feature maps: prefix sums over keys as convex steps, never n x n.
+"""Products with feature maps: those that released codes add a constant to, and causal ones.
 
-With ``a_jl = logsumexp_{j' <= j} N_j'l`` of the log-features N of the keys and ``e_i`` the last
-key that query i sees, ``Ahat_ij = sum_l U_il exp(N_jl - a_(e_i)l)``.  Both directions need two
-arrays with entries in [0, 1] only: ``U = rowsoftmax_l(T_il + a_(e_i)l)`` and the steps
-``beta_jl = exp(N_jl - a_jl)``, since ``exp(a_(j-1)l - a_jl) = 1 - beta_jl``.
+Causal ones are prefix sums over keys as convex steps, never n x n: with ``a_jl = logsumexp_{j' <=
+j} N_j'l`` of the log-features N of the keys and ``e_i`` the last key that query i sees, ``Ahat_ij =
+sum_l U_il exp(N_jl - a_(e_i)l)``.  Both directions need two arrays with entries in [0, 1] only: ``U
+= rowsoftmax_l(T_il + a_(e_i)l)`` and the steps ``beta_jl = exp(N_jl - a_jl)``, since ``exp(a_(j-1)l
+- a_jl) = 1 - beta_jl``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ Array = NDArray[Any]
 
 # Columns of X that one thread carries through all tokens: its state is (R, COLUMNS).
 COLUMNS = 32
+# Rows whose features a thread holds at a time.
+TILE = 256
+# Keys are summed in so many pieces at most, which do not depend on the threads.
+PIECES = 16
 
 
 @kernel()
@@ -158,6 +163,147 @@ def _backward(u: Array, beta: Array, offset: int, y: Array, threads: int, out: A
                         state[l, c] = rest * d
                 for c in range(c1 - c0):
                     out[j, c0 + c] = line[c]
+
+
+@kernel(parallel=True)
+def _pack(
+    y: Array,
+    half: Array,
+    keep: Array,
+    across: Array,
+    v: Array,
+    threads: int,
+    top: Array,
+    total: Array,
+    packed: Array,
+) -> None:
+    """Sum features ``exp(N_jl - m)`` of keys, and their products with V, over pieces of the keys.
+
+    ``y (n, d)``, ``half (n,)`` is ``|y_j|^2/2``, ``keep (n,)`` bool, ``across (d, R)``, ``v (n,
+    m)``; piece c gives ``top[c] = m = max_jl omega_l . y_j``, ``total[c] (R,)`` and ``packed[c]
+    (R, m)``; -inf and zeros where no key of it is kept.
+    """
+    n, d = y.shape
+    width = across.shape[1]
+    pieces = top.shape[0]
+    lowest = y.dtype.type(-np.inf)
+    log2e = y.dtype.type(LOG2E)
+    for worker in prange(threads):
+        buffer = np.empty(TILE * width, y.dtype)
+        part = np.empty((width, v.shape[1]), y.dtype)
+        for piece in range(worker, pieces, threads):
+            total[piece] = 0.0
+            packed[piece] = 0.0
+            m = lowest
+            stop = (piece + 1) * n // pieces
+            for i0 in range(piece * n // pieces, stop, TILE):
+                i1 = min(i0 + TILE, stop)
+                s = buffer[: (i1 - i0) * width].reshape((i1 - i0, width))
+                np.dot(y[i0:i1], across, s)
+                before = m
+                for i in range(i1 - i0):
+                    if keep[i0 + i]:
+                        m = max(m, row_maximum(s[i]))
+                if m > before:
+                    shift = exp2(y.dtype.type(log2e * (before - m)))
+                    for l in range(width):  # noqa: E741  (the letter of the formulas)
+                        total[piece, l] *= shift
+                        for c in range(v.shape[1]):
+                            packed[piece, l, c] *= shift
+                for i in range(i1 - i0):
+                    if keep[i0 + i]:
+                        low = half[i0 + i] + m
+                        for l in range(width):  # noqa: E741  (the letter of the formulas)
+                            e = exp2(y.dtype.type(log2e * (s[i, l] - low)))
+                            s[i, l] = e
+                            total[piece, l] += e
+                    else:
+                        s[i] = 0.0
+                np.dot(s.T, v[i0:i1], part)
+                for l in range(width):  # noqa: E741  (the letter of the formulas)
+                    for c in range(v.shape[1]):
+                        packed[piece, l, c] += part[l, c]
+            top[piece] = m
+
+
+@kernel(parallel=True)
+def _unpack(
+    x: Array,
+    half: Array,
+    across: Array,
+    total: Array,
+    packed: Array,
+    eps: float,
+    threads: int,
+    top: Array,
+    out: Array,
+) -> None:
+    """``out_i = sum_l w_il packed_l / sum_l w_il total_l``, ``w_il`` the features of queries.
+
+    ``w_il = exp(omega_l . x_i - half_i - top_i) + eps``, ``top_i = max_l omega_l . x_i``; ``x (n,
+    d)``, ``across (d, R)``, ``total (R,)``, ``packed (R, m)``, ``out (n, m)``.
+    """
+    n, d = x.shape
+    width = across.shape[1]
+    log2e = x.dtype.type(LOG2E)
+    extra = x.dtype.type(eps)
+    tiles = (n + TILE - 1) // TILE
+    for worker in prange(threads):
+        buffer = np.empty(TILE * width, x.dtype)
+        for item in range(worker, tiles, threads):
+            i0 = item * TILE
+            i1 = min(i0 + TILE, n)
+            s = buffer[: (i1 - i0) * width].reshape((i1 - i0, width))
+            np.dot(x[i0:i1], across, s)
+            for i in range(i1 - i0):
+                high = row_maximum(s[i])
+                top[i0 + i] = high
+                low = half[i0 + i] + high
+                weight = x.dtype.type(0.0)
+                for l in range(width):  # noqa: E741  (the letter of the formulas)
+                    w = exp2(x.dtype.type(log2e * (s[i, l] - low))) + extra
+                    s[i, l] = w
+                    weight += w * total[l]
+                inverse = x.dtype.type(1.0) / weight
+                for l in range(width):  # noqa: E741  (the letter of the formulas)
+                    s[i, l] *= inverse
+            np.dot(s, packed, out[i0:i1])
+
+
+def feature_sums(
+    y: Array, keep: Array, omega: Array, v: Array
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """Return ``m``, ``sum_j exp(N_jl - m)`` (R,) and ``sum_j exp(N_jl - m) v_j`` (R, m).
+
+    ``y (n, d)``, ``keep`` bool (n,) with at least one key, ``omega (R, d)``, ``v (n, m)``, and
+    ``m = max_jl omega_l . y_j`` without the norms.  Nothing is validated.
+    """
+    pieces = min(PIECES, -(-len(y) // TILE))
+    top = np.empty(pieces, y.dtype)
+    total = np.empty((pieces, len(omega)), y.dtype)
+    packed = np.empty((*total.shape, v.shape[1]), y.dtype)
+    half = 0.5 * np.einsum("ij,ij->i", y, y)
+    with kernel_threads() as threads:
+        _pack(y, half, keep, np.ascontiguousarray(omega.T), v, threads, top, total, packed)
+    high = float(top.max())
+    with np.errstate(invalid="ignore"):  # an overflow, which shows in m
+        share = np.exp(top.astype(np.float64) - high)
+        return high, np.einsum("c,cl->l", share, total), np.einsum("c,clm->lm", share, packed)
+
+
+def feature_means(
+    x: Array, omega: Array, total: Array, packed: Array, eps: float
+) -> tuple[Array, Array]:
+    """Return the quotients (n, m) of ``_unpack`` and the maxima (n,); nothing is validated."""
+    top, out = np.empty(len(x), x.dtype), np.empty((len(x), packed.shape[1]), x.dtype)
+    half = 0.5 * np.einsum("ij,ij->i", x, x)
+    # Features and quotients do not change if both are divided by one number.
+    size = total.max()
+    sums, products = (np.ascontiguousarray(z / size, x.dtype) for z in (total, packed))
+    across = np.ascontiguousarray(omega.T)
+    with kernel_threads() as threads:
+        _unpack(x, half, across, sums, products, eps, threads, top, out)
+    return out, top
 
 
 def prefix_factors(t: Array, n: Array, keep: Array, offset: int) -> tuple[Array, Array]:

@@ -10,7 +10,15 @@ from .baselines import TopK as TopK
 from .baselines import UniformColumns as UniformColumns
 from .baselines import VMean as VMean
 from .baselines import Zero as Zero
+from .clustered import Clustered as Clustered
 from .column_sampling import ColumnSampling as ColumnSampling
+from .compressed import Compressed as Compressed
+from .dba import DBA as DBA
+from .dba_official import DBABlockWeights as DBABlockWeights
+from .dba_official import DBAResult as DBAResult
+from .dba_official import DBAWeights as DBAWeights
+from .dba_official import dba_block as dba_block
+from .dba_official import dba_layer as dba_layer
 from .informer import Informer as Informer
 from .informer import SelectionRegret as SelectionRegret
 from .informer import lazy_errors as lazy_errors

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator
 
 from ..draws import Draw, Rng, as_generator
 from ..operators import AttentionOperator
-from ..problem import AttentionProblem, check_rank, closest
+from ..problem import AttentionProblem, check_rank, closest, stacked
 
 Array = NDArray[Any]
 M = TypeVar("M", bound="type[Method]")
@@ -115,9 +115,17 @@ def make_method(method: str | Method, parameters: Mapping[str, Any]) -> Method:
         if name not in known:
             hint = closest(name, known) if known else "; it takes no parameters"
             raise TypeError(f"{name} must be a parameter of method {method!r}, got {name!r}{hint}")
-    if "rank" in known and "rank" not in parameters:
+    if "rank" in known and "rank" not in parameters and _needs_rank(cls):
         raise TypeError(f"rank must be given for method {method!r}, got none; pass rank=")
     return cls(**parameters)
+
+
+def _needs_rank(cls: type[Method]) -> bool:
+    """Say whether a method has a rank without a default."""
+    import inspect
+
+    rank = inspect.signature(cls).parameters["rank"]
+    return rank.default is inspect.Parameter.empty
 
 
 class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not typed
@@ -244,7 +252,9 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         >>> sa.UniformColumns(rank=4).attend(problem, rng=0).shape
         (16, 4)
         """
-        return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)
+        ahat = self.approximate(problem, rng, draw=draw)
+        values = problem.arrays.v  # writeable, unlike problem.values: kernels need no copy
+        return np.asarray(ahat @ (problem.values if values is None else values))
 
     def attend_heads(
         self,
@@ -283,7 +293,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         (3, 16, 4)
         """
         pairs = zip(problems, rngs, strict=True)
-        return np.stack([self.attend(problem, rng, draw=draw) for problem, rng in pairs])
+        return stacked([self.attend(problem, rng, draw=draw) for problem, rng in pairs])
 
     def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
         """Return the draw that ``rng`` makes, or the one given, checked as the problem is."""

@@ -747,9 +747,9 @@ class Linformer(Method):
         >>> sa.Linformer(rank=4, projection="max_pool").attend(problem).shape
         (16, 4)
         """
-        self.check(problem)
         if self.is_linear:
-            return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)
+            return super().attend(problem, rng, draw=draw)
+        self.check(problem)
         if draw is not None:
             self._handed_in(problem, rng, draw)
         v = problem.values

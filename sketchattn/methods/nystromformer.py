@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..draws import Draw, check_draw
-from ..operators import AttentionOperator, FactoredAttention, zero_attention
+from ..draws import Draw, Rng, check_draw
+from ..operators import AttentionOperator, FactoredAttention, Index, pick, zero_attention
 from ..problem import AttentionProblem, as_array, check_finite, closest, float_dtype
+from ..sampling.landmarks import chosen_rows, kmeans, segment_means
 from ..sketches._base import streams
 from ._base import Method, Traits, register
 
@@ -27,8 +28,30 @@ Array = NDArray[Any]
 LANDMARKS = ("segment_means", "kmeans", "random", "leverage")
 MASKING = ("delete", "zero")
 KMEANS_STEPS = 10
+# About the iteration, about the inverse that it stands for, and about any product of so few
+# factors.
+ITERATION_CLAIMS = (
+    "lowrank_baselines.residual_recursion",
+    "lowrank_baselines.residual_norm",
+    "lowrank_baselines.iteration_filter",
+    "lowrank_baselines.iteration_order",
+    "lowrank_baselines.iteration_norm",
+    "lowrank_baselines.row_sums_iterated",
+    "lowrank_baselines.more_accurate",
+)
+INVERSE_CLAIMS = (
+    "lowrank_baselines.all_landmarks",
+    "lowrank_baselines.all_landmarks_singular",
+    "lowrank_baselines.queries_suffice",
+    "lowrank_baselines.keys_suffice",
+    "lowrank_baselines.every_token",
+    "lowrank_baselines.row_sums",
+)
+FACTOR_CLAIMS = ("lowrank_baselines.rank_floor", "dba.matrix_floor", "dba.output_floor")
 # Up to here an error of eps c in an eigenvalue of M M^T grows to 3.25^8 eps = 3e-12 at most.
 GRAM_STEPS = 8
+# Row sums up to here are not divided by: they can be zero or negative.
+LEAST_ROW_SUM = 0.1
 
 
 class Core(NamedTuple):
@@ -223,63 +246,10 @@ def _fraction(value: object, label: str, below: float) -> float:
 # --- landmarks ----------------------------------------------------------------------------------
 
 
-def segment_means(x: ArrayLike, r: int) -> Array:
-    """Return the means of r segments of consecutive rows; the first n mod r have one row more.
-
-    Parameters
-    ----------
-    x : array (n, d)
-    r : int
-        In 1..n.
-
-    Returns
-    -------
-    ndarray (r, d), float64
-
-    Examples
-    --------
-    >>> segment_means(np.array([[1.0], [3.0], [5.0]]), 2).tolist()
-    [[2.0], [5.0]]
-    """
-    rows = np.asarray(as_array(x, "x"))
-    if rows.ndim != 2 or not 1 <= r <= len(rows):
-        raise ValueError(
-            f"r must be in 1..n for x of shape (n, d), got {r} and {rows.shape}; lower r"
-        )
-    sizes = len(rows) // r + (np.arange(r) < len(rows) % r)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    sums = np.add.reduceat(rows, starts, axis=0, dtype=np.float64)
-    return np.asarray(sums / sizes[:, None])
-
-
-def _kmeans(x: Array, r: int, seed: int) -> Array:
-    import warnings
-
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
-
-    from ..kernels._threads import blas_single_thread
-
-    model = KMeans(r, n_init=1, max_iter=KMEANS_STEPS, random_state=seed)
-    # One thread: partial sums of several would be added in an order that depends on their number.
-    with warnings.catch_warnings(), threadpool_limits(1, user_api="openmp"), blas_single_thread():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # equal rows make equal centroids
-        return np.asarray(model.fit(x).cluster_centers_, np.float64)
-
-
-def _chosen(x: Array, r: int, law: str, rng: np.random.Generator) -> Array:
-    """Return r rows drawn without replacement, uniformly or by leverage, in drawing order."""
-    if law == "random":
-        return np.asarray(x[rng.permutation(len(x))[:r]], np.float64)
-    from ..sampling import leverage_scores
-    from ..sampling.draws import gumbel_top
-
-    scores = leverage_scores(x)
-    # Rows of zeros have none: they come last, uniformly.
-    floor = float(np.finfo(np.float64).tiny)
-    order, _ = gumbel_top(np.log(np.maximum(scores, floor)), r, rng)
-    return np.asarray(x[order], np.float64)
+def _centers(x: Array, r: int, seed: int) -> Array:
+    """Return r centroids, float64 (r, d); equal rows may leave fewer, which are then repeated."""
+    centers = kmeans(x, r, seed, steps=KMEANS_STEPS).centers
+    return centers[np.arange(r) % len(centers)]
 
 
 def _small_softmax(queries: Array, keys: Array, scale: float) -> Array:
@@ -292,6 +262,66 @@ def _small_softmax(queries: Array, keys: Array, scale: float) -> Array:
     logits -= logits.max(axis=1, keepdims=True)
     weights: Array = np.exp(logits)
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+# --- rows that sum to one -----------------------------------------------------------------------
+
+
+class RenormalizedAttention(FactoredAttention):
+    """Represent ``diag(1/w) U S P``: w is the row sum where it exceeds 0.1, and 1 elsewhere.
+
+    Parameters
+    ----------
+    u, s, p, effective_rank, remake
+        As for `FactoredAttention`; rows of ``p`` sum to one.
+
+    Attributes
+    ----------
+    sums : ndarray (n_q,)
+        Row sums of ``U S P``.
+    divisor : ndarray (n_q,)
+        ``w``.
+    """
+
+    def __init__(
+        self,
+        u: Array | AttentionOperator,
+        s: Array,
+        p: Array | AttentionOperator,
+        effective_rank: int | None = None,
+        *,
+        remake: Any = None,
+    ) -> None:
+        super().__init__(u, s, p, effective_rank, remake=remake)
+        self.sums = np.asarray(self.u @ s.sum(axis=1, dtype=np.float64).astype(self.dtype))
+        self.divisor = np.where(self.sums > LEAST_ROW_SUM, self.sums, self.dtype.type(1))
+
+    def _matmat(self, x: Array) -> Array:
+        return super()._matmat(x) / self.divisor[:, None]
+
+    def _rmatmat(self, y: Array) -> Array:
+        return super()._rmatmat(self._cast(y) / self.divisor[:, None])
+
+    def rows(self, index: Index) -> Array:
+        """Return chosen rows as a dense array (len(index), n_k)."""
+        chosen = pick(self.shape[0], index)
+        return super().rows(chosen) / self.divisor[chosen, None]
+
+
+class NystromDetails(NamedTuple):
+    """Hold how far the rows of ``Ahat`` are from summing to one, before they are divided.
+
+    Attributes
+    ----------
+    least_sum, largest_sum : float
+        Range of the row sums of ``F Z B``.
+    not_renormalized : int
+        Rows that ``renormalize=True`` leaves as they are, since they sum to 0.1 or less.
+    """
+
+    least_sum: float
+    largest_sum: float
+    not_renormalized: int
 
 
 # --- the method ---------------------------------------------------------------------------------
@@ -325,6 +355,13 @@ class Nystromformer(Method):
         zeros in their means, and so do the queries at masked positions where n_q = n_k.
     preset : {None, "original", "nystrom-attention"}
         A released variant: 6 iterations on segment means, for the first with ``masking="zero"``.
+    renormalize : bool, default False
+        Divide rows by their sums where these exceed 0.1; `details` counts the others.
+    convolution : array (m,), optional
+        Weights w of the depthwise convolution that released codes add, m odd:
+        ``Ohat_i = (Ahat V)_i + sum_t w_t v_(i + t - (m - 1)/2)``, zeros beyond the ends and at
+        masked keys; n_q = n_k.  It approximates nothing: `attend` gives the output, `approximate`
+        refuses.
 
     Raises
     ------
@@ -341,7 +378,8 @@ class Nystromformer(Method):
     Deviations from released codes: nothing is shared between heads (they scale the start of the
     iteration by a maximum over all heads and entries of the batch); segments differ in length by
     one where r does not divide n ("nystrom-attention" pads in front with tokens that take part);
-    r = n is not replaced by exact attention; the convolution of V is no part of the approximation.
+    r = n is not replaced by exact attention; the convolution of V, of length 33, 35 or 65 there, is
+    off by default.
 
     Cost ``O((n_q + n_k) r (d + d_v) + r^3)``; F and B are never held.
 
@@ -363,6 +401,8 @@ class Nystromformer(Method):
         rcond: float | None = None,
         masking: str = "delete",
         preset: str | None = None,
+        renormalize: bool = False,
+        convolution: ArrayLike | None = None,
     ) -> None:
         self.rank = rank
         self.landmarks = landmarks
@@ -371,6 +411,8 @@ class Nystromformer(Method):
         self.rcond = rcond
         self.masking = masking
         self.preset = preset
+        self.renormalize = renormalize
+        self.convolution = convolution
 
     @property
     def core(self) -> Core:
@@ -386,7 +428,15 @@ class Nystromformer(Method):
     @property
     def traits(self) -> Traits:
         """Masks and shapes are honoured; rows do not sum to one, entries can be negative."""
-        return Traits(key_mask=True, randomized=self._draws)
+        plain = self.convolution is None
+        inverse = INVERSE_CLAIMS if self.core.iterations is None else ITERATION_CLAIMS
+        return Traits(
+            key_mask=True,
+            rectangular=plain,
+            randomized=self._draws,
+            matrix=plain,
+            claims=inverse + FACTOR_CLAIMS if plain else (),
+        )
 
     @property
     def draw_names(self) -> tuple[str, ...]:  # type: ignore[override]  # they depend on parameters
@@ -416,6 +466,20 @@ class Nystromformer(Method):
                         f"{label} must be left at {standard!r} with preset {self.preset!r}, which "
                         f"sets it to {wanted!r}, got {given!r}; drop one of them"
                     )
+        if not isinstance(self.renormalize, bool | np.bool_):
+            raise TypeError(
+                f"renormalize must be a bool, got {type(self.renormalize).__name__}; "
+                f"pass True or False"
+            )
+        if self.convolution is not None:
+            weights = as_array(self.convolution, "convolution")
+            float_dtype(weights, "convolution")
+            if weights.ndim != 1 or len(weights) % 2 == 0:
+                raise ValueError(
+                    f"convolution must have shape (m,) with m odd, got {weights.shape}; give one "
+                    f"weight for each neighbour and one for the token itself"
+                )
+            check_finite(weights, "convolution")
         if isinstance(self.landmarks, str) and self.landmarks not in LANDMARKS:
             raise ValueError(
                 f"landmarks must be one of {', '.join(LANDMARKS)}, or an array (2, r, d), got "
@@ -478,11 +542,12 @@ class Nystromformer(Method):
             return Draw(landmarks=np.zeros((2, 0, problem.d)))
         sides = (problem.q, problem.k[problem.kept_keys])
         if law == "kmeans":
-            made = [_kmeans(x, r, int(rng.integers(2**31))) for x in sides]
+            made = [_centers(x, r, int(rng.integers(2**31))) for x in sides]
         else:
             # A stream for each side, so that a larger rank extends the draw of both.
             made = [
-                _chosen(x, r, law, stream) for x, stream in zip(sides, streams(rng, 2), strict=True)
+                np.asarray(x[chosen_rows(x, r, law, stream)], np.float64)
+                for x, stream in zip(sides, streams(rng, 2), strict=True)
             ]
         return Draw(landmarks=np.stack(made))
 
@@ -511,10 +576,20 @@ class Nystromformer(Method):
         return pseudo_inverse(m, core.ridge, self.rcond)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        if self.convolution is not None:
+            raise ValueError(
+                "convolution must be None for a matrix, got weights, which approximate nothing; "
+                "use Nystromformer(...).attend(problem) for the output"
+            )
+        return self._factored(problem, draw, bool(self.renormalize))
+
+    def _factored(
+        self, problem: AttentionProblem, draw: Draw, renormalize: bool
+    ) -> FactoredAttention:
         if self._budget(problem) == 0:
             return zero_attention(problem)
         wide = self._landmarks(problem, draw)
-        queries, keys = (np.ascontiguousarray(x, problem.dtype) for x in wide)
+        queries, keys = (np.require(x, problem.dtype, ["C", "W"]) for x in wide)
         q, k, _ = problem.arrays
         left = AttentionProblem.adopt(q, keys, scale=problem.scale)
         if problem.key_mask is None:
@@ -524,9 +599,82 @@ class Nystromformer(Method):
         z = self.inverse(_small_softmax(queries, keys, problem.scale)).astype(problem.dtype)
 
         def remake() -> FactoredAttention:
-            made = self._approximate(problem.astype(np.float64), draw)
-            assert isinstance(made, FactoredAttention)
-            return made
+            return self._factored(problem.astype(np.float64), draw, renormalize)
 
         budget = min(len(queries), self._budget(problem))
-        return FactoredAttention(left.exact, z, right.exact, budget, remake=remake)
+        kind = RenormalizedAttention if renormalize else FactoredAttention
+        return kind(left.exact, z, right.exact, budget, remake=remake)
+
+    def attend(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat = Ahat V``, with the convolution of V added where there is one.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            With values.
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        ndarray (n_q, d_v)
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> plain = sa.Nystromformer(rank=4).attend(problem)
+        >>> more = sa.Nystromformer(rank=4, convolution=[0.0, 1.0, 0.0]).attend(problem)
+        >>> bool(np.allclose(more - plain, problem.v))
+        True
+        """
+        if self.convolution is None:
+            return super().attend(problem, rng, draw=draw)
+        from scipy.ndimage import correlate1d
+
+        made = self._checked(problem, rng, draw)
+        values = problem.values
+        out = np.asarray(self._factored(problem, made, bool(self.renormalize)) @ values)
+        keep = problem.key_mask
+        shown = values if keep is None else np.where(keep[:, None], values, 0)
+        weights = np.asarray(as_array(self.convolution, "convolution"), np.float64)
+        near = correlate1d(shown.astype(np.float64), weights, axis=0, mode="constant")
+        return np.asarray(out + near, problem.dtype)
+
+    def details(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> NystromDetails:
+        """Return the range of the row sums, and how many rows are too small to be divided by.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        NystromDetails
+            NaN for the sums where there is no query.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> sa.Nystromformer(rank=4).details(problem).not_renormalized
+        0
+        """
+        made = self._checked(problem, rng, draw)
+        sums = self._factored(problem, made, False).row_sums()
+        low, high = (float(f(sums)) if len(sums) else math.nan for f in (np.min, np.max))
+        return NystromDetails(low, high, int((sums <= LEAST_ROW_SUM).sum()))

@@ -37,11 +37,34 @@ class Form(NamedTuple):
     eps: float = 0.0
 
 
+# Mean squared errors are at most exp(3 (|x|^2 + |y|^2)), or exp(|x|^2 + |y|^2); float64 ends here.
+LARGEST_EXPONENT = 700.0
+
 # What each released variant sets.
 PRESETS: dict[str, dict[str, Any]] = {
     "google": {"sign_fix": False, "eps": 1e-6},
     "performer-pytorch": {"sign_fix": False, "eps": 1e-4},
 }
+
+
+def _claims(form: Form) -> tuple[str, ...]:
+    """Return the ids of the claims of ``sketchattn.theory`` about one estimator."""
+    named = [f"mse_{form.features}" + ("_orthogonal" if form.orthogonal else "")]
+    if form.orthogonal:
+        named.append("signed_unbiased" if form.sign_fix else "unsigned_unbiased")
+        named.append("unsigned_entry")
+        if form.features != "trigonometric":
+            named.append("orthogonal_gain")
+    if form.features == "trigonometric":
+        named += ["fourier_tail", "uniform_convergence"]
+        named += ["orthogonal_trigonometric"] if form.orthogonal else []
+    else:
+        named += ["eps_mixture", "eps_released"] if form.eps != 0 else []
+        named += [] if form.eps != 0 else ["favor_factors", "favor_stochastic"]
+        named += ["hyperbolic"] if form.features == "hyperbolic" else ["chebyshev", "rank_floor"]
+    if form.features == "positive" and form.orthogonal:
+        named += ["theorem2", "theorem2_coefficients", "theorem2_camera_ready"]
+    return tuple(f"lowrank_baselines.{name}" for name in named)
 
 
 # --- the random matrix --------------------------------------------------------------------------
@@ -87,15 +110,16 @@ def gaussian_directions(
     generator = as_generator(rng)
     if not orthogonal:
         return generator.standard_normal((r, d))
-    blocks = []
+    # G and then the vectors whose norms are taken, block by block.
+    drawn = generator.standard_normal((-(-r // d), 2, d, d))
     with blas_single_thread():  # the same bits for any number of threads
-        for _ in range(0, r, d):
-            basis, upper = np.linalg.qr(generator.standard_normal((d, d)))
-            if sign_fix:
-                basis = basis * np.where(np.diag(upper) < 0, -1.0, 1.0)
-            norms = np.linalg.norm(generator.standard_normal((d, d)), axis=1)
-            blocks.append(norms[:, None] * basis.T)
-    return np.ascontiguousarray(np.concatenate(blocks)[:r])
+        basis, upper = np.linalg.qr(drawn[:, 0])
+    if sign_fix:
+        signs = np.where(np.diagonal(upper, axis1=1, axis2=2) < 0, -1.0, 1.0)
+        basis = basis * signs[:, None, :]
+    norms = np.linalg.norm(drawn[:, 1], axis=2)
+    blocks = norms[:, :, None] * basis.transpose(0, 2, 1)
+    return np.ascontiguousarray(blocks.reshape(-1, d)[:r])
 
 
 # --- exact mean squared errors of one entry -----------------------------------------------------
@@ -125,6 +149,12 @@ def feature_mse(
     float
         Of one unnormalised entry; the normalised ``Ahat`` is a ratio and has no such formula.
 
+    Raises
+    ------
+    ValueError
+        For shapes that differ, unknown features, and ``|x|^2 + |y|^2`` so large that the error
+        exceeds float64.
+
     Examples
     --------
     >>> round(feature_mse([0.5], [0.5], 4, orthogonal=False), 6)
@@ -144,6 +174,12 @@ def feature_mse(
         )
     d = len(a)
     s, t, n2 = float((a + b) @ (a + b)), float((a - b) @ (a - b)), float(a @ a + b @ b)
+    most = LARGEST_EXPONENT / (1 if features == "trigonometric" else 3)
+    if not n2 < most:
+        raise ValueError(
+            f"x and y must have |x|^2 + |y|^2 below {most:g} for {features} features, got {n2:g}; "
+            f"the error of larger ones exceeds float64"
+        )
     sm2 = math.exp(2 * float(a @ b))
     if features == "trigonometric":
         mse = math.exp(n2) * math.expm1(-t) ** 2 / (2 * r)
@@ -324,6 +360,7 @@ class Performer(Method):
             key_mask=True,
             row_stochastic=not signed,
             nonnegative=not signed,
+            claims=_claims(form),
         )
 
     # --- arguments --------------------------------------------------------------------------
@@ -425,30 +462,24 @@ class Performer(Method):
             omega = np.concatenate([omega, -omega])
         return omega
 
-    def _softmaxes(
-        self, problem: AttentionProblem, draw: Draw
-    ) -> tuple[AttentionProblem, AttentionProblem]:
-        """Return the attention of queries to features, and of features to keys (with values)."""
-        x, y = self._scaled(problem)
-        omega = self._omega(problem, draw)
-        # One more column carries the bias: [omega, 1] . [y, -|y|^2/2] and [x, 1] . [omega, a].
-        ones = np.ones((max(len(x), len(omega)), 1), x.dtype)
+    def _keys(self, problem: AttentionProblem, y: Array, omega: Array) -> AttentionProblem:
+        """Return the attention of features to keys, with the values: logits ``N^T``."""
+        # One more column carries the bias: [omega, 1] . [y, -|y|^2/2].
         half = -0.5 * np.einsum("ij,ij->i", y, y)[:, None]
         keys = np.concatenate([y, half], axis=1)
-        asked = np.concatenate([omega, ones[: len(omega)]], axis=1)
+        asked = np.concatenate([omega, np.ones((len(omega), 1), omega.dtype)], axis=1)
         values = [] if problem.arrays.v is None else [problem.arrays.v]
         if problem.key_mask is None:
             check_finite(keys, "scale * k @ k.T")
-            right = AttentionProblem.adopt(asked, keys, *values, scale=1.0)
-        else:
-            right = AttentionProblem(asked, keys, *values, scale=1.0, key_mask=problem.key_mask)
-        bias = right.logsumexp[:, None]
-        left = AttentionProblem.adopt(
-            np.concatenate([x, ones[: len(x)]], axis=1),
-            np.concatenate([omega, bias], axis=1),
-            scale=1.0,
-        )
-        return left, right
+            return AttentionProblem.adopt(asked, keys, *values, scale=1.0)
+        return AttentionProblem(asked, keys, *values, scale=1.0, key_mask=problem.key_mask)
+
+    def _queries(self, x: Array, omega: Array, bias: Array, *values: Array) -> AttentionProblem:
+        """Return the attention of queries to features: logits ``T + 1 bias^T``, bias (R,)."""
+        # One more column carries the bias: [x, 1] . [omega, bias].
+        asked = np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)
+        features = np.concatenate([omega, bias[:, None]], axis=1)
+        return AttentionProblem.adopt(asked, features, *values, scale=1.0)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         budget = min(int(self.rank), len(problem.kept_keys))
@@ -478,7 +509,9 @@ class Performer(Method):
             check_finite(t, "features @ q.T")
             keep = np.ones(problem.n_k, bool) if problem.key_mask is None else problem.key_mask
             return PrefixAttention(t, n, keep.copy(), problem.offset, budget, remake)
-        queries, keys = self._softmaxes(problem, draw)
+        (x, y), omega = self._scaled(problem), self._omega(problem, draw)
+        keys = self._keys(problem, y, omega)
+        queries = self._queries(x, omega, keys.logsumexp)
         return FactoredAttention(queries.exact, None, keys.exact, budget, remake=remake)
 
     def _dense(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
@@ -507,6 +540,27 @@ class Performer(Method):
             check_finite(made, label)
         return queries, np.ascontiguousarray(keys.T)
 
+    def _attend_eps(self, problem: AttentionProblem, draw: Draw) -> Array:
+        """Return ``Ahat V`` for eps > 0 without holding features.
+
+        Those of keys are ``exp(N_jl - m) + eps``, ``m = max_jl omega_l . y_j``, so that their sum
+        is ``sum_j exp(N_jl - m) + eps n``, and that of their products with V alike.
+        """
+        from ..kernels.features import feature_means, feature_sums
+
+        (x, y), omega = self._scaled(problem), self._omega(problem, draw)
+        _ = problem.values  # refuses a problem without
+        v, kept, eps = problem.arrays.v, problem.kept_keys, float(self.form.eps)
+        assert v is not None
+        keep = np.ones(len(y), bool) if problem.key_mask is None else problem.key_mask.copy()
+        top, total, packed = feature_sums(y, keep, omega, v)
+        check_finite(np.asarray(top), "features @ k.T")
+        total = total + eps * len(kept)
+        packed = packed + eps * v[kept].sum(axis=0, dtype=np.float64)
+        out, highest = feature_means(x, omega, total, packed, eps)
+        check_finite(highest, "features @ q.T")
+        return out
+
     def attend(
         self,
         problem: AttentionProblem,
@@ -529,6 +583,8 @@ class Performer(Method):
         """
         self.check(problem)
         values = problem.values
+        if self.form.eps > 0 and len(problem.kept_keys) and problem.n_q:
+            return self._attend_eps(problem, self._checked(problem, rng, draw))
         ahat = self.approximate(problem, rng, draw=draw)
         if isinstance(ahat, FactoredAttention) and isinstance(ahat.p, SoftmaxAttention):
             # The pass that gave the normalisers of the keys gave their products too.

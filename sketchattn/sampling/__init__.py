@@ -9,6 +9,14 @@ from .draws import sample_poisson as sample_poisson
 from .draws import sample_uniform as sample_uniform
 from .draws import sample_with_replacement as sample_with_replacement
 from .draws import self_normalize as self_normalize
+from .landmarks import Clusters as Clusters
+from .landmarks import around as around
+from .landmarks import chosen_rows as chosen_rows
+from .landmarks import kmeans as kmeans
+from .landmarks import nearest as nearest
+from .landmarks import pivoted_rows as pivoted_rows
+from .landmarks import segment_labels as segment_labels
+from .landmarks import segment_means as segment_means
 from .leverage import ExponentialKernel as ExponentialKernel
 from .leverage import PsdCheck as PsdCheck
 from .leverage import RecursiveRidge as RecursiveRidge

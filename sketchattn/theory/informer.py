@@ -22,8 +22,9 @@ from numpy.typing import ArrayLike
 
 from ..draws import Draw
 from ..methods.informer import Informer, published_count, row_statistic
+from ..perturbation import value_diameter as value_diameter
 from ..problem import AttentionProblem, as_array
-from ._arguments import Array, Float, floats, matrix_of, real, whole
+from ._arguments import Array, Float, floats, real, whole
 from ._engine import Context, Observations, claim
 from ._instances import Instance, instance
 from ._observe import DENSE, RANKS, VALUES, square
@@ -63,32 +64,6 @@ def variation_bound(kl: ArrayLike) -> Float:
     """
     x = real(kl, "kl", 0, low_open=False)
     return floats(np.sqrt(np.minimum(x / 2, -np.expm1(-x))))
-
-
-def value_diameter(V: object) -> float:
-    """Return ``diam(V) = max_{j,l} |V_j - V_l|``.
-
-    Parameters
-    ----------
-    V : array (n, d_v)
-        At least one row.
-
-    Examples
-    --------
-    >>> value_diameter([[0.0, 0.0], [3.0, 4.0]])
-    5.0
-    """
-    v = matrix_of(V, "V")
-    if len(v) == 0:
-        raise ValueError("V must have a row, got none; give values")
-    v = v - v.mean(axis=0)
-    squares = np.einsum("ij,ij->i", v, v)
-    best = 0.0
-    for start in range(0, len(v), 1024):  # a block of pairs at a time
-        part = v[start : start + 1024]
-        pairs = squares[start : start + 1024, None] + squares - 2 * part @ v.T
-        best = max(best, float(pairs.max()))
-    return math.sqrt(best)
 
 
 def selection_bound(problem: AttentionProblem, rows: ArrayLike, *, measure: str = "kl") -> float:

@@ -18,6 +18,7 @@ from ..draws import Rng, as_generator
 from ..methods.linformer import Linformer, ReducedAttention, pool_starts
 from ..methods.linformer import OracleFloor as OracleFloor
 from ..methods.linformer import oracle_floor as oracle_floor
+from ..perturbation import tv_bound
 from ..problem import AttentionProblem
 from ._arguments import Array, Float, Int, ceil, floats, matrix_of, real, whole
 from ._engine import Assumption, Context, Observations, claim
@@ -132,7 +133,7 @@ def perturbation_bound(width: ArrayLike) -> Float:
     >>> round(perturbation_bound(1.0), 6)
     0.489837
     """
-    return floats(2 * np.tanh(real(width, "width", 0, low_open=False) / 4))
+    return floats(2 * np.asarray(tv_bound(real(width, "width", 0, low_open=False) / 2)))
 
 
 def pooling_bound(problem: AttentionProblem, rank: int) -> tuple[Array, Array]:

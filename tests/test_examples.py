@@ -1,0 +1,138 @@
+"""The examples: what they print is what they computed, and they run on a file of heads."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from method_cases import dense_attention
+from packaging_checks import ROOT
+
+import sketchattn as sa
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def some_heads(folder: Path, causal: bool = False) -> Path:
+    made = sa.make_heads("clustered", n=24, d=4, heads=2, rng=0)
+    heads = [sa.AttentionProblem(*p.arrays, causal=causal) for p in made]
+    path = folder / "heads.safetensors"
+    sa.write_heads(path, heads)
+    return path
+
+
+class Run:
+    """Run an example as its command does, in an empty folder, and return what it prints."""
+
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+
+    def __call__(self, name: str, *arguments: str) -> str:
+        self.monkeypatch.chdir(self.folder)
+        self.monkeypatch.setattr(sys, "argv", [name, *arguments])
+        load(name).main()
+        return self.capsys.readouterr().out
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_three_ranks_by_their_formulas(causal: bool) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (1.5 * rng.standard_normal((20, 4)) for _ in range(3))
+    problem = sa.AttentionProblem(q, k, v, causal=causal, name="one")
+    module = load("three_ranks")
+    spectrum, rows = module.compare(problem, [1, 2, 4, 6])
+    a = dense_attention(problem)
+    logits = q @ (k - k.mean(axis=0)).T / 2
+    sigma = np.linalg.svd(a, compute_uv=False)
+    assert np.allclose(spectrum["sigma A"], sigma, rtol=0, atol=1e-13)
+    assert spectrum["rank A"] == np.linalg.matrix_rank(a, tol=0.01 * sigma[0])
+    assert spectrum["rank L"] == 4
+    count = spectrum["99 % of A"]
+    squares = np.cumsum(sigma**2) / np.sum(sigma**2)
+    assert squares[count - 1] >= 0.99 > (0 if count == 1 else squares[count - 2])
+    left, s, right = np.linalg.svd(logits)
+    see = np.tril(np.ones((20, 20), bool)) if causal else np.ones((20, 20), bool)
+    for row in rows:
+        r = row["rank"]
+        assert row["A_r"] == pytest.approx(np.sqrt(np.sum(sigma[r:] ** 2) / np.sum(sigma**2)))
+        # The best logits of rank r, from their decomposition as a matrix; from rank d on, all.
+        best = (left[:, :r] * s[:r]) @ right[:r]
+        weights = np.where(see, np.exp(best), 0)
+        weights /= weights.sum(axis=1, keepdims=True)
+        assert row["L_r"] == pytest.approx(
+            np.linalg.norm(weights - a) / np.linalg.norm(a), abs=1e-12
+        )
+        assert row["L_r output"] == pytest.approx(
+            np.linalg.norm(weights @ v - a @ v) / np.linalg.norm(a @ v), abs=1e-12
+        )
+        assert row["L_r TV"] == pytest.approx(np.abs(weights - a).sum(axis=1).mean() / 2, abs=1e-12)
+        change = best - logits
+        high, low = (f(np.where(see, change, np.nan), axis=1) for f in (np.nanmax, np.nanmin))
+        assert row["bound"] == pytest.approx(np.tanh((high - low) / 4).mean(), abs=1e-12)
+        assert row["L_r TV"] <= row["bound"] + 1e-12
+    # Both are exact at the end, the logits at d = 4 and the matrix at n = 20 only.
+    assert rows[2]["L_r"] < 1e-12 < rows[2]["A_r"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_three_ranks_runs(tmp_path: Path, run: Run, causal: bool) -> None:
+    import pandas as pd
+
+    path = some_heads(tmp_path, causal)
+    printed = run("three_ranks", "--heads", str(path), "--ranks", "1,4", "--rank", "2")
+    frame: Any = pd.read_csv(tmp_path / "three-ranks" / "errors.csv")
+    assert sorted(set(frame["rank"])) == [1, 2, 4]
+    assert len(frame) == 2 * 3
+    assert "2 heads, n = 24, d = 4" in printed
+    assert (tmp_path / "three-ranks" / "ranks.png").stat().st_size > 10_000
+    one = frame[(frame["rank"] == 2)].iloc[0]
+    assert f"{one['A_r']:.3f}" in printed
+
+
+def test_skeinformer_figure_runs(tmp_path: Path, run: Run) -> None:
+    path = some_heads(tmp_path)
+    options = ["--heads", str(path), "--ranks", "4,8", "--seeds", "1", "--out", "figure"]
+    printed = run("skeinformer_figure1", *options)
+    assert "2 heads, n = 24, d = 4" in printed
+    assert (tmp_path / "figure" / "errors.png").stat().st_size > 10_000
+
+
+# --- the code of the documentation ----------------------------------------------------------------
+
+
+def test_the_code_of_the_page_on_low_rank_methods_prints_what_it_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (ROOT / "docs" / "low-rank.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "python", "text"]
+    exec(blocks[0][1], {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == [
+        "nystromformer", "performer", "clustered", "dba", "compressed", "compressed",
+    ]  # fmt: skip
+    exec(blocks[1][1], {})
+    assert capsys.readouterr().out == blocks[2][1]
