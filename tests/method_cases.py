@@ -91,6 +91,9 @@ SMALL_LOGITS = {"performer": 0.02}
 # By how much the error of a method falls from rank 4 to 48 of 64 keys, at least; 1.5 elsewhere.
 LEAST_FALL: dict[str, float] = {}
 
+# Methods that need no rank: their other parameters have defaults that say as much.
+RANK_IS_OPTIONAL: frozenset[str] = frozenset()
+
 
 @dataclass(frozen=True)
 class MethodCase:
