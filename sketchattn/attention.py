@@ -647,17 +647,10 @@ def _approximate(
     native = arrays[0].dtype.newbyteorder("=")
     if draw is not None and rng is not None:
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
-    if causal and not chosen.traits.causal:
-        raise ValueError(
-            f"causal must be False for method {chosen.name!r}, which sees all keys, got "
-            f"{causal!r}; use a method whose traits.causal is True"
-        )
     q3, k3, v3 = layout.flatten(arrays, computing)
     slabs = None if keys is None else layout.key_slabs(keys)
     out = np.zeros((layout.entries * layout.h, layout.n_q, layout.d_v), computing)
-    if layout.n_k == 0 or layout.n_q == 0:
-        return round_to(out, native).reshape((*layout.lead, layout.n_q, layout.d_v))
-    entropy = entropy_of(rng) if draw is None and layout.lead else 0
+    nothing = layout.n_k == 0 or layout.n_q == 0
 
     def problem_of(flat: int) -> AttentionProblem:
         head = (q3[flat], k3[flat // layout.group], v3[flat // layout.group])
@@ -666,6 +659,17 @@ def _approximate(
             return AttentionProblem.adopt(*head, scale=scale, causal=causal)
         kept = slabs[0][slabs[1][flat]]
         return AttentionProblem(*head, scale=scale, causal=causal, key_mask=kept)
+
+    if causal and not chosen.traits.causal:
+        if len(out) and not nothing:
+            chosen.check(problem_of(0))  # a method says better why, and what to do
+        raise ValueError(
+            f"causal must be False for method {chosen.name!r}, which sees all keys, got "
+            f"{causal!r}; use a method whose traits.causal is True"
+        )
+    if nothing:
+        return round_to(out, native).reshape((*layout.lead, layout.n_q, layout.d_v))
+    entropy = entropy_of(rng) if draw is None and layout.lead else 0
 
     def rng_of(flat: int) -> Rng:
         # One head alone is the same call as the method's own: the same rng, the same bits.
