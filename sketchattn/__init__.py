@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import compression as compression
+    from . import partitions as partitions
     from . import perturbation as perturbation
     from . import sampling as sampling
     from . import sketches as sketches
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .methods import JL as JL
     from .methods import Clustered as Clustered
     from .methods import ColumnSampling as ColumnSampling
+    from .methods import Combiner as Combiner
     from .methods import Compressed as Compressed
     from .methods import DBABlockWeights as DBABlockWeights
     from .methods import DBAResult as DBAResult
@@ -65,7 +67,9 @@ if TYPE_CHECKING:
     from .operators import ProductSketch as ProductSketch
     from .operators import SampledAttention as SampledAttention
     from .operators import SoftmaxAttention as SoftmaxAttention
+    from .partitioned import PartitionedAttention as PartitionedAttention
     from .problem import AttentionProblem as AttentionProblem
+    from .row_certificates import certify_rows as certify_rows
     from .study import StudyResult as StudyResult
     from .study import study as study
 
@@ -75,6 +79,7 @@ _LAZY = {
     "AttentionProblem": "problem",
     "Clustered": "methods",
     "ColumnSampling": "methods",
+    "Combiner": "methods",
     "Compressed": "methods",
     "DBA": "methods",
     "DBABlockWeights": "methods",
@@ -92,6 +97,7 @@ _LAZY = {
     "LinformerFit": "methods",
     "Method": "methods",
     "Nystromformer": "methods",
+    "PartitionedAttention": "partitioned",
     "Performer": "methods",
     "ProductSketch": "operators",
     "SVDFloor": "methods",
@@ -107,6 +113,7 @@ _LAZY = {
     "Zero": "methods",
     "attention": "attention",
     "certify": "metrics",
+    "certify_rows": "row_certificates",
     "dba_block": "methods",
     "dba_layer": "methods",
     "describe": "heads",
@@ -129,6 +136,7 @@ __all__ = [
     "AttentionProblem",
     "Clustered",
     "ColumnSampling",
+    "Combiner",
     "Compressed",
     "DBA",
     "DBABlockWeights",
@@ -146,6 +154,7 @@ __all__ = [
     "LinformerFit",
     "Method",
     "Nystromformer",
+    "PartitionedAttention",
     "Performer",
     "ProductSketch",
     "SVDFloor",
@@ -162,6 +171,7 @@ __all__ = [
     "__version__",
     "attention",
     "certify",
+    "certify_rows",
     "dba_block",
     "dba_layer",
     "describe",
@@ -196,7 +206,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 # Packages and modules that are reached as attributes.
-_PACKAGES = ("compression", "perturbation", "sampling", "sketches", "theory")
+_PACKAGES = ("compression", "partitions", "perturbation", "sampling", "sketches", "theory")
 
 
 def __getattr__(name: str) -> object:

@@ -24,9 +24,10 @@ TOPICS = (
     *("softmax", "sketching", "sampling", "linformer", "skeinformer", "informer"),
     "dba",
     "lowrank_baselines",
+    "combiner",
 )
 # Scripts that take more than a few seconds.
-LONG = frozenset({"sketching", "linformer", "skeinformer", "dba", "lowrank_baselines"})
+LONG = frozenset({"sketching", "linformer", "skeinformer", "dba", "lowrank_baselines", "combiner"})
 # What is broken by default: one statement of each table, and tables of numbers that are quick.
 BROKEN = {
     "softmax": (
@@ -58,6 +59,11 @@ BROKEN = {
         *("lowrank_baselines.mse_positive", "lowrank_baselines.theorem2"),
         *("lowrank_baselines.favor_factors", "lowrank_baselines.clustered_proposition2"),
         *("lowrank_baselines.topk_floor", "filter", "medians", "regularised", "theorem2"),
+    ),
+    "combiner": (
+        *("combiner.sandwich", "combiner.lossless_bias", "combiner.gibbs_identity"),
+        *("combiner.mass_aware", "combiner.certificate_gap", "combiner.structural_floor"),
+        *("combiner.alternating", "worked", "constants", "uniform"),
     ),
 }
 
@@ -215,7 +221,8 @@ def test_every_chapter_has_its_script_and_its_figure() -> None:
 
 
 NAME = re.compile(
-    r"`((?:softmax|sketching|linformer|skeinformer|informer|dba|lowrank_baselines)\.[A-Za-z0-9_]+)`"
+    r"`((?:softmax|sketching|linformer|skeinformer|informer|dba|lowrank_baselines|combiner)"
+    r"\.[A-Za-z0-9_]+)`"
 )
 
 
@@ -250,7 +257,7 @@ def test_claims_of_methods_exist_and_are_about_them() -> None:
         named |= set(traits.claims)
     for name in (
         *("skeinformer", "informer", "column_sampling", "jl", "linformer"),
-        *("nystromformer", "performer", "dba", "clustered", "compressed"),
+        *("nystromformer", "performer", "dba", "clustered", "compressed", "combiner"),
     ):
         assert sa.methods()[name](rank=8).traits.claims, name
     # Other components have other claims: Proposition 1 is about one choice of them only.

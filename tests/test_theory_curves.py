@@ -17,6 +17,8 @@ from sketchattn.theory._engine import _context, default_factory, get_entry
 
 Array = NDArray[Any]
 BOUNDS = theory.error_bounds()
+# About A S^T S for a random S; the certificate of `Combiner` has its own tests.
+SKETCHED = sorted(set(BOUNDS) - {"combiner.certificate"})
 
 # A rank that every claim takes on 32 keys: block sketches need multiples of 4.
 RANK = 8
@@ -39,7 +41,7 @@ def observed(name: str, problem: sa.AttentionProblem) -> tuple[float, Array]:
     return float(value), sketch
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("name", SKETCHED)
 def test_an_observation_of_the_claim_is_the_measure_that_it_bounds(name: str) -> None:
     curve = BOUNDS[name]
     problem = make_problem(20, 32)
@@ -53,7 +55,7 @@ def test_an_observation_of_the_claim_is_the_measure_that_it_bounds(name: str) ->
         assert report[field] != pytest.approx(report[curve.field], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("name", SKETCHED)
 def test_the_operator_of_the_claim_is_the_one_of_the_method(name: str) -> None:
     # The mean square of the error of the method itself obeys the bound: z < 5 (3e-7 for a normal
     # mean), the bound being exact or an upper one.
@@ -84,8 +86,8 @@ def test_the_operator_of_the_claim_is_the_one_of_the_method(name: str) -> None:
 
 def test_bounds_fall_with_rank_and_say_what_lies_below() -> None:
     problem = make_problem(20, 32)
-    for name, curve in BOUNDS.items():
-        claim = theory.claims()[name]
+    for name in SKETCHED:
+        curve, claim = BOUNDS[name], theory.claims()[name]
         assert curve.claim == name
         assert curve.field in FIELDS
         assert "rank" in get_entry(name).parameters

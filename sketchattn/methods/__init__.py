@@ -12,6 +12,7 @@ from .baselines import VMean as VMean
 from .baselines import Zero as Zero
 from .clustered import Clustered as Clustered
 from .column_sampling import ColumnSampling as ColumnSampling
+from .combiner import Combiner as Combiner
 from .compressed import Compressed as Compressed
 from .dba import DBA as DBA
 from .dba_official import DBABlockWeights as DBABlockWeights

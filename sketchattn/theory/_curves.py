@@ -180,4 +180,7 @@ def error_bounds() -> dict[str, ErrorBound]:
             what = "mean" if convert is _same else "root mean square"
         field = "output_spec_amm" if short == "amm_bernstein_mean" else "output_fro_amm"
         found[name] = ErrorBound(name, field, what, method, MappingProxyType(given), convert)
+    # Certificates of rows, which are computed from the matrix of the method itself.
+    name = "combiner.certificate"
+    found[name] = ErrorBound(name, "row_tv_mean", "mean", "combiner", MappingProxyType({}))
     return dict(sorted(found.items()))
