@@ -616,6 +616,7 @@ def test_rectangular_problems() -> None:
 SAFE: list[dict[str, Any]] = [
     *({**plan, "block": 4, "reference": r} for plan in PLANS for r in ("zero", "region_mean")),
     {"block": 5, "preset": "paper"},
+    {"block": 5, "preset": "default"},
     {"block": 5, "preset": "split_horizontal"},
     {"block": 5, "preset": "joint_mixture"},
     {"block": 5, "preset": "rowmajor_wsum"},

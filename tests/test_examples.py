@@ -120,6 +120,44 @@ def test_skeinformer_figure_runs(tmp_path: Path, run: Run) -> None:
     assert (tmp_path / "figure" / "errors.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_combiner_patterns_runs(tmp_path: Path, run: Run, causal: bool) -> None:
+    import pandas as pd
+
+    path = some_heads(tmp_path, causal)
+    printed = run("combiner_patterns", "--heads", str(path))
+    assert "2 heads, n = 24, d = 4" in printed
+    frame: Any = pd.read_csv(tmp_path / "combiner-patterns" / "errors.csv")
+    assert {"fixed", "routing", "axial mixture", "top keys", "mean of V"} <= set(frame["family"])
+    assert (tmp_path / "combiner-patterns" / "errors.png").stat().st_size > 10_000
+    # Spans of all keys are exact, and slots are those of the plan.
+    first = sa.read_heads(path)[0]
+    one = frame[(frame["family"] == "fixed") & (frame["choice"] == "block=4")].iloc[0]
+    ahat: Any = sa.Combiner(block=4).approximate(first)
+    assert one["slots"] == pytest.approx(ahat.plan.slots / 24)
+    gap = np.abs(ahat.to_dense() - dense_attention(first)).sum(axis=1).mean() / 2
+    assert one["row_tv_mean"] == pytest.approx(gap, rel=1e-3)
+
+
+def test_certificates_of_combiner_patterns_are_above_the_truth(tmp_path: Path, run: Run) -> None:
+    import pandas as pd
+
+    printed = run("combiner_patterns", "--heads", str(some_heads(tmp_path)), "--certificates")
+    assert "rows whose certificate is below the truth: 0 of" in printed
+    frame: Any = pd.read_csv(tmp_path / "combiner-patterns" / "certificates.csv")
+    assert (frame["truth"] <= frame["certificate"] + 1e-9).all()
+    assert (tmp_path / "combiner-patterns" / "certificates.png").stat().st_size > 10_000
+
+
+def test_combiner_default_compares_with_the_default(tmp_path: Path, run: Run) -> None:
+    printed = run("combiner_default", "--first", "1", "--spans", "32", "--budgets", "64")
+    assert "1 heads, n = 512, d = 32, causal: reference, spans of 32" in printed
+    line = next(x for x in printed.splitlines() if x.startswith("global_mean "))
+    assert " 1.000 " in line
+    assert "global_mean *" in printed
+    assert (tmp_path / "combiner-default" / "errors.csv").exists()
+
+
 # --- the code of the documentation ----------------------------------------------------------------
 
 
@@ -136,3 +174,12 @@ def test_the_code_of_the_page_on_low_rank_methods_prints_what_it_says(
     ]  # fmt: skip
     exec(blocks[1][1], {})
     assert capsys.readouterr().out == blocks[2][1]
+
+
+def test_the_code_of_the_page_on_combiner_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "combiner.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(blocks[0], {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 5
+    assert printed[0].startswith("47 slots a row")

@@ -70,9 +70,11 @@ class Choices(NamedTuple):
 
 _PUBLISHED: dict[str, Any] = {"reference": "region_max", "key": "max", "bias": "none"}
 
-# What each preset changes.  "training_free" are the defaults.
+# What each preset changes.  "training_free" are the defaults; "default" is the choice of
+# examples/combiner_default.py at equal slots, among those that causal problems may take too.
 PRESETS: dict[str, dict[str, Any]] = {
     "training_free": {},
+    "default": {"direct": "own+top_mass(4)"},
     "paper": {**_PUBLISHED},
     "split_horizontal": {**_PUBLISHED, "pattern": "axial_horizontal", "split": True},
     "joint_mixture": {**_PUBLISHED, "pattern": "axial_joint"},
@@ -174,7 +176,9 @@ class Combiner(Method):
         "diag" adds half the variance of the logits in the region, from the variances of the
         coordinates of its keys.
     preset : str, optional
-        A key of ``PRESETS``: "training_free", the defaults; "paper", the published rule;
+        A key of ``PRESETS``: "training_free", the defaults; "default", the best choice without
+        training on the bundled heads, with the four heaviest regions of each row direct too;
+        "paper", the published rule;
         "split_horizontal", "joint_mixture" and "rowmajor_wsum", variants of the released code.
     split : bool
         Whether the two sides of the own column ("axial_horizontal") or row ("axial_vertical",
