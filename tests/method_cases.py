@@ -185,3 +185,13 @@ def rounding(problem: sa.AttentionProblem) -> float:
     """
     sizes = problem.n_q + problem.n_k + problem.d
     return 8 * sizes * (1 + largest_logit(problem)) * unit_roundoff(problem.dtype)
+
+
+def supports(case: MethodCase, problem: sa.AttentionProblem) -> bool:
+    """Say whether the traits promise that a method takes a problem."""
+    traits = case.traits
+    return (
+        (not problem.causal or traits.causal or traits.oracle)
+        and (problem.key_mask is None or traits.key_mask)
+        and (problem.n_q == problem.n_k or traits.rectangular)
+    )

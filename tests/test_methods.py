@@ -20,6 +20,7 @@ from method_cases import (
     dense_attention,
     make_problem,
     rounding,
+    supports,
 )
 from numpy.typing import NDArray
 from sklearn.base import clone
@@ -44,16 +45,6 @@ def one_thread() -> Iterator[None]:
 def message(text: str) -> str:
     """Return a pattern for a whole message."""
     return f"^{re.escape(text)}$"
-
-
-def supports(case: MethodCase, problem: sa.AttentionProblem) -> bool:
-    """Say whether the traits promise that a method takes a problem."""
-    traits = case.traits
-    return (
-        (not problem.causal or traits.causal or traits.oracle)
-        and (problem.key_mask is None or traits.key_mask)
-        and (problem.n_q == problem.n_k or traits.rectangular)
-    )
 
 
 # --- the contract grid --------------------------------------------------------------------------
