@@ -1,7 +1,7 @@
 """Measure every pattern of Combiner on real heads: error against slots a row.
 
     python examples/combiner_patterns.py
-    python examples/combiner_patterns.py --heads heads.safetensors --out patterns
+    python examples/combiner_patterns.py --heads heads.safetensors --first 2 --out patterns
     python examples/combiner_patterns.py --certificates
 
 A row of Combiner has slots: keys that it attends to one by one, and regions of keys that it sees
@@ -60,8 +60,10 @@ def choices(n: int) -> Iterator[tuple[str, dict[str, Any]]]:
     root = 1 << round(np.log2(n) / 2)
     sizes = sorted({max(1, root * x // 4) for x in (1, 2, 4, 8, 16)})
     fitting = [s for s in sizes if s < n]
+    # With nothing but the own part direct, long parts fill the larger budgets.
+    long = [s for s in (7 * root, 15 * root) if s < n]
     for name, kind in PATTERNS.items():
-        for s in [1, *fitting] if name == "logsparse" else fitting:
+        for s in [1, *fitting] if name == "logsparse" else [*fitting, *long]:
             yield name, kind | size_of(kind["pattern"], s, n)
     for name in ("fixed", "routing"):
         for text in DIRECT:
@@ -255,12 +257,14 @@ def main() -> None:
     """Run the study, print its tables and draw its picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", default="minilm", help="bundled heads or a file of heads")
+    parser.add_argument("--first", type=int, default=None, help="heads to take, by default all")
     parser.add_argument("--seed", type=int, default=0, help="of the clusters")
     parser.add_argument("--out", type=Path, default=Path("combiner-patterns"))
     parser.add_argument("--certificates", action="store_true", help="bounds of rows against truth")
     options = parser.parse_args()
     bundled = not Path(options.heads).exists()
-    heads = sa.load_heads(options.heads) if bundled else sa.read_heads(options.heads)
+    given = sa.load_heads(options.heads) if bundled else sa.read_heads(options.heads)
+    heads = list(given)[: options.first]
 
     import pandas as pd
 
