@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from sketchattn.kernels._threads import limit_threads
+
 
 def chosen_seeds(text: str) -> list[int]:
     """Return the seeds that SKETCHATTN_TEST_SEEDS names: "" is 0, "7", "0-9", "all" is 0-99."""
@@ -28,6 +30,13 @@ def global_random_seed(request: pytest.FixtureRequest) -> int:
     """Give a seed; a test that uses it must pass for every one of them."""
     seed: int = request.param
     return seed
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products do not wait for a second thread, which a busy machine may not have."""
+    with limit_threads(1):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

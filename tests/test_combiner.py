@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -37,12 +36,7 @@ PLANS: list[dict[str, Any]] = [
 ]
 REFERENCES = ("zero", "region_mean", "global_mean", "region_max")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def message(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -15,18 +14,12 @@ from sklearn.base import clone
 
 import sketchattn as sa
 from sketchattn.compression import KINDS, RANDOM_KINDS, compress_problem, draw_projection
-from sketchattn.kernels._threads import limit_threads
 from sketchattn.sketches._base import streams
 
 Array = NDArray[Any]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def message(text: str) -> str:

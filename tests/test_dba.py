@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,7 @@ Array = NDArray[Any]
 COMBINATIONS = sorted(MEANINGFUL - {x for x in MEANINGFUL if x[1] == "softmax_nocount"})
 NOCOUNT = pytest.mark.filterwarnings("ignore:core 'softmax_nocount' leaves out:UserWarning")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def message(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 import sketchattn as sa
-from sketchattn.kernels._threads import limit_threads
 from sketchattn.methods import make_method
 from sketchattn.methods._base import register
 
@@ -34,12 +33,7 @@ Array = NDArray[Any]
 PRECISIONS = [np.float32, np.float64]
 every_method = pytest.mark.parametrize("case", CASES, ids=IDS)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def message(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from scipy.sparse.linalg import aslinearoperator
 
 import sketchattn as sa
 from sketchattn import metrics
-from sketchattn.kernels._threads import limit_threads
 from sketchattn.metrics import FIELDS
 
 Array = NDArray[Any]
@@ -31,12 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 NAN_WITHOUT_VALUES = {"output_fro_rel", "output_fro_amm", "output_spec_rel", "output_spec_amm"}
 SPECTRAL = {"output_spec_rel", "output_spec_amm", "matrix_spec_rel"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def formulas(problem: sa.AttentionProblem, other: Array) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,7 @@ Array = NDArray[Any]
 X = np.array([0.5, -0.2, 0.1, 0.3])
 Y = np.array([0.1, 0.2, -0.2, 0.15])
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def moderate(n_q: int, n_k: int, dtype: Any = np.float64, **options: Any) -> sa.AttentionProblem:

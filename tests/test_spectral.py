@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from scipy.sparse.linalg import aslinearoperator
 
 import sketchattn as sa
 from sketchattn import spectral
-from sketchattn.kernels._threads import limit_threads
 from sketchattn.spectral import (
     block_krylov,
     dense_spectral_norm,
@@ -29,12 +28,7 @@ Array = NDArray[Any]
 U = 2.0**-53
 TOLERANCE = 1e-8  # of spectral_norm: no wanted value moved by more in the last iteration
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rotated(values: Array, m: int, n: int, seed: int = 0) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,11 @@ from method_cases import dense_attention, make_problem, rounding
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn.kernels._threads import limit_threads
 
 Array = NDArray[Any]
 PRECISIONS = [np.float32, np.float64]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- wrong programs -----------------------------------------------------------------------------
