@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.kernels import probsparse
-from sketchattn.kernels._threads import limit_threads
 from sketchattn.methods.informer import PRESETS, InformerAttention, lazy_errors, published_count
 
 Array = NDArray[Any]
@@ -25,12 +23,7 @@ Array = NDArray[Any]
 EXAMPLE = np.log(np.array([[1.0, 2, 4], [1, 1, 1], [3, 1, 1]]))
 MASK = np.arange(24) % 4 != 1
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def message(text: str) -> str:
@@ -1064,5 +1057,5 @@ def test_small_heads_of_a_call_share_each_pass(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(probsparse, "sampled_statistics", counted)
     out = sa.attention(q, k, v, method, rng=3, key_mask=keep)
     assert heads == [6]
-    monkeypatch.setattr(sa.Informer, "attend_heads", sa.Method.attend_heads)
+    monkeypatch.setattr(sa.Informer, "_attend_heads", sa.Method._attend_heads)
     assert np.array_equal(out, sa.attention(q, k, v, method, rng=3, key_mask=keep))

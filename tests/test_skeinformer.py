@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,7 @@ LAWS: list[Any] = ["pilot", "optimal", "value_norm", "uniform"]
 # Statistical tests fail with this probability when nothing is wrong.
 LEVEL = 1e-6
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
-    with limit_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def message(text: str) -> str:
@@ -1079,7 +1074,7 @@ def test_small_heads_of_a_call_share_each_pass(
     # Draws with replacement have as many distinct columns as they happen to have.
     assert sum(heads) == 12
     assert len(heads) == 1 or options.get("replace")
-    monkeypatch.setattr(type(method), "attend_heads", sa.Method.attend_heads)
+    monkeypatch.setattr(type(method), "_attend_heads", sa.Method._attend_heads)
     assert np.array_equal(out, sa.attention(q, k, v, method, **draws))
 
 

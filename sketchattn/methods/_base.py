@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -265,7 +265,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     ) -> Array:
         """Return ``Ohat`` of many heads: what `attend` returns for each, to the bit.
 
-        Methods whose passes take many heads override it, so that small heads share the threads.
+        Passes of some methods take many heads, so that small heads share the threads.
 
         Parameters
         ----------
@@ -292,6 +292,15 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         >>> sa.Skeinformer(rank=4).attend_heads(problems, [0, 1, 2]).shape
         (3, 16, 4)
         """
+        return self._attend_heads(problems, rngs, draw)
+
+    def _attend_heads(
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[Rng],
+        draw: Mapping[str, Any] | None,
+    ) -> Array:
+        """Return `attend_heads`; overridden by methods whose passes take many heads."""
         pairs = zip(problems, rngs, strict=True)
         return stacked([self.attend(problem, rng, draw=draw) for problem, rng in pairs])
 
@@ -320,6 +329,45 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     @abstractmethod
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         """Return the approximation; arguments are checked."""
+
+
+C = TypeVar("C", bound="NamedTuple")
+
+
+def in_force(method: Method, default: C, presets: Mapping[str, Mapping[str, Any]]) -> C:
+    """Return the choices of a method: its arguments named like the fields, then its preset's."""
+    own = {name: getattr(method, name) for name in default._fields}
+    return default._replace(**(own | dict(presets.get(str(method.preset), {}))))
+
+
+def check_preset(
+    method: Method,
+    default: NamedTuple,
+    presets: Mapping[str, Mapping[str, Any]],
+    *,
+    whole: bool = False,
+    show: Callable[[object], str] = repr,
+) -> None:
+    """Refuse an unknown preset, and arguments that say something else than the preset.
+
+    ``whole``: a preset settles all fields of ``default``; otherwise those that it changes.
+    ``show`` writes an argument in the message.
+    """
+    name = method.preset
+    if name is None:
+        return
+    if name not in presets:
+        raise ValueError(
+            f"preset must be a known name, got {name!r}{closest(str(name), presets)}"
+        )
+    for label in default._fields if whole else presets[name]:
+        given, standard = getattr(method, label), getattr(default, label)
+        wanted = presets[name].get(label, standard)
+        if not any(type(given) is type(x) and given == x for x in (standard, wanted)):
+            raise ValueError(
+                f"{label} must be left at {standard!r} with preset {name!r}, which sets it to "
+                f"{wanted!r}, got {show(given)}; drop one of them"
+            )
 
 
 class Deterministic(Method):

@@ -40,7 +40,7 @@ from ..partitions import (
     make_plan,
 )
 from ..problem import AttentionProblem, as_array, check_finite, check_rank, closest
-from ._base import Method, Traits, register
+from ._base import Method, Traits, check_preset, in_force, register
 
 Array = NDArray[Any]
 
@@ -276,8 +276,7 @@ class Combiner(Method):
     @property
     def choices(self) -> Choices:
         """The choices in force: the arguments, and what the preset changes."""
-        own = {name: getattr(self, name) for name in Choices._fields}
-        return Choices(**(own | PRESETS.get(str(self.preset), {})))
+        return in_force(self, Choices(), PRESETS)
 
     @property
     def flags(self) -> Flags:
@@ -406,8 +405,7 @@ class Combiner(Method):
             )
 
     def _check_parameters(self) -> None:
-        if self.preset is not None:
-            self._check_preset()
+        check_preset(self, Choices(), PRESETS, show=_name)
         c = self.choices
         patterns = _patterns(c.pattern)
         if not patterns:
@@ -446,21 +444,6 @@ class Combiner(Method):
         direct = _read_direct(c.direct)
         self._check_sizes(patterns)
         self._check_combination(c, patterns, direct)
-
-    def _check_preset(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(
-                f"preset must be a known name, got {self.preset!r}"
-                f"{closest(str(self.preset), PRESETS)}"
-            )
-        default = Choices()
-        for label, value in PRESETS[str(self.preset)].items():
-            given, standard = getattr(self, label), getattr(default, label)
-            if not any(type(given) is type(x) and given == x for x in (value, standard)):
-                raise ValueError(
-                    f"{label} must be left at {standard!r} with preset {self.preset!r}, which sets "
-                    f"it to {value!r}, got {_name(given)}; drop one of them"
-                )
 
     def _check_reference(self, c: Choices) -> None:
         if isinstance(c.reference, str):

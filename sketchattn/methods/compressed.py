@@ -358,31 +358,15 @@ class Compressed(Method):
         TypeError, ValueError
             As `approximate`, and for a problem without values.
         """
-        return np.asarray(self.attend_heads([problem], [rng], draw=draw)[0])
+        return np.asarray(self._attend_heads([problem], [rng], draw)[0])
 
-    def attend_heads(
+    def _attend_heads(
         self,
         problems: Sequence[AttentionProblem],
         rngs: Sequence[Rng],
-        *,
-        draw: Mapping[str, Any] | None = None,
+        draw: Mapping[str, Any] | None,
     ) -> Array:
-        """Return ``Ohat`` (H, n_q, d_v) of many heads, each compressed on its own.
-
-        Parameters
-        ----------
-        problems, rngs, draw
-            As for `Method.attend_heads`.
-
-        Returns
-        -------
-        ndarray (H, n_q, d_v)
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `attend`.
-        """
+        """Return ``Ohat`` (H, n_q, d_v) of heads that are compressed each on its own."""
         inner = self.method
         if draw is None:
             pairs = zip(problems, rngs, strict=True)

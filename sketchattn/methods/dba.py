@@ -45,8 +45,8 @@ from ..sampling.landmarks import (
     segment_means,
 )
 from ..sketches._base import integer, streams
-from ._base import Method, Traits, register
-from .nystromformer import filter_inverse, pseudo_inverse
+from ._base import Method, Traits, check_preset, in_force, register
+from .nystromformer import filter_inverse, pseudo_inverse, small_softmax
 
 Array = NDArray[Any]
 
@@ -90,12 +90,16 @@ class Choices(NamedTuple):
     unpack: str = "onehot"
 
 
-PRESETS: dict[str, Choices] = {
-    "clustered": Choices(),
-    "dba_means": Choices("kmeans", "mean", "softmax_logcount", "onehot"),
-    "key_means": Choices("kmeans", "mean", "identity", "softmax_keys"),
-    "nystrom": Choices("segment_means", "exact_rows", "pinv", "softmax_keys"),
-    "softmax_interp": Choices("pivoted_qr", "exact_rows", "identity", "softmax"),
+# A preset settles all four.
+PRESETS: dict[str, dict[str, str]] = {
+    name: Choices(*choice)._asdict()
+    for name, choice in {
+        "clustered": (),
+        "dba_means": ("kmeans", "mean", "softmax_logcount", "onehot"),
+        "key_means": ("kmeans", "mean", "identity", "softmax_keys"),
+        "nystrom": ("segment_means", "exact_rows", "pinv", "softmax_keys"),
+        "softmax_interp": ("pivoted_qr", "exact_rows", "identity", "softmax"),
+    }.items()
 }
 
 
@@ -104,23 +108,6 @@ class _Side(NamedTuple):
 
     marks: Array
     labels: Array | None
-
-
-def small_softmax(queries: Array, keys: Array, scale: float, counts: Array | None = None) -> Array:
-    """Return ``rowsoftmax(scale Qc Kc^T + 1 log(c)^T)`` (m_q, m_k) in float64.
-
-    A core is small, and a pseudo-inverse of it needs digits.  ``counts`` (m_k,) are positive.
-    """
-    from ..kernels._threads import blas_single_thread
-
-    with blas_single_thread(), np.errstate(over="ignore", invalid="ignore"):
-        logits = scale * (queries.astype(np.float64) @ keys.astype(np.float64).T)
-    check_finite(logits, "scale * landmark queries @ landmark keys.T")
-    if counts is not None:
-        logits += np.log(counts)
-    logits -= logits.max(axis=1, keepdims=True)
-    weights: Array = np.exp(logits)
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
 @register("dba")
@@ -229,9 +216,7 @@ class DBA(Method):
     @property
     def choices(self) -> Choices:
         """The combination in force: that of the preset, or of the arguments."""
-        if isinstance(self.preset, str) and self.preset in PRESETS:
-            return PRESETS[self.preset]
-        return Choices(self.landmarks, self.pack, self.core, self.unpack)
+        return in_force(self, Choices(), PRESETS)
 
     @property
     def kind(self) -> str | None:
@@ -302,19 +287,7 @@ class DBA(Method):
                     f"{label} must be one of {', '.join(names)}, got {given!r}"
                     f"{closest(str(given), names)}"
                 )
-        if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise ValueError(
-                    f"preset must be a known name, got {self.preset!r}"
-                    f"{closest(str(self.preset), PRESETS)}"
-                )
-            for label, standard in Choices()._asdict().items():
-                wanted = getattr(PRESETS[self.preset], label)
-                if getattr(self, label) not in (standard, wanted):
-                    raise ValueError(
-                        f"{label} must be left at {standard!r} with preset {self.preset!r}, which "
-                        f"sets it to {wanted!r}, got {getattr(self, label)!r}; drop one of them"
-                    )
+        check_preset(self, Choices(), PRESETS, whole=True)
         choice = self.choices
         if choice[1:] not in MEANINGFUL:
             raise ValueError(_not_meaningful(choice))

@@ -1009,48 +1009,23 @@ class Informer(Method):
             row_weights=problem.exact.rows(rows),
         )
 
-    def attend_heads(
+    def _attend_heads(
         self,
         problems: Sequence[AttentionProblem],
         rngs: Sequence[Rng],
-        *,
-        draw: Mapping[str, Any] | None = None,
+        draw: Mapping[str, Any] | None,
     ) -> Array:
-        """Return ``Ohat`` (H, n_q, d_v) of many heads.
+        """Return ``Ohat`` (H, n_q, d_v) with few passes over all heads.
 
         Rows that look at keys of their own are ranked for all heads in one pass, and the exact
         rows of all heads are another; causal problems are computed one by one.
-
-        Parameters
-        ----------
-        problems, rngs, draw
-            As for `Method.attend_heads`.
-
-        Returns
-        -------
-        ndarray (H, n_q, d_v)
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `attend`.
-
-        Examples
-        --------
-        >>> import numpy as np, sketchattn as sa
-        >>> problems = [sa.make_heads("gaussian", n=16, d=4, rng=s)[0] for s in range(3)]
-        >>> method = sa.Informer(rank=4)
-        >>> together = method.attend_heads(problems, [0, 1, 2])
-        >>> alone = [method.attend(problem, rng) for rng, problem in enumerate(problems)]
-        >>> bool(np.array_equal(together, alone))
-        True
         """
         c, first = self.choices, problems[0]
         one_pass = c.key_sampling == "per_query" and not first.causal
         # Heads with few keys may look at fewer; a head with many fills the threads by itself.
         looks = {self.budget(problem)[1] for problem in problems}
         if not one_pass or len(looks) > 1 or first.n_k >= 2 * PART_KEYS:
-            return super().attend_heads(problems, rngs, draw=draw)
+            return super()._attend_heads(problems, rngs, draw)
         draws = [self._checked(x, rng, draw) for x, rng in zip(problems, rngs, strict=True)]
         values = stacked([np.asarray(x.values) for x in problems])
         if any("pilot_rows" in x for x in draws):

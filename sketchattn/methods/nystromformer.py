@@ -21,7 +21,7 @@ from ..operators import AttentionOperator, FactoredAttention, Index, pick, zero_
 from ..problem import AttentionProblem, as_array, check_finite, closest, float_dtype
 from ..sampling.landmarks import chosen_rows, kmeans, segment_means
 from ..sketches._base import streams
-from ._base import Method, Traits, register
+from ._base import Method, Traits, check_preset, in_force, register
 
 Array = NDArray[Any]
 
@@ -252,13 +252,18 @@ def _centers(x: Array, r: int, seed: int) -> Array:
     return centers[np.arange(r) % len(centers)]
 
 
-def _small_softmax(queries: Array, keys: Array, scale: float) -> Array:
-    """Return ``M`` (r, r) in float64, from what the other factors see: an inverse needs digits."""
+def small_softmax(queries: Array, keys: Array, scale: float, counts: Array | None = None) -> Array:
+    """Return ``rowsoftmax(scale Qc Kc^T + 1 log(c)^T)`` (m_q, m_k) in float64.
+
+    A core is small, and a pseudo-inverse of it needs digits.  ``counts`` (m_k,) are positive.
+    """
     from ..kernels._threads import blas_single_thread
 
     with blas_single_thread(), np.errstate(over="ignore", invalid="ignore"):
         logits = scale * (queries.astype(np.float64) @ keys.astype(np.float64).T)
-    check_finite(logits, "scale * landmarks[0] @ landmarks[1].T")
+    check_finite(logits, "scale * landmark queries @ landmark keys.T")
+    if counts is not None:
+        logits += np.log(counts)
     logits -= logits.max(axis=1, keepdims=True)
     weights: Array = np.exp(logits)
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
@@ -417,8 +422,7 @@ class Nystromformer(Method):
     @property
     def core(self) -> Core:
         """The choices in force: the arguments, and what the preset changes."""
-        own = {name: getattr(self, name) for name in Core._fields}
-        return Core(**(own | PRESETS.get(str(self.preset), {})))
+        return in_force(self, Core(), PRESETS)
 
     @property
     def _draws(self) -> bool:
@@ -452,20 +456,7 @@ class Nystromformer(Method):
             self._check_landmarks(self.landmarks, problem, "landmarks", int(self.rank))
 
     def _check_parameters(self) -> None:
-        if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise ValueError(
-                    f"preset must be a known name, got {self.preset!r}"
-                    f"{closest(str(self.preset), PRESETS)}"
-                )
-            for label, standard in Core()._asdict().items():
-                given = getattr(self, label)
-                wanted = PRESETS[self.preset].get(label, standard)
-                if not any(type(given) is type(x) and given == x for x in (standard, wanted)):
-                    raise ValueError(
-                        f"{label} must be left at {standard!r} with preset {self.preset!r}, which "
-                        f"sets it to {wanted!r}, got {given!r}; drop one of them"
-                    )
+        check_preset(self, Core(), PRESETS, whole=True)
         if not isinstance(self.renormalize, bool | np.bool_):
             raise TypeError(
                 f"renormalize must be a bool, got {type(self.renormalize).__name__}; "
@@ -596,7 +587,7 @@ class Nystromformer(Method):
             right = AttentionProblem.adopt(queries, k, scale=problem.scale)
         else:
             right = AttentionProblem(queries, k, scale=problem.scale, key_mask=problem.key_mask)
-        z = self.inverse(_small_softmax(queries, keys, problem.scale)).astype(problem.dtype)
+        z = self.inverse(small_softmax(queries, keys, problem.scale)).astype(problem.dtype)
 
         def remake() -> FactoredAttention:
             return self._factored(problem.astype(np.float64), draw, renormalize)

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..draws import Draw, Rng, as_generator, check_draw
 from ..operators import AttentionOperator, FactoredAttention, SoftmaxAttention, zero_attention
 from ..problem import AttentionProblem, as_array, check_finite, closest, float_dtype
-from ._base import Method, Traits, register
+from ._base import Method, Traits, check_preset, in_force, register
 
 Array = NDArray[Any]
 
@@ -347,8 +347,7 @@ class Performer(Method):
     @property
     def form(self) -> Form:
         """The choices in force: the arguments, and what the preset changes."""
-        own = {name: getattr(self, name) for name in Form._fields}
-        return Form(**(own | PRESETS.get(str(self.preset), {})))
+        return in_force(self, Form(), PRESETS)
 
     @property
     def traits(self) -> Traits:
@@ -377,20 +376,7 @@ class Performer(Method):
         super().check(problem)
 
     def _check_parameters(self) -> None:
-        if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise ValueError(
-                    f"preset must be a known name, got {self.preset!r}"
-                    f"{closest(str(self.preset), PRESETS)}"
-                )
-            for label, standard in Form()._asdict().items():
-                given = getattr(self, label)
-                wanted = PRESETS[self.preset].get(label, standard)
-                if not any(type(given) is type(x) and given == x for x in (standard, wanted)):
-                    raise ValueError(
-                        f"{label} must be left at {standard!r} with preset {self.preset!r}, which "
-                        f"sets it to {wanted!r}, got {given!r}; drop one of them"
-                    )
+        check_preset(self, Form(), PRESETS, whole=True)
         if self.features not in FEATURES:
             raise ValueError(
                 f"features must be one of {', '.join(FEATURES)}, got {self.features!r}"

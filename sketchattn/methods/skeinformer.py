@@ -28,7 +28,7 @@ from ..sampling.probabilities import (
     probabilities,
 )
 from ..sketches._base import streams
-from ._base import Method, Traits, register
+from ._base import Method, Traits, check_preset, in_force, register
 from .column_sampling import PRODUCT_CLAIMS, WEIGHT_TOLERANCE, _positive
 
 if TYPE_CHECKING:
@@ -290,8 +290,7 @@ class Skeinformer(Method):
     @property
     def components(self) -> Components:
         """The choices in force: the arguments, and what the preset changes."""
-        own = {name: getattr(self, name) for name in Components._fields}
-        chosen = Components(**(own | PRESETS.get(str(self.preset), {})))
+        chosen = in_force(self, Components(), PRESETS)
         if isinstance(chosen.law, str):
             return chosen._replace(law=SYNONYMS.get(chosen.law, chosen.law))
         return chosen
@@ -344,8 +343,7 @@ class Skeinformer(Method):
         self._check_parameters()
 
     def _check_parameters(self) -> None:
-        if self.preset is not None:
-            self._check_preset()
+        check_preset(self, Components(), PRESETS)
         for label in ("replace", "pilot_reuse", "center_values", "shared_pilots"):
             value = getattr(self, label)
             if not isinstance(value, bool | np.bool_):
@@ -379,22 +377,6 @@ class Skeinformer(Method):
         if self.pilots is not None:
             check_pilots(self.pilots)
         self._check_combination(c)
-
-    def _check_preset(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(
-                f"preset must be a known name, got {self.preset!r}"
-                f"{closest(str(self.preset), PRESETS)}"
-            )
-        default = Components()
-        for label, value in PRESETS[str(self.preset)].items():
-            given = getattr(self, label)
-            standard = getattr(default, label)
-            if not any(type(given) is type(x) and given == x for x in (value, standard)):
-                raise ValueError(
-                    f"{label} must be left at {standard!r} with preset {self.preset!r}, which sets "
-                    f"it to {value!r}, got {given!r}; drop one of them"
-                )
 
     def _check_combination(self, c: Components) -> None:
         if c.normalizer == "adaptive" and c.weights == "importance":
@@ -748,46 +730,20 @@ class Skeinformer(Method):
             return super().attend(problem, rng, draw=draw)
         return np.asarray(self._attend([problem], [rng], draw)[0])
 
-    def attend_heads(
+    def _attend_heads(
         self,
         problems: Sequence[AttentionProblem],
         rngs: Sequence[Rng],
-        *,
-        draw: Mapping[str, Any] | None = None,
+        draw: Mapping[str, Any] | None,
     ) -> Array:
-        """Return ``Ohat`` (H, n_q, d_v) of many heads: each pass takes all of them at once.
-
-        Parameters
-        ----------
-        problems, rngs, draw
-            As for `Method.attend_heads`.
-
-        Returns
-        -------
-        ndarray (H, n_q, d_v)
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `attend`.
-
-        Examples
-        --------
-        >>> import numpy as np, sketchattn as sa
-        >>> problems = [sa.make_heads("gaussian", n=16, d=4, rng=s)[0] for s in range(3)]
-        >>> method = sa.Skeinformer(rank=4)
-        >>> together = method.attend_heads(problems, [0, 1, 2])
-        >>> alone = [method.attend(problem, rng) for rng, problem in enumerate(problems)]
-        >>> bool(np.array_equal(together, alone))
-        True
-        """
+        """Return ``Ohat`` (H, n_q, d_v); each pass takes all heads at once."""
         for problem in problems:
             self.check(problem)
             _ = problem.values  # refuses a problem without them
         counts = {self._count(problem) for problem in problems}
         blind = any(len(problem.kept_keys) == 0 for problem in problems)
         if self.components.normalizer == "exact" or blind or len(counts) > 1:
-            return super().attend_heads(problems, rngs, draw=draw)
+            return super()._attend_heads(problems, rngs, draw)
         return self._attend(problems, rngs, draw)
 
     def _attend(

@@ -14,6 +14,7 @@ from ..methods.nystromformer import (
     filter_inverse,
     iterate_inverse,
     pseudo_inverse,
+    small_softmax,
 )
 from ..problem import AttentionProblem
 from ..sampling.landmarks import segment_means
@@ -102,13 +103,6 @@ def _blind_queries() -> AttentionProblem:
 # --- what observers share ------------------------------------------------------------------------
 
 
-def small_softmax(problem: AttentionProblem, queries: Array, keys: Array) -> Array:
-    """Return ``rowsoftmax(scale queries keys^T)`` in float64."""
-    logits = problem.scale * queries @ keys.T
-    weights: Array = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
-
-
 def _count(context: Context, rank: int | None, most: int) -> int:
     """Return the number of landmarks, by default an eighth of the tokens, at most ``most``."""
     n = min(context.instance.m, context.instance.n)
@@ -127,7 +121,7 @@ def _core(context: Context, rank: int | None, most: int = 32) -> Array:
     r = _count(context, rank, most)
     problem = problem_of(context.instance)
     return context.instance.cached(
-        ("nystrom core", r), lambda: small_softmax(problem, *_means(context, r))
+        ("nystrom core", r), lambda: small_softmax(*_means(context, r), problem.scale)
     )
 
 
@@ -170,7 +164,7 @@ def _invertible(
     context: Context, problem: AttentionProblem, landmarks: tuple[Array, Array]
 ) -> float:
     """Return the condition number of M, or end where M is no matrix to invert."""
-    condition = float(np.linalg.cond(small_softmax(problem, *landmarks)))
+    condition = float(np.linalg.cond(small_softmax(*landmarks, problem.scale)))
     context.require(condition < CONDITION, f"M has the condition number {condition:.3g}")
     return condition
 
@@ -561,7 +555,7 @@ def _more_accurate(context: Context, *, rank: int | None = None) -> Observations
         / float(np.linalg.norm(a))
         for x in (None, 6)
     ]
-    condition = float(np.linalg.cond(small_softmax(problem, *landmarks)))
+    condition = float(np.linalg.cond(small_softmax(*landmarks, problem.scale)))
     uniform = float(np.linalg.norm(a - 1 / problem.n_k)) / float(np.linalg.norm(a))
     note = f"condition number {condition:.3g}, uniform weights {uniform:.4g}"
     # Errors that agree in nine digits are the same.
@@ -590,8 +584,8 @@ def median_errors(seeds: range) -> dict[str, list[float]]:
         problem = AttentionProblem(q, k)
         queries, keys = segment_means(q, 32), segment_means(k, 32)
         a, f, m, b = (
-            small_softmax(problem, *pair)
-            for pair in ((q, k), (q, keys), (queries, keys), (queries, k))
+            small_softmax(x, y, problem.scale)
+            for x, y in ((q, k), (q, keys), (queries, keys), (queries, k))
         )
         made = {"pseudo-inverse": pseudo_inverse(m)}
         made |= {f"{j} steps": filter_inverse(m, j) for j in (2, 4, 6, 8, 10, 14, 20)}
