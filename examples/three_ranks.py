@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import sketchattn as sa
-from sketchattn.perturbation import logit_eta, tv_bound
+from sketchattn.errors.perturbation import logit_eta, tv_bound
 
 # Singular values above this part of the largest one count for the rank.
 TOLERANCE = 1e-2

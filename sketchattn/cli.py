@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .heads import Heads
+    from .heads.container import Heads
 
 HEADS_HELP = (
     "A .safetensors or .npz file, the name of a bundled set (minilm), or made heads such as "
@@ -100,7 +100,7 @@ def _print_json(value: object) -> None:
 
 def _plain(value: Any) -> Any:
     """Return a value as JSON can hold it."""
-    from .study import encode
+    from .base.files import encode
 
     if isinstance(value, dict):
         return {str(key): _plain(x) for key, x in value.items()}
@@ -149,8 +149,9 @@ def parse_heads(text: str) -> Heads:
     >>> parse_heads("peaked:n=32,d=8,heads=2").names
     ('peaked/head0', 'peaked/head1')
     """
-    from .heads import BUNDLED, FAMILIES, load_heads, make_heads, read_heads
-    from .problem import closest
+    from .base.arguments import closest
+    from .heads.families import FAMILIES, make_heads
+    from .heads.files import BUNDLED, load_heads, read_heads
 
     if Path(text).suffix in (".safetensors", ".npz") or Path(text).is_file():
         return read_heads(text)
@@ -228,9 +229,9 @@ def read_output(path: Path) -> NDArray[Any]:
         raise ValueError(f"output must be an existing file, got {str(path)!r}; check its name")
     raw = path.read_bytes()
     if path.suffix == ".safetensors":
-        from .heads import _from_safetensors
+        from .heads.files import from_safetensors
 
-        arrays: dict[str, NDArray[Any]] = _from_safetensors(raw)[0]
+        arrays: dict[str, NDArray[Any]] = from_safetensors(raw)[0]
     else:
         try:
             loaded = np.load(io.BytesIO(raw), allow_pickle=False)
@@ -254,7 +255,7 @@ def read_output(path: Path) -> NDArray[Any]:
 
 def _pick(heads: Heads, head: str | None) -> list[int]:
     """Return the positions of the heads that ``--head`` names, all without it."""
-    from .problem import closest
+    from .base.arguments import closest
 
     if head is None:
         return list(range(len(heads)))
@@ -354,7 +355,7 @@ def _study(
     Killed and started again with the same folder, it continues.
     """
     from .kernels._threads import cpu_count
-    from .study import study
+    from .studies.run import study
 
     result = study(
         parse_heads(heads),
@@ -436,10 +437,9 @@ def _validate(
     exit code is 1 where a verdict is not the recorded one, which for heads without a record is
     anything but violated.
     """
-    from ._files import write_text
+    from .base.files import as_folder, write_text
     from .kernels._threads import cpu_count
-    from .study import as_folder
-    from .theory import validate
+    from .theory.engine.validation import validate
 
     folder = as_folder(out)
     workers = cpu_count() if jobs is None else jobs
@@ -491,7 +491,7 @@ def _certify(
     The rows are a random sample; the error is |Ohat - O|_F / |O|_F of each head, with the exact
     output O of HEADS.
     """
-    from .metrics import certify
+    from .errors.certificates import certify
 
     given = parse_heads(heads)
     chosen = _pick(given, head)
@@ -547,20 +547,22 @@ def _bench(
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Time this library beside what it competes with."""
-    from . import bench
+    from .base.machine import machine
+    from .bench import runner
+    from .bench.harness import BENCHMARKS
 
     if only_list:
-        listed = [(name, item.description) for name, item in bench.BENCHMARKS.items()]
+        listed = [(name, item.description) for name, item in BENCHMARKS.items()]
         if as_json:
             _print_json([{"name": name, "description": text} for name, text in listed])
         else:
             typer.echo(_table(("name", "description"), listed, left=1))
         return
-    rows = bench.run(names or None, quick=quick, rounds=rounds)
+    rows = runner.run(names or None, quick=quick, rounds=rounds)
     if as_json:
-        _print_json({"rows": rows, "machine": bench.machine()})
+        _print_json({"rows": rows, "machine": machine()})
     else:
-        typer.echo(bench.render(rows))
+        typer.echo(runner.render(rows))
 
 
 _TRAITS = {
@@ -581,7 +583,7 @@ def _methods(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = 
     import dataclasses
     import inspect
 
-    from .methods import make_method, methods
+    from .zoo.base import make_method, methods
 
     records: list[dict[str, Any]] = []
     for name, cls in methods().items():
@@ -623,9 +625,9 @@ def _methods(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = 
 @app.command("warmup")
 def _warmup(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
     """Compile all kernels once, so that later calls are quick."""
-    from . import bench
+    from .bench import startup
 
-    seconds = bench.warmup()
+    seconds = startup.warmup()
     folder = _cache_folder()
     if as_json:
         _print_json({"seconds": seconds, "cache": folder})

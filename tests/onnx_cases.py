@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sketchattn.reference import Stage, masked_logits, round_to, softmax_rows, visible
+from sketchattn.operators.reference import (
+    Stage,
+    masked_logits,
+    round_to,
+    softmax_rows,
+    visible,
+)
 
 Array = NDArray[Any]
 

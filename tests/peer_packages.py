@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sketchattn import bench
+from sketchattn.bench import peers
 
 
 def peer(package: str) -> Any:
@@ -16,7 +16,7 @@ def peer(package: str) -> Any:
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the benchmark's, that it is left out
-        found = bench._peer(package)
+        found = peers._peer(package)
     if found is None:
         reason = f"{package} is not installed; ./run tests installs it"
         if os.environ.get("CI") == "true":

@@ -27,10 +27,9 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn import AttentionProblem
-from sketchattn.methods import Method
-from sketchattn.methods._base import Deterministic, Traits
-from sketchattn.operators import FactoredAttention
-from sketchattn.reference import merge, round_to
+from sketchattn.operators.factored import FactoredAttention
+from sketchattn.operators.reference import merge, round_to
+from sketchattn.zoo.base import Deterministic, Method, Traits
 
 Array = NDArray[Any]
 Result = tuple[Array, Array]
@@ -1409,8 +1408,8 @@ def thread_counts() -> tuple[int, list[int]]:
 def test_thread_counts_are_restored(grade: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from threadpoolctl import threadpool_limits
 
-    from sketchattn import reference
     from sketchattn.kernels import softmax
+    from sketchattn.operators import reference
 
     x = np.random.default_rng(0).standard_normal((2, 40, 4))
     inside = []

@@ -20,20 +20,9 @@ from numpy.typing import NDArray
 from scipy.stats import beta, binom, norm
 
 import sketchattn as sa
-from sketchattn import certificates
-from sketchattn.certificates import (
-    KINDS,
-    Known,
-    Sample,
-    certify_known,
-    draw,
-    exact_rows,
-    highest,
-    know,
-    lowest,
-    rejects,
-    weigh,
-)
+from sketchattn.errors import certificates, intervals
+from sketchattn.errors.certificates import KINDS, certify_known, exact_rows, know
+from sketchattn.errors.intervals import Known, Sample, draw, highest, lowest, rejects, weigh
 from sketchattn.kernels._threads import limit_threads
 
 Array = NDArray[Any]
@@ -625,7 +614,7 @@ def test_certain_bounds_hold_for_every_sample() -> None:
     for name, output in outputs_of(problem).items():
         of = Case.of(problem, output)
         for rows in (1, 20, 39):
-            low, high = certificates._certain(of.known, of.sample(rows, rng))
+            low, high = intervals._certain(of.known, of.sample(rows, rng))
             assert math.sqrt(low) <= of.theta * (1 + 1e-9) + 1e-15, name
             assert math.sqrt(high) >= of.theta * (1 - 1e-9), name
 

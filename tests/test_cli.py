@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 import sketchattn as sa
-from sketchattn import bench, cli
+from sketchattn import cli
+from sketchattn.bench import harness, startup
 from sketchattn.cli import main, parse_heads, read_output
-from sketchattn.metrics import FIELDS
+from sketchattn.errors.reports import FIELDS
+from sketchattn.studies import run
 
 MADE = "clustered:n=24,d=4,heads=2"
 
@@ -179,7 +181,6 @@ def test_study_draws_bounds(say: Any, tmp_path: Path) -> None:
 def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
 
     from sketchattn.kernels._threads import cpu_count
 
@@ -189,7 +190,7 @@ def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
         given.update(options, heads=heads.names)
         raise ValueError("enough")
 
-    monkeypatch.setattr(importlib.import_module("sketchattn.study"), "study", refuse)
+    monkeypatch.setattr(run, "study", refuse)
     only_line(say("study"), "enough")
     assert given == {
         "heads": sa.load_heads("minilm").names,
@@ -390,7 +391,7 @@ def test_any_error_is_one_line_and_can_be_traced(
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(bench, "warmup", fail)
+    monkeypatch.setattr(startup, "warmup", fail)
     only_line(say("warmup"), " ".join(str(error).split()) if text is None else text)
     monkeypatch.setenv("SKETCHATTN_TRACEBACK", "1")
     with pytest.raises(type(error)):
@@ -401,7 +402,7 @@ def test_interruption_says_so(say: Any, monkeypatch: pytest.MonkeyPatch) -> None
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "warmup", interrupt)
+    monkeypatch.setattr(startup, "warmup", interrupt)
     said = say("warmup")
     assert (said.code, said.out) == (130, "")
     assert said.err.strip() == "sketchattn: interrupted"
@@ -588,13 +589,13 @@ def test_bench_runs_what_is_named(say: Any, monkeypatch: pytest.MonkeyPatch) -> 
     def tiny(quick: bool, rounds: int) -> Any:
         asked.append((quick, rounds))
         ours, theirs = [1.0] * rounds, [2.0] * rounds
-        yield bench._row("tiny", "nothing", ours, against="air", theirs=theirs, target=1.0)
+        yield harness.make_row("tiny", "nothing", ours, against="air", theirs=theirs, target=1.0)
 
-    monkeypatch.setitem(bench.BENCHMARKS, "tiny", bench.Benchmark("tiny", "A tiny one.", tiny))
+    monkeypatch.setitem(harness.BENCHMARKS, "tiny", harness.Benchmark("tiny", "A tiny one.", tiny))
     said = say("bench", "--list")
     assert (said.code, said.err) == (0, "")
     listed = [line.split()[0] for line in said.out.splitlines()]
-    assert listed == ["name", *bench.BENCHMARKS]
+    assert listed == ["name", *harness.BENCHMARKS]
     assert json.loads(say("bench", "--list", "--json").out)[-1] == {
         "name": "tiny",
         "description": "A tiny one.",

@@ -12,16 +12,16 @@ from naive import naive_clustered, naive_hamming_labels
 from numpy.typing import NDArray
 
 import sketchattn as sa
+from sketchattn.errors.perturbation import compression_eta, tv_bound
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.methods import clustered
-from sketchattn.methods.clustered import (
+from sketchattn.sampling.landmarks import kmeans
+from sketchattn.sketches.base import streams
+from sketchattn.zoo import clustered
+from sketchattn.zoo.clustered import (
     ImprovedClusteredAttention,
     hamming_labels,
     largest_positions,
 )
-from sketchattn.perturbation import compression_eta, tv_bound
-from sketchattn.sampling.landmarks import kmeans
-from sketchattn.sketches._base import streams
 
 Array = NDArray[Any]
 

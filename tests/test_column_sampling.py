@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 import sketchattn as sa
-from sketchattn.draws import Draw
-from sketchattn.methods.column_sampling import ColumnSampling
-from sketchattn.sampling import LAWS, probabilities
+from sketchattn.base.draws import Draw
+from sketchattn.sampling.laws import LAWS, probabilities
+from sketchattn.zoo.column_sampling import ColumnSampling
 
 Array = NDArray[Any]
 
@@ -472,8 +472,8 @@ def test_parameters_out_of_range(
 THREADS = """
 import hashlib
 import numpy as np
-from sketchattn.heads import make_heads
-from sketchattn.methods.column_sampling import ColumnSampling
+from sketchattn.heads.files import make_heads
+from sketchattn.zoo.column_sampling import ColumnSampling
 from sketchattn.sampling import leverage_scores, leverage_scores_fast
 
 problem = make_heads("gaussian", n=700, d=32, rng=0)[0]

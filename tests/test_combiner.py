@@ -15,13 +15,16 @@ from naive import naive_combiner, naive_plan
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn import partitioned
 from sketchattn.kernels import partitioned as kernels
 from sketchattn.kernels import softmax
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.methods.combiner import BIASES, KEYS, PRESETS, Choices
-from sketchattn.partitioned import MixtureAttention, Record, Reference, Rule
-from sketchattn.partitions import Plan, label_plan, make_plan
+from sketchattn.operators.partitioned import layouts as partitioned
+from sketchattn.operators.partitioned.operator import MixtureAttention
+from sketchattn.operators.partitioned.records import Record
+from sketchattn.operators.partitioned.summaries import Reference, Rule
+from sketchattn.partitions.patterns import label_plan, make_plan
+from sketchattn.partitions.plans import Plan
+from sketchattn.zoo.combiner.choices import BIASES, KEYS, PRESETS, Choices
 
 Array = NDArray[Any]
 # Every plan of positions in one direction or both, split or not.
@@ -1048,7 +1051,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         "'fixed'?",
     ),
     ({"pattern": 3}, TypeError, "pattern must be a name, a Plan or a sequence of these, got int; "
-     "see sketchattn.partitions.make_plan"),
+     "see sketchattn.partitions.patterns.make_plan"),
     ({"pattern": ()}, ValueError, "pattern must name at least one plan, got none; use 'fixed'"),
     ({"key": "men"}, ValueError, "key must be one of expected, mean, max, got 'men'; did you mean "
      "'mean'?"),

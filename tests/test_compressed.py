@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 import sketchattn as sa
-from sketchattn.compression import KINDS, RANDOM_KINDS, compress_problem, draw_projection
-from sketchattn.sketches._base import streams
+from sketchattn.sketches.base import streams
+from sketchattn.sketches.compression import (
+    KINDS,
+    RANDOM_KINDS,
+    compress_problem,
+    draw_projection,
+)
 
 Array = NDArray[Any]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -276,7 +281,7 @@ REFUSED: list[tuple[sa.Method, type[Exception], str]] = [
 def test_parameters_that_do_not_fit_are_refused_before_any_work(
     method: sa.Method, error: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sketchattn.methods import compressed
+    from sketchattn.zoo import compressed
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done")

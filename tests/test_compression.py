@@ -12,7 +12,9 @@ from naive import naive_compressed_logits
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn.compression import (
+from sketchattn.errors.perturbation import compression_eta, tv_bound
+from sketchattn.kernels._threads import limit_threads
+from sketchattn.sketches.compression import (
     KINDS,
     RANDOM_KINDS,
     Compression,
@@ -23,8 +25,6 @@ from sketchattn.compression import (
     fit_compression,
     largest_width,
 )
-from sketchattn.kernels._threads import limit_threads
-from sketchattn.perturbation import compression_eta, tv_bound
 
 Array = NDArray[Any]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -191,7 +191,7 @@ def test_a_gaussian_logit_has_the_variance_of_its_formula(global_random_seed: in
 
 
 def test_random_projections_are_the_sketches_of_their_name() -> None:
-    from sketchattn.sketches import make_sketch
+    from sketchattn.sketches.base import make_sketch
 
     for kind in RANDOM_KINDS:
         made = draw_projection(6, 4, kind, rng=2)

@@ -12,10 +12,10 @@ from naive import naive_dba_factors, naive_dba_layer, naive_usp
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn.compression import apply_compression, compress_problem, fit_compression
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.methods.dba import LANDMARKS, MEANINGFUL, PRESETS, SAMPLE_ROWS
-from sketchattn.sampling import around, kmeans, segment_labels, segment_means
+from sketchattn.sampling.landmarks import around, kmeans, segment_labels, segment_means
+from sketchattn.sketches.compression import apply_compression, compress_problem, fit_compression
+from sketchattn.zoo.dba.method import LANDMARKS, MEANINGFUL, PRESETS, SAMPLE_ROWS
 
 Array = NDArray[Any]
 COMBINATIONS = sorted(MEANINGFUL - {x for x in MEANINGFUL if x[1] == "softmax_nocount"})

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 import sketchattn as sa
-from sketchattn import heads as module
-from sketchattn import spectral
+from sketchattn.heads import families, files, hardness
+from sketchattn.operators import spectra as spectral
 
 Array = NDArray[Any]
 SUFFIXES = (".safetensors", ".npz")
@@ -847,11 +847,11 @@ def test_bundled_heads() -> None:
 
 
 def test_bundled_files_are_attributed() -> None:
-    folder = Path(module.__file__).parent / "data"
+    folder = Path(files.__file__).parent / "data"
     note = (folder / "README.md").read_text()
-    files = sorted(x.name for x in folder.iterdir() if x.suffix == ".safetensors")
-    assert files == sorted(module.BUNDLED.values())
-    for name in files:
+    stored = sorted(x.name for x in folder.iterdir() if x.suffix == ".safetensors")
+    assert stored == sorted(files.BUNDLED.values())
+    for name in stored:
         assert name in note
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() in note
     for words in ("all-MiniLM-L6-v2", "sentence-transformers", "Apache License, Version 2.0"):
@@ -882,11 +882,11 @@ def test_load_heads_refuses(name: Any, kind: type[Exception], text: str) -> None
 
 def test_importing_heads_loads_numpy_only() -> None:
     code = (
-        "import sys, sketchattn.heads\n"
+        "import sys, sketchattn.heads.files, sketchattn.heads.families, sketchattn.heads.hardness\n"
         "found = {'scipy', 'safetensors', 'numba', 'zipfile'} & {m for m in sys.modules}\n"
         "print(sorted(found - {'zipfile'}))"
     )
-    path = os.pathsep.join([str(Path(module.__file__).parents[1]), *sys.path])
+    path = os.pathsep.join([str(Path(files.__file__).parents[2]), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path},
@@ -1088,7 +1088,7 @@ def test_sinks_receive_their_mass() -> None:
     assert mass("gaussian") < 0.1
 
 
-@pytest.mark.parametrize("family", module.FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family(family: str) -> None:
     heads = sa.make_heads(family, n=24, d=8, heads=3, rng=5)
     assert (len(heads), heads.n_q, heads.n_k, heads.d, heads.d_v) == (3, 24, 24, 8, 8)
@@ -1114,14 +1114,14 @@ def test_every_family(family: str) -> None:
     for name in "qkv":
         assert np.array_equal(getattr(half, name), getattr(wide, name).astype(np.float16))
         assert np.array_equal(getattr(heads, name), getattr(wide, name).astype(np.float32))
-    doc = module.FAMILIES[family].__doc__
+    doc = families.FAMILIES[family].__doc__
     assert doc is not None
     assert "``" in doc
     assert f'"{family}"' in (sa.make_heads.__doc__ or "")
 
 
 def test_families_are_those_promised() -> None:
-    assert set(module.FAMILIES) == {
+    assert set(families.FAMILIES) == {
         "gaussian",
         "clustered",
         "ar1",
@@ -1140,7 +1140,7 @@ def test_a_family_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None
         x = np.full((heads, n, d), level)
         return x, x, x
 
-    monkeypatch.setitem(module.FAMILIES, "constant", zeros)
+    monkeypatch.setitem(families.FAMILIES, "constant", zeros)
     heads = sa.make_heads("constant", n=3, level=2.0)
     assert (heads.names, float(heads.q.min())) == (("constant/head0",), 2.0)
     assert dict(heads.metadata) == {"family": "constant", "level": "2.0"}
@@ -1371,7 +1371,7 @@ def problems() -> dict[str, sa.AttentionProblem]:
     }
 
 
-def apart(report: module.HardnessReport | dict[str, Any], problem: sa.AttentionProblem) -> float:
+def apart(report: hardness.HardnessReport | dict[str, Any], problem: sa.AttentionProblem) -> float:
     """Return the largest relative difference to the naive report."""
     fields = report if isinstance(report, dict) else report.as_dict()
     expected = naive_hardness(problem)
@@ -1409,7 +1409,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, problem in problems().items():
         whole = sa.describe(problem)
         for entries in (1, 25, 30):
-            monkeypatch.setattr(module, "_BLOCK", entries)
+            monkeypatch.setattr(hardness, "_BLOCK", entries)
             assert apart(sa.describe(problem), problem) < CLOSE, name
         monkeypatch.undo()
         assert sa.describe(problem) == whole

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.kernels import probsparse
-from sketchattn.methods.informer import PRESETS, InformerAttention, lazy_errors, published_count
+from sketchattn.zoo.informer.lazy import lazy_errors
+from sketchattn.zoo.informer.method import PRESETS, published_count
+from sketchattn.zoo.informer.selection import InformerAttention
 
 Array = NDArray[Any]
 

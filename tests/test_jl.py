@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn.sketches import sketches
-from sketchattn.theory.sketching import amm_expected_sqerr
+from sketchattn.sketches.base import sketches
+from sketchattn.theory.sketching.moments import amm_expected_sqerr
 
 Array = NDArray[Any]
 KINDS = list(sketches())

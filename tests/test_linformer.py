@@ -12,16 +12,16 @@ from scipy.linalg import qr
 from scipy.special import softmax
 
 import sketchattn as sa
-from sketchattn.methods.linformer import (
+from sketchattn.sketches.base import sketches
+from sketchattn.theory.engine.instances import spiked_attention
+from sketchattn.zoo.linformer.fit import oracle_floor
+from sketchattn.zoo.linformer.projections import (
     INITIALISATIONS,
     ReducedAttention,
     initialise,
-    oracle_floor,
     pool_starts,
     rank_schedule,
 )
-from sketchattn.sketches import sketches
-from sketchattn.theory import spiked_attention
 
 Array = NDArray[Any]
 LINEAR = [*sketches(), "mean_pool"]

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 import sketchattn as sa
-from sketchattn.methods import make_method
-from sketchattn.methods._base import register
+from sketchattn.zoo.base import make_method, register
 
 Array = NDArray[Any]
 PRECISIONS = [np.float32, np.float64]

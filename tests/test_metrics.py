@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import aslinearoperator
 
 import sketchattn as sa
-from sketchattn import metrics
-from sketchattn.metrics import FIELDS
+from sketchattn.errors import reports as metrics
+from sketchattn.errors.reports import FIELDS
 
 Array = NDArray[Any]
 
@@ -406,7 +406,7 @@ def test_the_path_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_streaming_never_forms_the_exact_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(40, 2100, d=2)  # too long for the dense norm of A
-    monkeypatch.setattr("sketchattn.spectral.DENSE_LIMIT", 30)
+    monkeypatch.setattr("sketchattn.operators.spectra.DENSE_LIMIT", 30)
     ahat = sa.UniformColumns(20).approximate(problem, rng=0)
 
     def forbidden(*_: object) -> Array:
@@ -426,8 +426,8 @@ def test_exact_quantities_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> 
     def forbidden(*_: object, **__: object) -> Any:
         pytest.fail("computed again")
 
-    monkeypatch.setattr("sketchattn.operators.solve", forbidden)
-    monkeypatch.setattr("sketchattn.spectral.spectral_norm", forbidden)
+    monkeypatch.setattr("sketchattn.operators.solve.solve", forbidden)
+    monkeypatch.setattr("sketchattn.operators.spectra.spectral_norm", forbidden)
     for path in ("dense", "streaming"):
         report = sa.error_report(problem, 1.1 * other, path=path, spectral=False)
         assert report.output_fro_rel > 0

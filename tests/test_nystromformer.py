@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.methods.nystromformer import (
+from sketchattn.sampling.landmarks import segment_means
+from sketchattn.zoo.nystromformer import (
     RenormalizedAttention,
     filter_inverse,
     iterate_inverse,
     pseudo_inverse,
 )
-from sketchattn.sampling.landmarks import segment_means
 
 Array = NDArray[Any]
 

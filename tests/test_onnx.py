@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx_cases import Call, Case, answer, load_cases, mismatches, prepare
 
 import sketchattn as sa
-from sketchattn.reference import round_to
+from sketchattn.operators.reference import round_to
 
 Array = NDArray[Any]
 

@@ -23,8 +23,10 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 import sketchattn as sa
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.methods.baselines import VisibleMean
-from sketchattn.operators import Assignment, DenseAttention, WrappedAttention, as_operator, pick
+from sketchattn.operators.base import pick
+from sketchattn.operators.factored import Assignment
+from sketchattn.operators.visible_mean import VisibleMean
+from sketchattn.operators.wrapped import DenseAttention, WrappedAttention, as_operator
 
 Array = NDArray[Any]
 PRECISIONS = [np.float32, np.float64]

@@ -11,15 +11,15 @@ import pytest
 from naive import naive_plan
 from numpy.typing import NDArray
 
-from sketchattn.partitions import (
+from sketchattn.partitions.patterns import (
     PATTERNS,
-    Plan,
-    Ragged,
     block_of_rank,
     default_block,
     label_plan,
     make_plan,
 )
+from sketchattn.partitions.plans import Plan
+from sketchattn.partitions.ragged import Ragged
 
 Array = NDArray[Any]
 # Every pattern whose rows cover a key once.

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from peer_packages import peer
 
 import sketchattn as sa
-from sketchattn.methods.linformer import INITIALISATIONS
 from sketchattn.sampling.landmarks import segment_means
+from sketchattn.zoo.linformer.projections import INITIALISATIONS
 
 Array = NDArray[Any]
 
@@ -328,16 +328,16 @@ def test_linformer_shares_values_too() -> None:
 
 
 def test_the_benchmark_compares_equals() -> None:
-    from sketchattn import bench
+    from sketchattn.bench import harness, peers
 
-    packages: Sequence[str] = list(bench.PEERS)
+    packages: Sequence[str] = list(peers.PEERS)
     for package in packages:
         peer(package)
     import torch
 
-    q, k, v = (x[0] for x in bench._normal(1, 256, 16))
+    q, k, v = (x[0] for x in harness.normal(1, 256, 16))
     seen = []
-    for package, method, draw, theirs in bench._peer_calls(torch, q, k, v, 16):
+    for package, method, draw, theirs in peers._peer_calls(torch, q, k, v, 16):
         ours = sa.attention(q, k, v, method, draw=draw)
         out = theirs()
         assert out.dtype == np.float32

@@ -15,11 +15,7 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.methods.performer import (
-    PrefixAttention,
-    feature_mse,
-    gaussian_directions,
-)
+from sketchattn.zoo.performer import PrefixAttention, feature_mse, gaussian_directions
 
 Array = NDArray[Any]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 import sketchattn as sa
-from sketchattn.perturbation import (
+from sketchattn.errors.perturbation import (
     PRECISIONS,
     cluster_eta_apriori,
     compression_eta,
@@ -27,7 +27,7 @@ from sketchattn.perturbation import (
     tv_bound,
     value_diameter,
 )
-from sketchattn.theory.linformer import perturbation_bound
+from sketchattn.theory.linformer.formulas import perturbation_bound
 
 Array = NDArray[Any]
 

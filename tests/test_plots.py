@@ -14,10 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import sketchattn as sa
-from sketchattn import plots
-from sketchattn.metrics import FIELDS
-from sketchattn.plots import COLOURS, DASHES, MARKERS, MEASURES, plot_study, study_figure
-from sketchattn.study import BOUND_COLUMNS, COLUMNS, REFERENCES
+from sketchattn.errors.reports import FIELDS
+from sketchattn.studies import plots
+from sketchattn.studies.plots import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    MEASURES,
+    plot_study,
+    study_figure,
+)
+from sketchattn.studies.summary import BOUND_COLUMNS, COLUMNS, REFERENCES
 
 RANKS = (8, 16, 32)
 

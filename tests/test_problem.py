@@ -18,7 +18,7 @@ from naive import naive_attention
 from numpy.typing import NDArray
 
 from sketchattn import AttentionProblem
-from sketchattn import problem as module
+from sketchattn.base import arguments
 
 Array = NDArray[Any]
 
@@ -780,7 +780,7 @@ def test_astype_refuses_numbers_that_overflow() -> None:
 
 
 def test_exact_quantities_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sketchattn import operators
+    from sketchattn.operators import solve as operators
 
     calls = []
 
@@ -845,32 +845,32 @@ def test_a_failed_computation_is_not_kept() -> None:
 )
 def test_rank_is_checked(rank: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=exactly(f"rank must be {text}")):
-        module.check_rank(rank, 7)
+        arguments.check_rank(rank, 7)
 
 
 def test_ranks_at_the_boundary_are_fine() -> None:
-    assert [module.check_rank(r, 7) for r in (1, 7, np.int32(7))] == [1, 7, 7]
+    assert [arguments.check_rank(r, 7) for r in (1, 7, np.int32(7))] == [1, 7, 7]
 
 
 def test_closest_names() -> None:
     known = ("exact", "uniform", "vmean")
-    assert module.closest("exat", known) == "; did you mean 'exact'?"
-    assert module.closest("linformer", ("zero", "exact")) == "; choose one of exact, zero"
+    assert arguments.closest("exat", known) == "; did you mean 'exact'?"
+    assert arguments.closest("linformer", ("zero", "exact")) == "; choose one of exact, zero"
 
 
 def test_arrays_are_not_copied_without_need() -> None:
     x = arrays()[0]
-    assert module.as_array(x, "x") is x
-    assert module.prepare(x, np.dtype(np.float64)) is x
-    assert np.shares_memory(module.as_array(OnlyArray(x), "x"), x)
-    assert np.shares_memory(module.as_array(OnlyDlpack(x), "x"), x)
+    assert arguments.as_array(x, "x") is x
+    assert arguments.prepare(x, np.dtype(np.float64)) is x
+    assert np.shares_memory(arguments.as_array(OnlyArray(x), "x"), x)
+    assert np.shares_memory(arguments.as_array(OnlyDlpack(x), "x"), x)
 
 
 def test_bfloat16_tensors_are_widened_exactly() -> None:
     torch = pytest.importorskip("torch")
     x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     x = x[torch.isfinite(x)]
-    wide = module.as_array(x, "x")
+    wide = arguments.as_array(x, "x")
     assert wide.dtype == np.float32
     assert np.array_equal(wide, x.double().numpy())
 

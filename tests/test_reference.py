@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from naive import naive_attention
 from numpy.typing import NDArray
 
-from sketchattn import reference
-from sketchattn.reference import (
+from sketchattn.operators import reference
+from sketchattn.operators.reference import (
     masked_logits,
     merge,
     reference_attention,

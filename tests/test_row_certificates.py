@@ -12,11 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn import row_certificates
-from sketchattn.partitioned import Reference, Rule
-from sketchattn.partitions import make_plan
-from sketchattn.row_certificates import KINDS, certify_rows, gap_bound, mass_aware_bound
-from sketchattn.theory.combiner import extremal_row
+from sketchattn.errors import rows as row_certificates
+from sketchattn.errors.rows import KINDS, certify_rows, gap_bound, mass_aware_bound
+from sketchattn.operators.partitioned.summaries import Reference, Rule
+from sketchattn.partitions.patterns import make_plan
+from sketchattn.theory.combiner.cases import extremal_row
 
 Array = NDArray[Any]
 

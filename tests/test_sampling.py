@@ -15,32 +15,33 @@ from scipy import stats
 
 import sketchattn as sa
 from sketchattn.kernels._threads import blas_single_thread
-from sketchattn.sampling import (
-    LAWS,
+from sketchattn.sampling.draws import (
     ColumnDraw,
-    ExponentialKernel,
     check_probabilities,
-    check_unbiased,
-    css_relative_error,
-    d_eff,
-    fast_sketch_rows,
     inclusion_probabilities,
-    leverage_approx_factor,
-    leverage_quality,
-    leverage_scores,
-    leverage_scores_fast,
-    nystrom_factor,
-    pilot_rows,
-    probabilities,
-    ridge_leverage,
-    ridge_leverage_recursive,
-    ridge_psd_check,
     sample_columns,
     sample_gumbel,
     sample_poisson,
     sample_uniform,
     sample_with_replacement,
     self_normalize,
+)
+from sketchattn.sampling.laws import LAWS, check_unbiased, pilot_rows, probabilities
+from sketchattn.sampling.leverage import (
+    css_relative_error,
+    fast_sketch_rows,
+    leverage_approx_factor,
+    leverage_quality,
+    leverage_scores,
+    leverage_scores_fast,
+)
+from sketchattn.sampling.ridge import (
+    ExponentialKernel,
+    d_eff,
+    nystrom_factor,
+    ridge_leverage,
+    ridge_leverage_recursive,
+    ridge_psd_check,
 )
 
 Array = NDArray[Any]

@@ -16,13 +16,13 @@ from naive import naive_attention, naive_pilot_law, naive_skeinformer
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn.draws import head_generator
+from sketchattn.base.draws import head_generator
 from sketchattn.kernels import sampled, softmax
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.methods.skeinformer import PRESETS, Components
-from sketchattn.operators import solve_rows
+from sketchattn.operators.solve import solve_rows
 from sketchattn.sampling.draws import gumbel_top
-from sketchattn.sampling.probabilities import log_column_norms, probabilities
+from sketchattn.sampling.laws import log_column_norms, probabilities
+from sketchattn.zoo.skeinformer.components import PRESETS, Components
 
 Array = NDArray[Any]
 PRECISIONS = [np.float32, np.float64]
@@ -307,7 +307,7 @@ def test_the_law_in_float32_is_the_law_of_the_library(dtype: Any) -> None:
 def test_few_rows_are_solved_in_parts_of_the_keys(
     monkeypatch: pytest.MonkeyPatch, causal: Any
 ) -> None:
-    monkeypatch.setattr("sketchattn.operators.PART_KEYS", 8)
+    monkeypatch.setattr("sketchattn.operators.solve.PART_KEYS", 8)
     for n_k, keep in itertools.product((7, 16, 37, 200), (None, "some", "first", "none")):
         n_q = n_k if causal is True else 21
         masks = {"some": np.arange(n_k) % 3 > 0, "first": np.arange(n_k) < 3}

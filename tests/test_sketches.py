@@ -23,10 +23,11 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from scipy.stats import chi2
 
 import sketchattn as sa
-from sketchattn.draws import Draw
+from sketchattn.base.draws import Draw
 from sketchattn.kernels import sketching
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.sketches import GivenSketch, Sketch, check_sketch, make_sketch, sketches
+from sketchattn.sketches.base import Sketch, make_sketch, sketches
+from sketchattn.sketches.dense import GivenSketch, check_sketch
 
 Array = NDArray[Any]
 ROOT = Path(sa.__file__).parent
@@ -1336,7 +1337,7 @@ def test_shapes_and_arrays_of_the_wrong_type_are_refused() -> None:
 
 
 def test_a_kind_is_registered_once() -> None:
-    from sketchattn.sketches import _base
+    from sketchattn.sketches import base as _base
 
     with pytest.raises(ValueError, match=r"^kind 'srht' must be unique; it is taken$"):
         _base.register("srht")(GAUSSIAN)

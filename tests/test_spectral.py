@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import aslinearoperator
 
 import sketchattn as sa
-from sketchattn import spectral
-from sketchattn.spectral import (
+from sketchattn.operators import spectra as spectral
+from sketchattn.operators.spectra import (
     block_krylov,
     dense_spectral_norm,
     exact_spectral_norm,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib
 import json
 import math
 import os
@@ -22,26 +21,18 @@ import pandas as pd
 import pytest
 
 import sketchattn as sa
-from sketchattn.draws import Draw
-from sketchattn.methods import _base
-from sketchattn.metrics import FIELDS
-from sketchattn.operators import AttentionOperator
+from sketchattn.base.draws import Draw
+from sketchattn.base.files import decode, encode
+from sketchattn.errors.reports import FIELDS
+from sketchattn.heads.inputs import as_heads
+from sketchattn.operators.base import AttentionOperator
 from sketchattn.problem import AttentionProblem
-from sketchattn.study import (
-    BOUND_COLUMNS,
-    COLUMNS,
-    REFERENCES,
-    as_heads,
-    decode,
-    default_methods,
-    default_ranks,
-    describe_method,
-    encode,
-    quantiles,
-)
-
-# The package binds the name to the function; this is the module.
-module = importlib.import_module("sketchattn.study")
+from sketchattn.studies import grid
+from sketchattn.studies import journal as journal_module
+from sketchattn.studies import run as run_module
+from sketchattn.studies.grid import default_methods, default_ranks, describe_method
+from sketchattn.studies.summary import BOUND_COLUMNS, COLUMNS, REFERENCES, quantiles
+from sketchattn.zoo import base as _base
 
 RANKS = [2, 4, 8]
 
@@ -260,9 +251,9 @@ def test_files_hold_the_rows(tmp_path: Path) -> None:
     assert settings["ranks"] == RANKS
     assert settings["seeds"] == [0, 1]
     assert settings["methods"] == {
-        "uniform": "sketchattn.methods.baselines.UniformColumns(estimator='self-normalized', "
+        "uniform": "sketchattn.zoo.baselines.UniformColumns(estimator='self-normalized', "
         "rank=2)",
-        "exact": "sketchattn.methods.baselines.Exact()",
+        "exact": "sketchattn.zoo.baselines.Exact()",
     }
     assert [h["digest"] for h in settings["heads"]] == [p.digest for p in small_heads(2)]
     assert {"cpu", "threads", "python", "numpy", "numba"} <= set(settings["machine"])
@@ -471,7 +462,7 @@ def test_cells_of_another_version_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path)
-    monkeypatch.setattr(module, "__version__", "0.0.0")
+    monkeypatch.setattr(journal_module, "__version__", "0.0.0")
     assert run(tmp_path).reused == 0
     monkeypatch.undo()
     assert run(tmp_path).computed == 0
@@ -608,7 +599,7 @@ def test_two_studies_do_not_write_one_folder(tmp_path: Path) -> None:
         f"process {os.getpid()} holds; wait for it or name another folder"
     )
     with (
-        module._lock(tmp_path / "cells" / ".lock", tmp_path),
+        journal_module.lock_folder(tmp_path / "cells" / ".lock", tmp_path),
         pytest.raises(ValueError, match=f"^{re.escape(message)}$"),
     ):
         run(tmp_path)
@@ -617,7 +608,7 @@ def test_two_studies_do_not_write_one_folder(tmp_path: Path) -> None:
 
 def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
-    (tmp_path / "cells" / ".lock").write_text(f"{'0' * 32} {module._host()} 999999999\n")
+    (tmp_path / "cells" / ".lock").write_text(f"{'0' * 32} {journal_module._host()} 999999999\n")
     assert run(tmp_path).computed == CELLS
 
 
@@ -625,35 +616,35 @@ def test_a_worker_stops_when_its_study_lost_the_folder(tmp_path: Path) -> None:
     lock = tmp_path / "cells" / ".lock"
     lock.parent.mkdir()
     problem = small_heads(1)[0]
-    variant = module._Variant.of("uniform", sa.UniformColumns(rank=2))
-    cells = module._cells([variant], [2], [0])
+    variant = grid.Variant.of("uniform", sa.UniformColumns(rank=2))
+    cells = grid.make_cells([variant], [2], [0])
     journal = tmp_path / "cells" / "one.jsonl"
     message = (
         f"study must hold its folder {str(tmp_path)!r} while it runs, got a lock that is lost; "
         f"start it again to continue"
     )
-    with module._lock(lock, tmp_path) as token:
-        assert module._is_held(lock, token)
-        assert not module._is_held(lock, "f" * 32)
+    with journal_module.lock_folder(lock, tmp_path) as token:
+        assert journal_module.is_held(lock, token)
+        assert not journal_module.is_held(lock, "f" * 32)
         with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-            module._run_head(module._Task(problem, cells, journal, lock, "f" * 32, 1))
+            run_module._run_head(run_module._Task(problem, cells, journal, lock, "f" * 32, 1))
         assert not journal.exists()
-        name, found = module._run_head(module._Task(problem, cells, journal, lock, token, 1))
+        name, found = run_module._run_head(run_module._Task(problem, cells, journal, lock, token, 1))
         assert (name, len(found)) == (problem.name, 1)
         assert journal.read_bytes().count(b"\n") == 1
         text = lock.read_text()
     lock.write_text(text)  # as after SIGKILL: the token is there, nobody holds the lock
-    assert not module._is_held(lock, token)
-    assert not module._is_held(tmp_path / "missing", token)
+    assert not journal_module.is_held(lock, token)
+    assert not journal_module.is_held(tmp_path / "missing", token)
 
 
 def test_a_worker_that_cannot_see_the_folder_still_computes(tmp_path: Path) -> None:
     problem = small_heads(1)[0]
-    variant = module._Variant.of("uniform", sa.UniformColumns(rank=2))
-    cells = module._cells([variant], [2], [0, 1])
+    variant = grid.Variant.of("uniform", sa.UniformColumns(rank=2))
+    cells = grid.make_cells([variant], [2], [0, 1])
     elsewhere = tmp_path / "not" / "here"
-    task = module._Task(problem, cells, elsewhere / "a.jsonl", elsewhere / ".lock", "f" * 32, 1)
-    assert len(module._run_head(task)[1]) == 2
+    task = run_module._Task(problem, cells, elsewhere / "a.jsonl", elsewhere / ".lock", "f" * 32, 1)
+    assert len(run_module._run_head(task)[1]) == 2
     assert not elsewhere.exists()
 
 
@@ -913,7 +904,7 @@ def test_refusals(
     def work(*_: object) -> None:
         raise AssertionError("work began before the refusal")
 
-    monkeypatch.setattr(module, "_run_head", work)
+    monkeypatch.setattr(run_module, "_run_head", work)
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         call()
 

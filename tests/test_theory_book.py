@@ -17,7 +17,7 @@ import pytest
 from packaging_checks import ROOT
 
 import sketchattn as sa
-from sketchattn.theory import claims
+from sketchattn.theory.engine.registry import claims
 
 BOOK = ROOT / "theory"
 TOPICS = (

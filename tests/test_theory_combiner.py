@@ -12,12 +12,23 @@ import pytest
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn.partitioned import PartitionedAttention, Reference
-from sketchattn.partitions import Plan, make_plan
-from sketchattn.row_certificates import gap_bound, mass_aware_bound
-from sketchattn.theory import Claim, check, claims, instances
-from sketchattn.theory.combiner import Case, Setting, pair_span, specht_log, structural_floor
-from sketchattn.theory.informer import variation_bound
+from sketchattn.errors.rows import gap_bound, mass_aware_bound
+from sketchattn.operators.partitioned.operator import PartitionedAttention
+from sketchattn.operators.partitioned.summaries import Reference
+from sketchattn.partitions.patterns import make_plan
+from sketchattn.partitions.plans import Plan
+from sketchattn.theory.combiner.formulas import (
+    Case,
+    Setting,
+    pair_span,
+    specht_log,
+    structural_floor,
+)
+from sketchattn.theory.engine.checking import check
+from sketchattn.theory.engine.instances import instances
+from sketchattn.theory.engine.records import Claim
+from sketchattn.theory.engine.registry import claims
+from sketchattn.theory.informer.formulas import variation_bound
 
 Array = NDArray[Any]
 Factory = Callable[..., Any]

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn import theory
-from sketchattn.metrics import FIELDS
-from sketchattn.theory._engine import _context, default_factory, get_entry
+from sketchattn.errors.reports import FIELDS
+from sketchattn.theory.engine.checking import _context, default_factory
+from sketchattn.theory.engine.registry import get_entry
 
 Array = NDArray[Any]
 BOUNDS = theory.error_bounds()

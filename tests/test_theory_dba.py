@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 import sketchattn as sa
-from sketchattn.compression import compress
-from sketchattn.perturbation import quantize
+from sketchattn.errors.perturbation import quantize
 from sketchattn.sampling.landmarks import pivoted_rows, segment_means
-from sketchattn.theory import Claim, Instance, check, claims, default_factory, instances
-from sketchattn.theory.dba import (
+from sketchattn.sketches.compression import compress
+from sketchattn.theory.dba.formulas import (
     exact_projector,
     exponential_determinant,
     jl_logit_width,
@@ -34,6 +33,10 @@ from sketchattn.theory.dba import (
     strong_rrqr,
     volume_sampling,
 )
+from sketchattn.theory.engine.checking import check, default_factory
+from sketchattn.theory.engine.instances import Instance, instances
+from sketchattn.theory.engine.records import Claim
+from sketchattn.theory.engine.registry import claims
 
 Array = NDArray[Any]
 Factory = Callable[..., Any]

@@ -16,12 +16,19 @@ from scipy import stats
 
 import sketchattn as sa
 from sketchattn import theory
-from sketchattn.theory import Assumption, Context, Instance, Observations, Series, Verdict
-from sketchattn.theory._decide import can_certify, clopper_pearson, z_score
-from sketchattn.theory._engine import Entry, claim, get_entry, run
-from sketchattn.theory._instances import DENSE_ENTRIES, instance
-from sketchattn.theory._records import KINDS, STATUSES, VERDICTS
-from sketchattn.theory._validate import COLUMNS, Row, ValidationResult, validate
+from sketchattn.theory.engine.checking import run
+from sketchattn.theory.engine.decisions import can_certify, clopper_pearson, z_score
+from sketchattn.theory.engine.instances import DENSE_ENTRIES, Instance, instance
+from sketchattn.theory.engine.records import (
+    KINDS,
+    STATUSES,
+    VERDICTS,
+    Observations,
+    Series,
+    Verdict,
+)
+from sketchattn.theory.engine.registry import Assumption, Context, Entry, claim, get_entry
+from sketchattn.theory.engine.validation import COLUMNS, Row, ValidationResult, validate
 
 Array = NDArray[Any]
 Observer = Callable[..., Observations]
@@ -660,13 +667,13 @@ def test_validate_refuses_what_is_wrong() -> None:
 
 
 def test_an_error_in_a_check_names_claim_and_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sketchattn.theory import _engine
+    from sketchattn.theory.engine import registry
 
     def fails(context: Context) -> Observations:
         raise ZeroDivisionError("no")
 
     known = get_entry(SOME[0])
-    monkeypatch.setitem(_engine._ENTRIES, SOME[0], known._replace(observe=fails, parameters={}))
+    monkeypatch.setitem(registry._ENTRIES, SOME[0], known._replace(observe=fails, parameters={}))
     head = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
     with pytest.raises(
         RuntimeError, match=r"claim 'sketching.moment_countsketch' failed on 'gauss"
@@ -694,8 +701,8 @@ def test_a_picture_without_anything_to_draw(tmp_path: Path) -> None:
 def test_pictures_show_values_bound_and_trivial_predictor() -> None:
     from matplotlib.figure import Figure
 
-    from sketchattn.theory._instances import get_instance
-    from sketchattn.theory._validate import _draw, _steps
+    from sketchattn.theory.engine.instances import get_instance
+    from sketchattn.theory.engine.validation import _draw, _steps
 
     record = theory.claims()["sketching.amm_jl_moment"]
     steps = _steps(record, get_instance("clusters"), 0)

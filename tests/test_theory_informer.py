@@ -14,15 +14,19 @@ from scipy.special import logsumexp
 from scipy.stats import entropy, spearmanr
 
 import sketchattn as sa
-from sketchattn.methods.informer import published_count, row_statistic
-from sketchattn.theory import Claim, check, claims, instances
-from sketchattn.theory.informer import (
+from sketchattn.errors.perturbation import value_diameter
+from sketchattn.theory.engine.checking import check
+from sketchattn.theory.engine.instances import instances
+from sketchattn.theory.engine.records import Claim
+from sketchattn.theory.engine.registry import claims
+from sketchattn.theory.informer.formulas import (
     miss_probability,
     rank_agreement,
     selection_bound,
-    value_diameter,
     variation_bound,
 )
+from sketchattn.zoo.informer.method import published_count
+from sketchattn.zoo.informer.statistics import row_statistic
 
 Array = NDArray[Any]
 Factory = Callable[..., Any]

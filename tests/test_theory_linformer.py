@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 import sketchattn as sa
-from sketchattn.theory import Claim, check, claims, default_factory, instances, spiked_attention
-from sketchattn.theory.linformer import (
+from sketchattn.theory.engine.checking import check, default_factory
+from sketchattn.theory.engine.instances import instances, spiked_attention
+from sketchattn.theory.engine.records import Claim
+from sketchattn.theory.engine.registry import claims
+from sketchattn.theory.linformer.formulas import (
     constant_value_invariance,
     linformer_thm1_failure,
     linformer_thm1_k,

@@ -14,20 +14,22 @@ from scipy.special import hyp0f1, hyp1f1, logsumexp
 from scipy.stats import kurtosis
 
 import sketchattn as sa
-from sketchattn.methods.nystromformer import iterate_inverse, pseudo_inverse
-from sketchattn.methods.performer import FEATURES, feature_mse, gaussian_directions
-from sketchattn.perturbation import logit_eta, tv_bound
-from sketchattn.theory import Claim, check, claims, instances
-from sketchattn.theory.lowrank_baselines import (
+from sketchattn.errors.perturbation import logit_eta, tv_bound
+from sketchattn.theory.engine.checking import check
+from sketchattn.theory.engine.instances import instances
+from sketchattn.theory.engine.records import Claim
+from sketchattn.theory.engine.registry import claims
+from sketchattn.theory.lowrank_baselines.clustered_claims import floor_errors
+from sketchattn.theory.lowrank_baselines.features import (
     chebyshev_features,
     feature_kurtosis,
-    floor_errors,
-    median_errors,
-    residual_after,
     smreg_ratio,
     theorem2_gain,
     uniform_convergence_scale,
 )
+from sketchattn.theory.lowrank_baselines.nystrom_claims import median_errors, residual_after
+from sketchattn.zoo.nystromformer import iterate_inverse, pseudo_inverse
+from sketchattn.zoo.performer import FEATURES, feature_mse, gaussian_directions
 
 Array = NDArray[Any]
 Factory = Callable[..., Any]

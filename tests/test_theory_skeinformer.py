@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 import sketchattn as sa
-from sketchattn.methods.skeinformer import PRESETS
-from sketchattn.theory import Claim, check, claims, default_factory, instances
-from sketchattn.theory import _column_claims as column_claims
-from sketchattn.theory.skeinformer import (
+from sketchattn.theory.engine.checking import check, default_factory
+from sketchattn.theory.engine.instances import instances
+from sketchattn.theory.engine.records import Claim
+from sketchattn.theory.engine.registry import claims
+from sketchattn.theory.skeinformer import column_claims
+from sketchattn.theory.skeinformer.column_bounds import (
     ProductBounds,
     break_even_rank,
     coherence_pilots,
@@ -27,12 +29,12 @@ from sketchattn.theory.skeinformer import (
     pilot_probabilities,
     product_bounds,
     product_range,
-    proposition1_scope,
     realised_beta,
     sampled_sqerr,
     sampling_inflation,
-    structural_facts,
 )
+from sketchattn.theory.skeinformer.column_claims import proposition1_scope, structural_facts
+from sketchattn.zoo.skeinformer.components import PRESETS
 
 Array = NDArray[Any]
 Factory = Callable[..., Any]

@@ -19,23 +19,11 @@ from scipy import stats
 
 import sketchattn as sa
 from sketchattn import theory
-from sketchattn.theory import Instance, default_factory, sketching
-from sketchattn.theory._engine import get_entry
-from sketchattn.theory._moments import gumbel_moment, square_norms
-from sketchattn.theory.sketching import (
-    amm_entrywise_min_dim,
-    amm_expected_sqerr,
-    amm_fro_markov,
-    amm_fro_sampling_tail,
-    amm_gaussian_tail,
-    amm_spectral_bernstein,
-    amm_spectral_expected,
-    amm_spectral_min_dim,
-    amm_stats,
-    eckart_young_floor,
-    hutchinson_fro,
-    hutchinson_min_dim,
-    hutchinson_tail,
+from sketchattn.theory import sketching
+from sketchattn.theory.engine.checking import default_factory
+from sketchattn.theory.engine.instances import Instance
+from sketchattn.theory.engine.registry import get_entry
+from sketchattn.theory.sketching.embeddings import (
     inner_product_min_dim,
     inner_product_tail,
     jl_min_dim,
@@ -45,7 +33,6 @@ from sketchattn.theory.sketching import (
     jl_min_dim_exact_gaussian,
     jl_sparse_chebyshev,
     jl_tail_gaussian,
-    known_spectrum,
     ose_countsketch,
     ose_gaussian,
     ose_gaussian_sv,
@@ -53,11 +40,33 @@ from sketchattn.theory.sketching import (
     ose_sjlt,
     ose_srht,
     ose_uniform,
+)
+from sketchattn.theory.sketching.lowrank import (
+    eckart_young_floor,
+    hutchinson_fro,
+    hutchinson_min_dim,
+    hutchinson_tail,
+    known_spectrum,
     posterior_factor,
     posterior_spectral_bound,
     power_lower_bound,
     rsvd_expected,
     rsvd_tail,
+)
+from sketchattn.theory.sketching.moments import (
+    amm_expected_sqerr,
+    amm_stats,
+    gumbel_moment,
+    square_norms,
+)
+from sketchattn.theory.sketching.products import (
+    amm_entrywise_min_dim,
+    amm_fro_markov,
+    amm_fro_sampling_tail,
+    amm_gaussian_tail,
+    amm_spectral_bernstein,
+    amm_spectral_expected,
+    amm_spectral_min_dim,
 )
 
 Array = NDArray[Any]

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from scipy.special import softmax as scipy_softmax
 
 import sketchattn as sa
-from sketchattn.theory import Claim, Instance, check, claims, instances
+from sketchattn.theory.engine.checking import check
+from sketchattn.theory.engine.instances import Instance, instances
+from sketchattn.theory.engine.records import Claim
+from sketchattn.theory.engine.registry import claims
 
 Array = NDArray[Any]
 Broken = Callable[..., Array]

@@ -14,9 +14,9 @@ import pytest
 import sketchattn as sa
 from sketchattn import theory
 from sketchattn.cli import main
-from sketchattn.theory import _engine
-from sketchattn.theory._engine import get_entry
-from sketchattn.theory._validate import _chosen
+from sketchattn.theory.engine import checking, registry
+from sketchattn.theory.engine.registry import get_entry
+from sketchattn.theory.engine.validation import _chosen
 
 MADE = "clustered:n=48,d=8,heads=2"
 EXACT = "sketching.moment_countsketch"
@@ -116,7 +116,7 @@ def test_a_verdict_that_is_not_the_recorded_one_gives_exit_code_1(
     entry = get_entry(EXACT)
     recorded = {**entry.claim.recorded, "clusters": "violated"}
     changed = dataclasses.replace(entry.claim, recorded=recorded)
-    monkeypatch.setitem(_engine._ENTRIES, EXACT, entry._replace(claim=changed))
+    monkeypatch.setitem(registry._ENTRIES, EXACT, entry._replace(claim=changed))
     code, out, err = say("--claims", EXACT, "--heads", MADE, "--trials", 60)
     assert (code, err) == (1, "")
     assert "1 verdicts differ from the record" in out
@@ -127,12 +127,12 @@ def test_a_verdict_that_is_not_the_recorded_one_gives_exit_code_1(
 
 
 def test_a_broken_sketch_gives_exit_code_1(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = _engine.default_factory
+    honest = checking.default_factory
 
     def scaled(kind: str, r: int, n: int, rng: np.random.Generator, **parameters: Any) -> Any:
         return 1.1 * honest(kind, r, n, rng, **parameters).to_dense()
 
-    monkeypatch.setattr(_engine, "default_factory", scaled)
+    monkeypatch.setattr(checking, "default_factory", scaled)
     code, out, err = say("--claims", EXACT, "--heads", MADE, "--trials", 100)
     assert (code, err) == (1, "")
     assert "4 verdicts differ from the record" in out

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sketchattn import theory
-from sketchattn._files import write_bytes, write_text
-from sketchattn.theory._engine import one_thread
+from sketchattn.base.files import write_bytes, write_text
+from sketchattn.kernels._threads import limit_threads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,7 +186,7 @@ class Chapter:
         """Return what is noticed when one statement is broken on purpose."""
         if name in self.builders:
             checks = Checks(True)
-            with one_thread():
+            with limit_threads(1):
                 self.builders[name](checks)
             return checks.problems
         for group in self.statements.values():
@@ -223,7 +223,7 @@ class Chapter:
             tables[name] = Table(VERDICTS, rows)
         for name, build in self.builders.items():
             checks = Checks(False)
-            with one_thread():  # small matrices, and the same rounding everywhere
+            with limit_threads(1):  # small matrices, and the same rounding everywhere
                 tables[name] = build(checks)
             problems += checks.problems
         return tables, problems

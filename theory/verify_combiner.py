@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn import theory
-from sketchattn.partitioned import PartitionedAttention, Record, Reference
-from sketchattn.partitions import make_plan
-from sketchattn.row_certificates import KINDS, gap_bound, mass_aware_bound
+from sketchattn.errors.rows import KINDS, gap_bound, mass_aware_bound
+from sketchattn.operators.partitioned.operator import PartitionedAttention
+from sketchattn.operators.partitioned.records import Record
+from sketchattn.operators.partitioned.summaries import Reference
+from sketchattn.partitions.patterns import make_plan
 from sketchattn.theory import combiner
-from sketchattn.theory.combiner import Case, Setting
-from sketchattn.theory.informer import variation_bound
+from sketchattn.theory.combiner.formulas import Case, Setting
+from sketchattn.theory.informer.formulas import variation_bound
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -550,7 +552,7 @@ def bundled(checks: Checks) -> Table:
 @CHAPTER.table("outputs")
 def outputs(checks: Checks) -> Table:
     """Tabulate the mean error of an output, its two bounds and its certificate."""
-    from sketchattn.theory._combiner_bound_claims import output_bounds
+    from sketchattn.theory.combiner.bound_claims import output_bounds
 
     rows = []
     for kind, size, eps, block in TIGHT:

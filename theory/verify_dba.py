@@ -13,12 +13,14 @@ from _chapter import Chapter, Checks, Factory, Table, curves, number
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn import perturbation, theory
-from sketchattn.compression import compress
+from sketchattn import theory
+from sketchattn.errors import perturbation
 from sketchattn.sampling.landmarks import pivoted_rows, segment_means
-from sketchattn.theory import dba, default_factory
-from sketchattn.theory._instances import as_instance
-from sketchattn.theory.sketching import eckart_young_floor
+from sketchattn.sketches.compression import compress
+from sketchattn.theory import dba
+from sketchattn.theory.engine.checking import default_factory
+from sketchattn.theory.engine.instances import as_instance
+from sketchattn.theory.sketching.lowrank import eckart_young_floor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn import theory
-from sketchattn.methods.informer import lazy_errors, published_count, row_statistic
 from sketchattn.theory import informer
+from sketchattn.zoo.informer.lazy import lazy_errors
+from sketchattn.zoo.informer.method import published_count
+from sketchattn.zoo.informer.statistics import row_statistic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -359,7 +361,7 @@ def looseness(checks: Checks) -> Table:
             informer.selection_bound(problem, chosen, measure=x) / total for x in ("kl", "max_mean")
         )
         kl = np.delete(row_statistic(problem, "kl"), chosen)
-        want = informer.value_diameter(problem.values) ** 2 / total
+        want = sa.perturbation.value_diameter(problem.values) ** 2 / total
         want *= float(np.sum(np.minimum(kl / 2, 1 - np.exp(-kl))))
         checks.equal(f"{problem.name}, bound", by_kl, want, relative=1e-9)
         checks.at_most(f"{problem.name}, error", found, by_kl)

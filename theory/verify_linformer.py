@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn import theory
-from sketchattn.methods.linformer import INITIALISATIONS, initialise
 from sketchattn.theory import sketching
-from sketchattn.theory.linformer import (
+from sketchattn.theory.linformer.formulas import (
     linformer_thm1_failure,
     linformer_thm1_k,
     linformer_thm2_construction,
@@ -23,6 +22,7 @@ from sketchattn.theory.linformer import (
     pooling_bound,
     unreduced_vs_reduced_gap,
 )
+from sketchattn.zoo.linformer.projections import INITIALISATIONS, initialise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn import theory
-from sketchattn.methods.nystromformer import filter_inverse, iterate_inverse
-from sketchattn.methods.performer import FEATURES, feature_mse, gaussian_directions
 from sketchattn.theory import lowrank_baselines as topic
+from sketchattn.zoo.nystromformer import filter_inverse, iterate_inverse
+from sketchattn.zoo.performer import FEATURES, feature_mse, gaussian_directions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

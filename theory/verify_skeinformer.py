@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn import theory
-from sketchattn.methods.skeinformer import PRESETS
 from sketchattn.theory import skeinformer
+from sketchattn.zoo.skeinformer.components import PRESETS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

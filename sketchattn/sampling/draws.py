@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..draws import Rng, as_generator
-from ..problem import as_array, check_finite
+from ..base.arguments import as_array, check_finite
+from ..base.draws import Rng, as_generator
 
 Array = NDArray[Any]
 

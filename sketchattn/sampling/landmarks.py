@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..problem import as_array, check_finite, closest, float_dtype
+from ..base.arguments import as_array, check_finite, closest, float_dtype
 
 Array = NDArray[Any]
 

@@ -1,8 +1,9 @@
 """Sketches: random matrices S (r, n) with ``E[S^T S] = I``, one immutable object a draw."""
 
-from ._base import Sketch as Sketch
-from ._base import make_sketch as make_sketch
-from ._base import sketches as sketches
+from . import compression as compression
+from .base import Sketch as Sketch
+from .base import make_sketch as make_sketch
+from .base import sketches as sketches
 from .dense import DenseSketch as DenseSketch
 from .dense import GaussianSketch as GaussianSketch
 from .dense import GivenSketch as GivenSketch

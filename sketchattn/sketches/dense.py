@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
-from ..draws import Rng
-from ..problem import as_array, check_finite, float_dtype
-from ._base import Array, Sketch, check_shape, random_signs, register, streams
+from ..base.arguments import as_array, check_finite, float_dtype
+from ..base.draws import Rng
+from .base import Array, Sketch, check_shape, random_signs, register, streams
 
 # Rows of a draw that are made at a time in float64 before they are rounded.
 _DRAWN_BYTES = 1 << 24

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..draws import Rng
-from ._base import (
+from ..base.draws import Rng
+from .base import (
     Array,
     Sketch,
     check_indices,

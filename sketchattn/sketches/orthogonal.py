@@ -9,16 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..draws import Rng
-from ._base import (
-    Array,
-    Sketch,
-    check_indices,
-    check_signs,
-    random_signs,
-    register,
-    streams,
-)
+from ..base.draws import Rng
+from .base import Array, Sketch, check_indices, check_signs, random_signs, register, streams
 from .dense import DenseSketch
 
 

@@ -1,0 +1,47 @@
+"""What a number depends on beside the code: processor, threads, versions."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def machine() -> dict[str, Any]:
+    """Return what a number depends on: CPU, threads, thread layer, BLAS, versions."""
+    import numba
+    import scipy
+    from threadpoolctl import threadpool_info
+
+    from ..kernels._threads import cpu_count, load_blas, thread_count, threading_layer
+
+    load_blas()  # or it would be missing from the list below
+    small = np.ones((1, 8, 8), np.float32)
+    from ..kernels.softmax import softmax_product
+
+    softmax_product(small, small, small, scale=1.0)  # Numba chooses its layer at the first call
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line[:10] == "model name"]
+        model = names[0] if names else model
+    except OSError:
+        pass
+    torch = sys.modules.get("torch")
+    return {
+        "cpu": model,
+        "cpus": cpu_count(),
+        "threads": thread_count(),
+        "thread_layer": threading_layer(),
+        "blas": sorted(
+            {f"{x['internal_api']} {x['version']} ({x.get('architecture', '?')})"
+             for x in threadpool_info() if x["user_api"] == "blas"}
+        ),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "numba": numba.__version__,
+        "torch": None if torch is None else str(torch.__version__),
+    }  # fmt: skip

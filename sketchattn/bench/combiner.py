@@ -1,0 +1,85 @@
+"""Combiner against exact attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from ..problem import AttentionProblem
+from .harness import Row, child, make_row, normal, register, rounding_row, time_interleaved
+from .skeinformer import SKEINFORMER_MEMORY
+
+_COMBINER_MEMORY = (
+    SKEINFORMER_MEMORY.partition("attention(q[:2048]")[0]
+    + """
+options = {"pattern": sys.argv[2], "block": int(sys.argv[3])}
+attention(q[:2048], k[:2048], v[:2048], "combiner", causal=True, **options)
+before = peak()
+out = attention(q, k, v, "combiner", causal=True, **options)
+print(peak() - before - out.nbytes)
+"""
+)
+
+
+@register("combiner", "combiner against exact attention: time, growth to 1M, memory, error")
+def _combiner(quick: bool, rounds: int) -> Iterator[Row]:
+    from ..functional.batched import attention
+    from ..zoo.combiner.method import Combiner
+
+    n, block = (2048, 64) if quick else (16384, 128)
+    q, k, v = (x[0] for x in normal(1, n, 64))
+    longer = [x[0] for x in normal(1, 4 * n, 64)]
+    calls: dict[str, Callable[[], object]] = {
+        "fixed": partial(attention, q, k, v, "combiner", block=block),
+        "logsparse": partial(attention, *longer, "combiner", pattern="logsparse"),
+        "exact": partial(attention, q, k, v),
+    }
+    seconds = time_interleaved(calls, rounds)
+    size = f"fixed, 1 head, n={n}, d=64, block={block}"
+    yield make_row(
+        "combiner",
+        size,
+        seconds["fixed"],
+        against="exact",
+        theirs=seconds["exact"],
+        target=1 / 8,
+    )
+    yield make_row(
+        "combiner",
+        f"logsparse, 1 head, n={4 * n}, d=64",
+        seconds["logsparse"],
+        against="16 x exact, n/4",
+        theirs=[16 * x for x in seconds["exact"]],
+        target=1 / 40,
+    )
+    yield rounding_row("combiner", size, Combiner(block=block), AttentionProblem(q, k, v))
+    # From here on causal, as a model of a million tokens would be.
+    m, spans = (4 * n, (64, 128)) if quick else (1 << 18, (512, 1024))
+    short, long = ([x[0] for x in normal(1, size, 64)] for size in (m, 4 * m))
+    for pattern, blocks, target in (("logsparse", (1, 1), 4.6), ("fixed", spans, 8.5)):
+        options: list[Any] = [{"pattern": pattern, "block": x, "causal": True} for x in blocks]
+        calls = {
+            "long": partial(attention, *long, "combiner", **options[1]),
+            "short": partial(attention, *short, "combiner", **options[0]),
+        }
+        seconds = time_interleaved(calls, min(rounds, 5))
+        name = pattern if pattern == "logsparse" else f"{pattern}, block={blocks[1]}"
+        yield make_row(
+            "combiner",
+            f"{name}, causal, 1 head, n={4 * m}, d=64",
+            seconds["long"],
+            against=f"n={m}",
+            theirs=seconds["short"],
+            target=target,
+        )
+        extra = float(child(_COMBINER_MEMORY, str(4 * m), pattern, str(blocks[1]))) / 2**20
+        yield make_row(
+            "combiner",
+            f"{name}, n={4 * m}: growth beyond inputs and output",
+            [max(extra, 0.0)],
+            against="limit",
+            theirs=[1000.0],
+            target=1.0,
+            unit="MB",
+        )

@@ -1,0 +1,109 @@
+"""Exact attention against its competitors: time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .harness import (
+    Row,
+    child,
+    gemm_rate,
+    import_torch,
+    make_row,
+    normal,
+    plain_numpy,
+    register,
+    relative_error,
+    sdpa,
+    time_interleaved,
+)
+
+
+@register("exact", "exact attention, one head and many, against torch SDPA and plain NumPy")
+def _exact(quick: bool, rounds: int) -> Iterator[Row]:
+    from ..functional.batched import attention
+
+    torch = import_torch()
+    gemm = gemm_rate(rounds, 1024 if quick else 4096)
+    n = 2048 if quick else 16384
+    cases: list[tuple[str, int, int, bool, float | None]] = [
+        (f"1 head, n={n}, d=64", 1, n, False, 1.15),
+        (f"1 head, n={n}, d=64, causal", 1, n, True, None),
+        ("12 heads, n=512, d=64", 12, 512, False, 1.5),
+    ]
+    for case, heads, length, causal, target in cases:
+        q, k, v = normal(heads, length, 64)
+        calls: dict[str, Callable[[], Any]] = {"ours": partial(attention, q, k, v, causal=causal)}
+        if torch is not None:
+            calls["torch SDPA"] = sdpa(torch, (q, k, v), causal)
+        if not causal:
+            calls["plain NumPy"] = partial(plain_numpy, q, k, v)
+        repeats = rounds if length > 1024 else 10 * rounds
+        seconds = time_interleaved(calls, repeats)
+        flops = 4.0 * heads * length**2 * 64 * (0.5 if causal else 1.0)
+        rate = flops / float(np.median(seconds["ours"])) / 1e9
+        rows = np.random.default_rng(1).choice(length, min(256, length), replace=False)
+        for name in list(calls)[1:]:
+            extra: Row = {"gflops": rate, "share_of_gemm": rate / gemm, "gemm_gflops": gemm}
+            if not causal:
+                theirs = np.asarray(calls[name]()).reshape(q.shape)
+                errors = [
+                    relative_error(x[0], q[0], k[0], v[0], rows) for x in (calls["ours"](), theirs)
+                ]
+                extra |= {"error": errors[0], "their_error": errors[1]}
+            yield make_row(
+                "exact",
+                case,
+                seconds["ours"],
+                against=name,
+                theirs=seconds[name],
+                target=target if name == "torch SDPA" else None,
+                **extra,
+            )
+            if name == "torch SDPA" and not causal:
+                yield make_row(
+                    "exact",
+                    f"{case}: error against float64",
+                    [errors[0]],
+                    against=name,
+                    theirs=[errors[1]],
+                    target=2.0,
+                    unit="rel",
+                )
+
+
+_MEMORY = """
+import resource, sys
+import numpy as np
+from sketchattn import attention
+n = int(sys.argv[1])
+small = np.ones((64, 64), np.float32)
+attention(small, small, small)
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((n, 64), np.float32) for _ in range(3))
+attention(q[:2048], k[:2048], v[:2048])
+unit = 1 if sys.platform == "darwin" else 1024
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+out = attention(q, k, v)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+print(after - before - out.nbytes)
+"""
+
+
+@register("memory", "peak memory of exact attention beyond its inputs and output")
+def _memory(quick: bool, rounds: int) -> Iterator[Row]:
+    n = 4096 if quick else 32768
+    extra = float(child(_MEMORY, str(n))) / 2**20
+    yield make_row(
+        "memory",
+        f"1 head, n={n}, d=64: growth beyond inputs and output",
+        [max(extra, 0.0)],
+        against="limit",
+        theirs=[64.0],
+        target=1.0,
+        unit="MB",
+    )

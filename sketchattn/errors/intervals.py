@@ -1,0 +1,343 @@
+"""Intervals for the error of an output from a weighted sample of exact rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+EPS = float(np.finfo(np.float64).eps)
+TINY = float(np.finfo(np.float64).tiny)
+# The lattice of candidates, points an octave of theta; ends are rounded outwards to it.
+POINTS = 64
+# Lattice points between two candidates at which all rows are bounded.
+CELL = 16
+# Share of the error probability that is spent on the octaves, which only narrow the search.
+COARSE = 1 / 16
+OCTAVES = 4  # that are tested at once
+# Entries of the arrays (candidates, rows) that are handled at once.
+BLOCK_ENTRIES = 1 << 14
+# Largest factor of a bet that is put at stake: a row at the very end of its range costs the
+# capital all but a hundredth, and not all of it.
+LARGEST_BET = 0.99
+# Candidates are at most 2^240, so that their fourth powers are finite.
+LARGEST_OCTAVE = 240
+# Relative slack of the ball and of hypothesised totals.  It stands for the rounding of exact rows
+# and of sums in float64, n 2^-53 relative at worst.
+SLACK = 1e-10
+
+
+# --- what is known of every row -------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """What is known of the rows that see a key before any is computed; arrays (m,), float64.
+
+    ``output`` (n_q, d_v): as handed in; ``factor``: the power of two that it, values and exact
+    rows are multiplied by; ``rows``: those that see a key; ``square``: ``|ohat_i|^2``;
+    ``distance``: ``|ohat_i - c|``; ``near``: its square; ``along``: ``c . (ohat_i - c)``;
+    ``radius``: ``R_i``; ``centre``: ``|c|``; ``fixed``: the sum of ``|ohat_i|^2`` over the rows
+    that see no key.
+    """
+
+    output: Array
+    factor: float
+    rows: Array
+    square: Array
+    distance: Array
+    near: Array
+    along: Array
+    radius: Array
+    centre: float
+    fixed: float
+
+
+def _reach(known: Known, t: float) -> tuple[Array, Array]:
+    """Return ``|ohat_i - kappa c| = |(ohat_i - c) + t c|``, and its square rounded down."""
+    square = known.near + (t * known.centre) ** 2
+    noise = 16 * EPS * square
+    square += 2 * t * known.along
+    # Where the sum cancels its root is accurate to sqrt(eps) only; too long is on the safe side.
+    return np.sqrt(np.maximum(square, 0.0) + noise), square - noise
+
+
+def highest(known: Known, t: float) -> Array:
+    """Return ``u_i(t) = max z_i(t)`` over the ball, (m,).
+
+    ``e`` of length r along ``kappa c - ohat_i``, at distance alpha, gives
+    ``|ohat_i - c|^2 - t |c|^2 + 2 alpha r + kappa r^2``, ``0 <= r <= R_i``.
+    """
+    kappa = 1.0 - t
+    alpha, _ = _reach(known, t)
+    r = known.radius if kappa >= 0 else np.minimum(known.radius, alpha / -kappa)
+    bend = r * (2 * alpha + kappa * r)
+    u: Array = (1 + SLACK) * (known.near + bend) - (1 - SLACK) * t * known.centre**2
+    return u
+
+
+def lowest(known: Known, t: float) -> Array:
+    """Return ``l_i(t) <= min z_i(t)`` over the ball, (m,).
+
+    The minimum is at least ``-t/(1 - t) |ohat_i|^2``, and if ``alpha >= kappa R_i`` it is at the
+    surface: ``(|ohat_i - c| - R_i)^2 + 2 R_i (|ohat_i - c| - alpha) - t (|c|^2 + R_i^2)``.
+    """
+    kappa = 1.0 - t
+    alpha, square = _reach(known, t)
+    radius, distance, centre = known.radius, known.distance, known.centre
+    outside = square >= (kappa * radius) ** 2 if kappa > 0 else None
+    if outside is not None and not outside.any():
+        return -(1 + SLACK) * t / kappa * known.square
+    # distance - alpha without cancellation, so that small t keep their digits.
+    less = -t * (2 * known.along + t * centre**2) / np.maximum(distance + alpha, TINY)
+    near, bend, far = (distance - radius) ** 2, 2 * radius * less, t * (centre**2 + radius**2)
+    surface: Array = near + bend - far - SLACK * (near + np.abs(bend) + far)
+    if outside is None:
+        return surface
+    return np.where(outside, surface, -(1 + SLACK) * t / kappa * known.square)
+
+
+# --- the sample -----------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """Rows in the order of their draw: positions in ``Known`` and what is computed there.
+
+    ``position`` int64 (n,); ``leverage``: ``W_k / w_{i_k}``; ``inclusion``: the probability that
+    a row is drawn, given the draws of the others; ``x``, ``y``: ``|ohat_i - o_i|^2``, ``|o_i|^2``.
+    """
+
+    position: Array
+    leverage: Array
+    inclusion: Array
+    x: Array
+    y: Array
+
+
+def weigh(known: Known) -> Array:
+    """Return the weights of the draw, (m,): half by the width of the range of x_i, half alike.
+
+    Rows that can be far off are worth more of the sample; the even half bounds by 2 what this
+    may cost.
+    """
+    a, b = _error_range(known)
+    width = b - a
+    mean = float(width.mean())
+    return 1.0 + width / mean if mean > 0 else np.ones(len(width))
+
+
+def draw(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """Draw ``rows < m`` rows in turn without replacement; return position, leverage, inclusion.
+
+    Independent exponential times of rate w_i, in ascending order, are such a sequence.  Given
+    the times of the others, row i is among the first n if its time is below the (n + 1)-st, tau:
+    its probability ``1 - exp(-w_i tau)`` makes ``sum_sample x_i / inclusion_i`` unbiased (Cohen
+    and Kaplan 2007, "Summarizing data using bottom-k sketches", rank conditioning).
+    """
+    weights = weigh(known)
+    times = rng.exponential(size=len(weights)) / weights
+    first = np.argpartition(times, rows)[: rows + 1]
+    first = first[np.argsort(times[first], kind="stable")]
+    position, tau = first[:rows], times[first[rows]]
+    drawn = weights[position]
+    left = weights.copy()
+    left[position] = 0.0
+    # Sums of positive numbers from the last draw backwards: nothing cancels.
+    remaining = left.sum() + np.cumsum(drawn[::-1])[::-1]
+    return position, remaining / drawn, -np.expm1(-drawn * tau)
+
+
+def _error_range(known: Known) -> tuple[Array, Array]:
+    """Return ``a_i <= x_i <= b_i``, both (m,)."""
+    return (
+        np.maximum(known.distance - known.radius, 0.0) ** 2,
+        (known.distance + known.radius) ** 2,
+    )
+
+
+def _certain(known: Known, sample: Sample) -> tuple[float, float]:
+    """Return bounds of ``theta^2`` that hold whatever the rows outside the sample are."""
+    a, b = _error_range(known)
+    g = np.maximum(known.centre - known.radius, 0.0) ** 2
+    h = (known.centre + known.radius) ** 2
+    for bound in (a, b, g, h):
+        bound[sample.position] = 0.0
+    x = known.fixed + float(sample.x.sum())
+    y = float(sample.y.sum())
+    low = _quotient(x + float(a.sum()), y + float(h.sum()))
+    return low, _quotient(x + float(b.sum()), y + float(g.sum()))
+
+
+def _quotient(x: float, y: float) -> float:
+    """Return ``x / y``, with 0 for 0/0 and inf for other divisions by zero."""
+    if x == 0.0:
+        return 0.0
+    return x / y if y > 0.0 else math.inf
+
+
+def point_estimate(known: Known, sample: Sample) -> float:
+    """Return the ratio estimate of ``theta^2``."""
+    x = known.fixed + float((sample.x / sample.inclusion).sum())
+    return _quotient(x, float((sample.y / sample.inclusion).sum()))
+
+
+# --- the finite-sample interval -------------------------------------------------------------
+
+
+def rejects(f: Array, leverage: Array, total: Array, delta: float) -> Array:
+    """Say which of T hypotheses "the total of f is at most M" are rejected at level delta.
+
+    Parameters
+    ----------
+    f : ndarray (T, n)
+        Values ``f >= 0`` of the drawn rows in the order of the draw, one line a hypothesis.
+    leverage : ndarray (n,)
+        ``W_k / w_{i_k}``.
+    total : ndarray (T,)
+        M of each hypothesis.
+    delta : float
+        Probability of rejecting a true hypothesis, at most.
+
+    Notes
+    -----
+    Bets are those of Waudby-Smith and Ramdas (2024) for a fixed number of draws, for the ratio
+    ``rho_k = D_k / mu_k`` whose mean is at most 1: ``b_k = sqrt(2 log(1/delta) / (n v_{k-1}))``
+    at most 0.99, with a variance of the past that starts from one value of 1/4.
+    """
+    n = f.shape[1]
+    seen = np.cumsum(f, axis=1)
+    # The total that the hypothesis leaves before draw k; below zero it is refuted outright.
+    mu = (total[:, None] - seen) + f
+    refuted = (mu <= 0).any(axis=1) | (total < seen[:, -1])
+    rho = leverage * f
+    rho /= np.where(mu > 0, mu, 1.0)
+    count = np.arange(1.0, n + 1)
+    spread = rho - (1.0 + np.cumsum(rho, axis=1) - rho) / count
+    spread *= spread
+    variance = (0.25 + np.cumsum(spread, axis=1) - spread) / count
+    # No spread at all, or a negative one from rounding, is the largest bet.
+    variance = np.maximum(variance, -2.0 * math.log(delta) / n)
+    bet = np.minimum(np.sqrt(-2.0 * math.log(delta) / n / variance), LARGEST_BET)
+    rho -= 1.0
+    # Overflow is beyond every threshold; a capital that underflows to zero stays there.
+    with np.errstate(over="ignore", under="ignore"):
+        capital = np.cumprod(1.0 + bet * rho, axis=1)
+    rejected: Array = refuted | (capital.max(axis=1) >= 1.0 / delta)
+    return rejected
+
+
+def _squared(j: Array) -> Array:
+    """Return ``t = theta^2`` at lattice points."""
+    t: Array = np.exp2(2.0 / POINTS * j)
+    return t
+
+
+def _lattice(t: float, up: bool) -> int:
+    """Return the lattice point next to ``sqrt(t)`` on one side, within the range kept finite."""
+    limit = LARGEST_OCTAVE * POINTS
+    if t == 0.0 or math.isinf(t):
+        return -limit if t == 0.0 else limit
+    j = 0.5 * POINTS * math.log2(t)
+    return max(-limit, min(limit, math.ceil(j) if up else math.floor(j)))
+
+
+def _rejected(known: Known, sample: Sample, delta: float, upper: bool, points: Array) -> Array:
+    """Say which lattice points (T,), in order, are rejected: ``theta >= 2^(j/64)`` or ``<=``.
+
+    u_i is convex in t and l_i concave, as extremes of functions that are linear in t: between
+    two candidates at which all rows are bounded, the chord is a bound as well.
+    """
+    bound, sign = (highest, 1.0) if upper else (lowest, -1.0)
+    nodes = np.unique([points // CELL, -(-points // CELL)])
+    at = _squared(CELL * nodes)
+    drawn, totals = np.empty((len(nodes), len(sample.x))), np.empty(len(nodes))
+    for g, t in enumerate(at):
+        every = bound(known, float(t))
+        drawn[g], totals[g] = every[sample.position], every.sum()
+    before = np.searchsorted(nodes, points // CELL)
+    after = np.searchsorted(nodes, -(-points // CELL))
+    t = _squared(points)
+    share = (t - at[before]) / np.where(after > before, at[after] - at[before], 1.0)
+    total = totals[before] + share * (totals[after] - totals[before]) + known.fixed
+    f = drawn[before] + share[:, None] * (drawn[after] - drawn[before])
+    f -= sample.x - t[:, None] * sample.y
+    # Rounding may leave a value at the end of its range slightly outside.
+    f = np.maximum(sign * f, 0.0)
+    total = sign * total + SLACK * np.abs(total)
+    return rejects(f, sample.leverage, total, delta)
+
+
+def _run(test: Callable[[Array], Array], points: Array, block: int) -> int:
+    """Return how many points are rejected before the first that is not."""
+    for start in range(0, len(points), block):
+        rejected = test(points[start : start + block])
+        if not rejected.all():
+            return start + int(np.argmin(rejected))
+    return len(points)
+
+
+def _last_rejected(
+    known: Known, sample: Sample, delta: float, upper: bool, start: int, stop: int
+) -> int | None:
+    """Return the last lattice point such that all from ``start`` to it are rejected."""
+    step = -1 if upper else 1
+    block = max(CELL, min(POINTS, BLOCK_ENTRIES // len(sample.x)))
+
+    def run(points: Array, level: float, block: int) -> int | None:
+        test = partial(_rejected, known, sample, level, upper)
+        count = _run(test, points, block)
+        return int(points[count - 1]) if count else None
+
+    octaves = np.arange(start, stop + step, step)
+    octaves = octaves[octaves % POINTS == 0]
+    coarse = run(octaves, COARSE * delta, OCTAVES)
+    begin = start if coarse is None else coarse + step
+    fine = run(np.arange(begin, stop + step, step), (1.0 - COARSE) * delta, block)
+    return coarse if fine is None else fine
+
+
+def finite_sample(known: Known, sample: Sample, delta: float) -> tuple[float, float]:
+    """Return an interval for ``theta^2`` whose ends each fail with probability at most delta."""
+    low, high = _certain(known, sample)
+    bottom, top = _lattice(low, up=False), _lattice(high, up=True)
+    # No error and none that is certain: nothing above zero can be refuted.
+    above = None if low == 0.0 else _last_rejected(known, sample, delta, False, bottom, top)
+    below = _last_rejected(known, sample, delta, True, top, bottom)
+    if above is not None:
+        low = max(low, float(_squared(np.array(above))))
+    if below is not None:
+        high = min(high, float(_squared(np.array(below))))
+    return low, high
+
+
+# --- the approximate interval ---------------------------------------------------------------
+
+
+def approximate(known: Known, sample: Sample, confidence: float) -> tuple[float, float]:
+    """Return the interval of the delta method for ``theta^2``.
+
+    The estimate ``T = X / Y`` has the residuals ``x_i - T y_i``; with inclusion probabilities
+    pi_i, ``Var T ~ sum_sample (x_i - T y_i)^2 (1 - pi_i) / pi_i^2 / Y^2`` (for equal pi_i the ratio
+    estimator with its finite-population correction), and ``log T`` is taken to be normal.
+    """
+    from scipy.special import stdtrit
+
+    low, high = _certain(known, sample)
+    t = point_estimate(known, sample)
+    n = len(sample.x)
+    # One row has no spread, and no error at all, or an output that is zero, no logarithm.
+    if n < 2 or not 0.0 < t < math.inf:
+        return (low, high) if n < 2 or t > 0.0 else (0.0, 0.0)
+    pi = sample.inclusion
+    y = float((sample.y / pi).sum())
+    residual = sample.x - t * sample.y
+    variance = n / (n - 1) * float((residual**2 * (1.0 - pi) / pi**2).sum()) / y**2
+    quantile = float(stdtrit(n - 1, 0.5 + 0.5 * confidence))
+    # Where every row has the same relative error only rounding is left, and counts.
+    width = quantile * math.sqrt(variance) / t + SLACK
+    return max(low, t * math.exp(-width)), min(high, t * math.exp(min(width, 700.0)))

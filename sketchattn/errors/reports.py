@@ -1,0 +1,320 @@
+"""Errors of an approximation, each with its denominator in its name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..base.arguments import as_array, check_finite, float_dtype
+from ..operators.base import AttentionOperator, Operator
+from ..operators.spectra import dense_spectral_norm, exact_spectral_norm, spectral_norm
+from ..operators.wrapped import as_operator
+from ..problem import AttentionProblem
+from .certificates import ErrorCertificate as ErrorCertificate
+from .certificates import certify as certify
+
+Array = NDArray[Any]
+
+# Above this many entries the matrix is never formed: 2048 x 2048 in float64 is 32 MB.
+DENSE_ENTRIES = 1 << 22
+# Entries of the block of rows of Ahat that is compared in one piece.
+BLOCK_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """Record how far ``Ahat`` is from ``A`` and ``Ohat = Ahat V`` from ``O = A V``.
+
+    Attributes
+    ----------
+    output_fro_rel : float
+        ``|Ohat - O|_F / |O|_F``.
+    output_fro_amm : float
+        ``|Ohat - O|_F / (|A|_F |V|_F)``, the denominator of approximate matrix multiplication.
+    output_spec_rel : float
+        ``|Ohat - O|_2 / |O|_2``.
+    output_spec_amm : float
+        ``|Ohat - O|_2 / (|A|_2 |V|_2)``.
+    matrix_fro_rel : float
+        ``|Ahat - A|_F / |A|_F``.
+    matrix_spec_rel : float
+        ``|Ahat - A|_2 / |A|_2``.
+    row_tv_mean, row_tv_max : float
+        Mean and maximum over rows of ``(1/2) sum_j |Ahat_ij - A_ij|``, the total variation.
+    row_kl_mean : float
+        Mean over rows of ``sum_j A_ij log(A_ij / Ahat_ij)``, infinite where ``Ahat`` is not
+        positive on the support of A.
+    skill : float
+        ``1 - |Ohat - O|_F / |Omean - O|_F`` with the mean of V as ``Omean``: 0 is worth nothing.
+
+    Notes
+    -----
+    Norms of V run over the keys that are not masked; means over the rows that see a key.  A
+    quotient 0/0 is 0.  Fields that were not asked for, or that need values the problem does not
+    have, are NaN.
+    """
+
+    output_fro_rel: float
+    output_fro_amm: float
+    output_spec_rel: float
+    output_spec_amm: float
+    matrix_fro_rel: float
+    matrix_spec_rel: float
+    row_tv_mean: float
+    row_tv_max: float
+    row_kl_mean: float
+    skill: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the fields by name, in order."""
+        return asdict(self)
+
+
+FIELDS = tuple(f.name for f in fields(ErrorReport))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if numerator == 0.0:
+        return 0.0
+    return numerator / denominator if denominator > 0.0 else math.inf
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Sums over rows: squares of A and of the difference, total variation, divergence."""
+
+    exact_square: Array
+    square: Array
+    variation: Array
+    divergence: Array
+
+
+def _dense_rows(exact: Array, other: Array) -> _Rows:
+    difference = other - exact
+    support = exact >= np.finfo(np.float64).tiny  # the kernels, too, take what is below as zero
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(exact) - np.where(other > 0, np.log(np.maximum(other, 1e-320)), -np.inf)
+        terms = np.where(support, exact * logs, 0.0)
+    return _Rows(
+        (exact * exact).sum(axis=1),
+        (difference * difference).sum(axis=1),
+        0.5 * np.abs(difference).sum(axis=1),
+        terms.sum(axis=1),
+    )
+
+
+def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
+    from ..kernels.softmax import compare_rows
+
+    q, k, _ = wide.arrays
+    mask = wide.key_mask
+    out = np.empty((wide.n_q, 4))
+    lse = wide.logsumexp.copy()
+    block = max(1, BLOCK_ENTRIES // wide.n_k)
+    for start in range(0, wide.n_q, block):
+        rows = ahat.rows(slice(start, min(start + block, wide.n_q)))
+        compare_rows(
+            q,
+            k,
+            lse,
+            np.require(rows, requirements=["C", "W"]),
+            start,
+            out,
+            scale=wide.scale,
+            first=wide.offset,
+            right=0 if wide.causal else None,
+            key_mask=None if mask is None else mask[None].copy(),
+        )
+    return _Rows(out[:, 0], out[:, 1], 0.5 * out[:, 2], out[:, 3])
+
+
+class _Difference(Operator):
+    """Represent ``Ahat - A`` in float64 for the spectral norm."""
+
+    def __init__(self, exact: AttentionOperator, ahat: AttentionOperator) -> None:
+        super().__init__(np.dtype(np.float64), exact.shape)  # type: ignore[call-arg]  # stubs know __new__ only
+        self.exact = exact
+        self.ahat = ahat
+
+    def _matmat(self, x: Array) -> Array:
+        difference: Array = np.asarray(self.ahat @ x, np.float64) - self.exact @ x
+        return difference
+
+    def _rmatmat(self, y: Array) -> Array:
+        difference: Array = np.asarray(self.ahat.T @ y, np.float64) - self.exact.T @ y
+        return difference
+
+
+def value_norms(problem: AttentionProblem) -> tuple[float, float]:
+    """Return ``(|V|_F, |V|_2)`` over the keys that are not masked."""
+
+    def compute() -> tuple[float, float]:
+        v = np.asarray(problem.values[problem.kept_keys], np.float64)
+        return float(np.linalg.norm(v)), dense_spectral_norm(v)
+
+    return problem.cached("value_norms", compute)
+
+
+def _mean_error(problem: AttentionProblem, exact: Array) -> float:
+    from ..operators.visible_mean import VisibleMean
+
+    def compute() -> float:
+        wide = problem.astype(np.float64)
+        return float(np.linalg.norm(VisibleMean(wide) @ wide.values - exact))
+
+    return problem.cached("mean_error", compute)
+
+
+def _check_output(problem: AttentionProblem, output: ArrayLike) -> Array:
+    """Return an output array (n_q, d_v) of finite numbers."""
+    array = as_array(output, "output")
+    float_dtype(array, "output")
+    wanted = (problem.n_q, problem.values.shape[1])
+    if array.shape != wanted:
+        raise ValueError(
+            f"output must have shape (n_q, d_v) = {wanted}, got {array.shape}; pass that of one "
+            f"head"
+        )
+    check_finite(array, "output")
+    return array
+
+
+def _output_fields(
+    problem: AttentionProblem, output: Array, exact: Array, exact_fro: float, spectral: bool
+) -> dict[str, float]:
+    """Return the fields of an output against the exact one (n_q, d_v), with ``|A|_F``."""
+    error = np.asarray(output, np.float64) - exact
+    size, base = float(np.linalg.norm(error)), _mean_error(problem, exact)
+    v_fro, v_spec = value_norms(problem)
+    found = {
+        "output_fro_rel": _ratio(size, float(np.linalg.norm(exact))),
+        "output_fro_amm": _ratio(size, exact_fro * v_fro),
+        "skill": 0.0 if size == base == 0.0 else 1.0 - _ratio(size, base),
+    }
+    if spectral:
+        size = dense_spectral_norm(error)
+        found["output_spec_rel"] = _ratio(size, dense_spectral_norm(exact))
+        found["output_spec_amm"] = _ratio(size, exact_spectral_norm(problem) * v_spec)
+    return found
+
+
+def error_report(
+    problem: AttentionProblem,
+    ahat: object = None,
+    *,
+    output: ArrayLike | None = None,
+    path: str | None = None,
+    spectral: bool = True,
+) -> ErrorReport:
+    """Measure how far an approximation is from exact attention, in every norm.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+        The exact side, evaluated in float64 and computed once.
+    ahat : AttentionOperator, LinearOperator, or array (n_q, n_k)
+        The approximation, in whatever precision it is.
+    output : array (n_q, d_v)
+        In place of ``ahat``: the output of a method without a matrix, as `Method.attend` returns
+        it.  Fields of the matrix are NaN.
+    path : {None, "dense", "streaming"}
+        ``dense`` forms both matrices; ``streaming`` compares tiles and takes spectral norms from
+        block Krylov iterations, never n_q x n_k.  None is dense up to 2^22 entries.
+    spectral : bool, default True
+        Compute the fields with spectral norms; otherwise they are NaN.
+
+    Returns
+    -------
+    ErrorReport
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an empty problem, an unknown path, an approximation or an output of another shape or
+        not finite, both of them or none, and an output of a problem without values.
+
+    Notes
+    -----
+    ``Ohat`` is the product that the operator computes, in its precision; matrix norms are those
+    of the numbers that it holds.  The two paths agree to 1e-6 relative, except where an error is
+    itself of the size of the rounding that they measure.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+    >>> sa.error_report(problem, sa.Zero().approximate(problem)).output_fro_rel
+    1.0
+    """
+    if not isinstance(problem, AttentionProblem):
+        raise TypeError(
+            f"problem must be an AttentionProblem, got {type(problem).__name__}; "
+            f"make one with sketchattn.AttentionProblem(q, k, v)"
+        )
+    if path not in (None, "dense", "streaming"):
+        raise ValueError(f"path must be None, 'dense' or 'streaming', got {path!r}; None chooses")
+    if problem.n_q == 0 or len(problem.kept_keys) == 0:
+        raise ValueError(
+            f"problem must have a query and a visible key, got n_q = {problem.n_q} and "
+            f"{len(problem.kept_keys)} keys; there is nothing to report"
+        )
+    if (ahat is None) == (output is None):
+        raise TypeError(
+            f"error_report must be given ahat or output, got {'none' if ahat is None else 'both'}; "
+            f"pass one of them"
+        )
+    found = None if output is None else _check_output(problem, output)
+    wide = problem.astype(np.float64)
+    dense = problem.n_q * problem.n_k <= DENSE_ENTRIES if path is None else path == "dense"
+    if found is not None:
+        if dense:
+            exact = wide.cached("dense", wide.exact.to_dense)
+            fro, product = float(np.linalg.norm(exact)), exact @ wide.values
+        else:
+            fro, product = wide.exact.frobenius_norm(), wide.output
+        unknown = dict.fromkeys(FIELDS, math.nan)
+        return ErrorReport(**unknown | _output_fields(problem, found, product, fro, spectral))
+    operator = as_operator(ahat, problem)
+
+    difference: Any
+    if dense:
+        exact = wide.cached("dense", wide.exact.to_dense)
+        other = np.asarray(operator.wide().to_dense(), np.float64)
+        rows = _dense_rows(exact, other)
+        difference = other - exact
+    else:
+        rows = _streamed_rows(wide, operator.wide())
+        difference = _Difference(wide.exact, operator.wide())
+    spoilt = np.flatnonzero(~np.isfinite(rows.variation))
+    if len(spoilt):
+        raise ValueError(
+            f"ahat must be finite, got NaN or infinity in {len(spoilt)} rows, the first is row "
+            f"{spoilt[0]}; correct the approximation"
+        )
+    seen = problem.visible_counts() > 0
+    exact_fro = math.sqrt(float(rows.exact_square.sum()))
+    matrix_fro = math.sqrt(float(rows.square.sum()))
+
+    matrix_spec_rel = math.nan
+    if spectral:
+        size = dense_spectral_norm(difference) if dense else spectral_norm(difference)
+        matrix_spec_rel = _ratio(size, exact_spectral_norm(problem))
+    values = dict.fromkeys(FIELDS, math.nan)
+    if problem.v is not None:
+        # The dense path is a second computation from its own matrix, not the streamed output.
+        product = exact @ wide.values if dense else wide.output
+        values |= _output_fields(problem, operator @ problem.values, product, exact_fro, spectral)
+    return ErrorReport(
+        **values
+        | {
+            "matrix_fro_rel": _ratio(matrix_fro, exact_fro),
+            "matrix_spec_rel": matrix_spec_rel,
+            "row_tv_mean": float(rows.variation[seen].mean()) if seen.any() else 0.0,
+            "row_tv_max": float(rows.variation[seen].max(initial=0.0)),
+            "row_kl_mean": float(rows.divergence[seen].mean()) if seen.any() else 0.0,
+        }
+    )

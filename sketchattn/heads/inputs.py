@@ -1,0 +1,80 @@
+"""What a study, a check or a table is asked to run on, as problems with names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..problem import AttentionProblem
+from .files import load_heads, read_heads
+
+
+def as_heads(heads: Any) -> list[AttentionProblem]:
+    """Return what ``heads`` stands for as problems with distinct names.
+
+    Parameters
+    ----------
+    heads : Heads, AttentionProblem, sequence of AttentionProblem, path, or name
+        A string is the file of that name if there is one or if it ends in ``.safetensors`` or
+        ``.npz``, otherwise the name of a bundled set.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything else, an empty problem, a problem without values, or repeated names.
+    """
+    if isinstance(heads, PathLike):
+        heads = read_heads(heads)
+    elif isinstance(heads, str):
+        named_file = Path(heads).suffix in (".safetensors", ".npz") or Path(heads).is_file()
+        heads = read_heads(heads) if named_file else load_heads(heads)
+    if isinstance(heads, AttentionProblem):
+        heads = [heads]
+    if not isinstance(heads, Iterable):
+        raise TypeError(
+            f"heads must be Heads, problems, a file or the name of a bundled set, got "
+            f"{type(heads).__name__}; make problems with sketchattn.AttentionProblem(q, k, v)"
+        )
+    problems = list(heads)
+    if not problems:
+        raise ValueError("heads must hold at least one problem, got 0; give some")
+    seen: set[str] = set()
+    named = []
+    for i, problem in enumerate(problems):
+        if not isinstance(problem, AttentionProblem):
+            raise TypeError(
+                f"heads must hold AttentionProblem objects, got {type(problem).__name__} at "
+                f"position {i}; make it with sketchattn.AttentionProblem(q, k, v)"
+            )
+        name = f"head{i}" if problem.name is None else problem.name
+        if name in seen:
+            raise ValueError(
+                f"heads must have distinct names, got {name!r} twice; "
+                f"give each problem a name of its own"
+            )
+        seen.add(name)
+        if problem.v is None:
+            raise ValueError(
+                f"heads must have values for a study, got v=None in {name!r}; "
+                f"make the problem with its values"
+            )
+        if problem.d_v == 0 or not problem.visible_counts().any():
+            raise ValueError(
+                f"heads must have a query that sees a key, and values of width 1 or more, got "
+                f"n_q = {problem.n_q}, {len(problem.kept_keys)} visible keys and "
+                f"d_v = {problem.d_v} in {name!r}; leave it out"
+            )
+        named.append(problem if problem.name is not None else renamed(problem, name))
+    return named
+
+
+def renamed(problem: AttentionProblem, name: str) -> AttentionProblem:
+    return AttentionProblem(
+        *problem.arrays,
+        scale=problem.scale,
+        causal=problem.causal,
+        key_mask=problem.key_mask,
+        name=name,
+    )

@@ -1,0 +1,155 @@
+"""Exact products of rows of A, never held, and the logsumexp of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..base.arguments import check_logits, stacked
+from ..base.head import Head
+
+Array = NDArray[Any]
+
+
+def row_softmax(logits: Array) -> Array:
+    """Turn logits into ``rowsoftmax(logits)`` in place; a row of -inf becomes zeros."""
+    top = logits.max(axis=1, keepdims=True, initial=-np.inf)
+    logits -= np.where(np.isfinite(top), top, 0)
+    weights: Array = np.exp(logits, out=logits)
+    total = weights.sum(axis=1, keepdims=True)
+    np.divide(weights, total, out=weights, where=total > 0)
+    return weights
+
+
+def softmax_over(problem: Head, columns: Array, weights: Array | None = None) -> Array:
+    """Return ``rowsoftmax(L_ij + ln w_j)`` over chosen keys, (n_q, t); empty rows are zero.
+
+    ``columns`` int (t,) are keys that are not masked, ``weights (t,)`` are positive; None is 1.
+    """
+    q, k, _ = problem.arrays
+    logits = (problem.dtype.type(problem.scale) * q) @ k[columns].T
+    if weights is not None:
+        logits += np.log(weights).astype(problem.dtype)
+    if problem.causal:
+        logits[columns[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]] = -np.inf
+    return row_softmax(logits)
+
+
+def _problem_masks(problem: Head) -> dict[str, Any]:
+    mask = problem.key_mask
+    return {
+        "first": np.array([problem.offset]),
+        "right": 0 if problem.causal else None,
+        "key_mask": None if mask is None else mask[None].copy(),
+    }
+
+
+def solve(problem: Head, x: Array | None, factor: float = 1.0) -> tuple[Array, Array]:
+    """Return ``(A X, logsumexp)`` of a problem, with its logits times ``factor``."""
+    from ..kernels.softmax import softmax_product
+
+    q, k, _ = problem.arrays
+    x = np.empty((problem.n_k, 0), problem.dtype) if x is None else x
+    out, lse = softmax_product(
+        q[None], k[None], x[None], scale=factor * problem.scale, **_problem_masks(problem)
+    )
+    return out[0], lse[0]
+
+
+def solution(problem: Head) -> tuple[Array, Array]:
+    """Return the exact output ``A V`` and the logsumexp of a problem, computed once, read-only."""
+
+    def compute() -> tuple[Array, Array]:
+        out, lse = solve(problem, problem.arrays.v)
+        check_logits(lse)
+        out.flags.writeable = False
+        lse.flags.writeable = False
+        return out, lse
+
+    return problem.cached("solution", compute)
+
+
+# Keys in a part of a product with few rows, and how many parts there are at most.
+PART_KEYS, MOST_PARTS = 2048, 16
+
+
+def solve_rows(problem: Head, rows: Array, x: Array | None) -> tuple[Array, Array]:
+    """Return ``(A_I X, logsumexp_I)`` of the rows I (s,) of a problem; A_I is never held."""
+    out, lse = solve_rows_of_heads([problem], rows[None], None if x is None else x[None])
+    return out[0], lse[0]
+
+
+def solve_rows_of_heads(
+    problems: Sequence[Head], rows: Array, x: Array | None
+) -> tuple[Array, Array]:
+    """Return ``(A_I X, logsumexp_I)`` of heads that are alike, (H, s, m) and (H, s).
+
+    ``problems`` differ in their arrays and masks only; ``rows`` int (H, s), ``x (H, n_k, m)``.
+    Neither the number of heads nor what the others hold changes a bit of a head.
+    """
+    from ..kernels.softmax import row_tile, softmax_product
+
+    first = problems[0]
+    heads, count = rows.shape
+    x = np.empty((heads, first.n_k, 0), first.dtype) if x is None else x
+    q = np.stack([problem.arrays.q[i] for problem, i in zip(problems, rows, strict=True)])
+    if first.n_k >= 2 * PART_KEYS and not first.causal and count < PART_KEYS:
+        made = [_solve_in_parts(*args) for args in zip(problems, q, x, strict=True)]
+        return stacked([out for out, _ in made]), stacked([lse for _, lse in made])
+    options: dict[str, Any] = {"scale": first.scale, "tile": row_tile(count)}
+    masked = any(problem.key_mask is not None for problem in problems)
+    if masked:
+        everything = np.ones(first.n_k, bool)
+        masks = (everything if y.key_mask is None else y.key_mask for y in problems)
+        options["key_mask"] = np.stack(list(masks))
+    k = stacked([problem.arrays.k for problem in problems])
+    slab = np.arange(heads)
+    if first.causal:
+        # Each row has a position of its own: to the kernel it is a head, and all share the keys.
+        options |= {"first": rows.ravel() + first.offset, "right": 0, "group": max(count, 1)}
+        q, slab = q.reshape(heads * count, 1, first.d), np.repeat(slab, count)
+    if masked:
+        options["key_slab"] = slab
+    out, lse = softmax_product(q, k, x, **options)
+    return out.reshape(heads, count, x.shape[2]), lse.reshape(heads, count)
+
+
+def _solve_in_parts(problem: Head, q: Array, x: Array) -> tuple[Array, Array]:
+    """Return the same for the queries ``q (s, d)`` of one head with many keys."""
+    from ..kernels.softmax import softmax_product
+
+    n_k, (k, mask) = problem.n_k, (problem.arrays.k, problem.key_mask)
+    # Few rows make few tiles, so keys are split as well: parts of them are heads to the kernel.
+    # With lse_c of part c, lse = logsumexp_c lse_c and A_I X = sum_c exp(lse_c - lse) (A_I X)_c.
+    parts = min(MOST_PARTS, n_k // PART_KEYS)
+    width = n_k // parts
+    made = []
+    for start, heads in ((0, parts), (width * parts, 1)):
+        stop = start + heads * width if start == 0 else n_k
+        if start == stop:
+            continue
+        keys, values = (
+            y[start:stop].reshape(heads, (stop - start) // heads, y.shape[1]) for y in (k, x)
+        )
+        made.append(
+            softmax_product(
+                np.repeat(q[None], heads, axis=0),
+                keys,
+                values,
+                scale=problem.scale,
+                key_mask=None if mask is None else mask[start:stop].reshape(heads, -1).copy(),
+                key_slab=np.arange(heads),
+            )
+        )
+    outs, lses = (np.concatenate([part[i] for part in made]) for i in (0, 1))
+    top = lses.max(axis=0)
+    shares = np.exp(lses - np.where(np.isneginf(top), 0, top))
+    total = shares.sum(axis=0)
+    seen = total > 0
+    shares /= np.where(seen, total, 1)
+    with np.errstate(divide="ignore"):
+        lse = np.where(seen, top + np.log(total), -np.inf).astype(problem.dtype)
+    return np.einsum("cs,csm->sm", shares, outs), lse

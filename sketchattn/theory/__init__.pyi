@@ -1,0 +1,29 @@
+# The public names of the room, each once; see ``__init__.pyi`` of the package.
+
+from . import combiner as combiner
+from . import dba as dba
+from . import informer as informer
+from . import linformer as linformer
+from . import lowrank_baselines as lowrank_baselines
+from . import skeinformer as skeinformer
+from . import sketching as sketching
+from . import softmax as softmax
+from .engine.checking import bound as bound
+from .engine.checking import check as check
+from .engine.checking import default_factory as default_factory
+from .engine.curves import ErrorBound as ErrorBound
+from .engine.curves import error_bounds as error_bounds
+from .engine.instances import Instance as Instance
+from .engine.instances import instance as instance
+from .engine.instances import instances as instances
+from .engine.instances import spiked_attention as spiked_attention
+from .engine.records import Claim as Claim
+from .engine.records import Observations as Observations
+from .engine.records import Series as Series
+from .engine.records import Verdict as Verdict
+from .engine.registry import Assumption as Assumption
+from .engine.registry import Context as Context
+from .engine.registry import claim as claim
+from .engine.registry import claims as claims
+from .engine.validation import ValidationResult as ValidationResult
+from .engine.validation import validate as validate

@@ -1,0 +1,4 @@
+"""The engine of claims: records, registry, instances, decisions, curves and validation.
+
+Imports no topic; topics import it.
+"""

@@ -1,0 +1,285 @@
+"""Decisions: counts of failures against delta, means against theory, single observations.
+
+The draws are audited too: a sketch whose mean is off, or that is the same in all trials, is not
+the one that a claim is about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .records import Claim, Observations, Verdict
+
+Array = NDArray[Any]
+
+# An alarm of a z-score: 5.7e-7 two-sided for a normal mean.
+ALARM = 5.0
+# Fewer trials of a skewed quantity give false alarms, even with the correction of z.
+LEAST_TRIALS = 60
+# Deterministic inequalities may be missed by this factor: rounding in float64.
+ROUNDING = 1e-9
+
+# --- rates ----------------------------------------------------------------------------------
+
+
+def clopper_pearson(failures: int, trials: int, confidence: float) -> tuple[float, float]:
+    """Return the lower and the upper limit of a rate, each one-sided.
+
+    Parameters
+    ----------
+    failures, trials : int
+    confidence : float
+
+    Examples
+    --------
+    >>> low, high = clopper_pearson(0, 59, 0.95)
+    >>> low, high < 0.05 < clopper_pearson(0, 58, 0.95)[1]
+    (0.0, True)
+    """
+    from scipy.stats import beta
+
+    low = 0.0
+    high = 1.0
+    if failures > 0:
+        low = float(beta.ppf(1 - confidence, failures, trials - failures + 1))
+    if failures < trials:
+        high = float(beta.ppf(confidence, failures + 1, trials - failures))
+    return low, high
+
+
+def can_certify(delta: float | None, trials: int, confidence: float) -> bool:
+    """Return whether ``trials`` without a failure would certify a rate of at most delta."""
+    return delta is None or trials == 0 or clopper_pearson(0, trials, confidence)[1] <= delta
+
+
+# --- means ----------------------------------------------------------------------------------
+
+
+class Mean(NamedTuple):
+    """Hold how the mean of independent trials differs from its target.
+
+    Attributes
+    ----------
+    mean, error : float
+        With its standard error.
+    z : float
+        ``(mean - target)/error``; 0 for a difference within rounding.
+    corrected : float
+        z corrected for the skewness of the trials.
+    trials : int
+    """
+
+    mean: float
+    error: float
+    z: float
+    corrected: float
+    trials: int
+
+    def too_large(self) -> bool:
+        """Return whether the mean is above its target beyond chance."""
+        return self.trials >= LEAST_TRIALS and min(self.z, self.corrected) > ALARM
+
+    def too_small(self) -> bool:
+        """Return whether the mean is below its target beyond chance."""
+        return self.trials >= LEAST_TRIALS and max(self.z, self.corrected) < -ALARM
+
+
+def z_score(
+    values: Sequence[float] | Array,
+    target: float,
+    *,
+    rounding: float = 0.0,
+    error: float = 0.0,
+    spread: float = 0.0,
+) -> Mean:
+    """Return mean, standard error and ``z = (mean - target)/error`` of independent trials.
+
+    Parameters
+    ----------
+    values : (trials,)
+    target : float
+    rounding : float
+        A difference up to this is none.
+    error : float
+        Standard error of the target itself.
+    spread : float
+        Standard deviation of one trial that is known beforehand; the larger one counts.
+
+    Returns
+    -------
+    Mean
+        z is infinite where all values are equal and wrong.
+
+    Notes
+    -----
+    Squares are skewed to the right: a sample that misses the rare large ones has a small mean and
+    a small standard deviation at once.  With the skewness g of the trials and ``a = g/sqrt(T)``
+    the corrected score is ``z + a z^2/3 + a^2 z^3/27 + a/6``, which grows with z and is closer to
+    normal (Hall, On the removal of skewness by transformation, JRSS B 54 (1992)).  An alarm needs
+    both.
+    """
+    x = np.asarray(values, np.float64)
+    count = len(x)
+    mean = float(x.mean())
+    if not math.isfinite(mean):
+        return Mean(mean, math.nan, math.inf, math.inf, max(count, LEAST_TRIALS))
+    seen = float(x.std(ddof=1)) if count > 1 else 0.0
+    used = math.hypot(max(seen, spread), error * math.sqrt(count))
+    difference = mean - target
+    allowed = max(rounding, 1e-12 * abs(target), 1e-12 * float(np.abs(x).max(initial=0.0)))
+    if abs(difference) <= allowed:
+        return Mean(mean, used / math.sqrt(count), 0.0, 0.0, count)
+    if used == 0.0:
+        endless = math.copysign(math.inf, difference)
+        return Mean(mean, 0.0, endless, endless, count)
+    z = difference / used * math.sqrt(count)
+    a = float(np.mean(((x - mean) / used) ** 3)) / math.sqrt(count)
+    corrected = z + a * z**2 / 3 + a**2 * z**3 / 27 + a / 6
+    return Mean(mean, used / math.sqrt(count), z, corrected, count)
+
+
+def audit(audits: Mapping[str, tuple[float, list[float]]], marks: Sequence[float]) -> str:
+    """Return what is wrong with the draws of a check, empty if nothing is.
+
+    Parameters
+    ----------
+    audits : mapping from names to (target, values)
+        Quantities whose mean must be the target.
+    marks : sequence of float
+        Numbers that two independent draws do not share.
+    """
+    if len(marks) > 1 and len(set(marks)) == 1:
+        return f"all {len(marks)} trials drew the same operator"
+    for name, (target, values) in audits.items():
+        seen = z_score(values, target)
+        if seen.too_large() or seen.too_small():
+            return f"{name} has the mean {seen.mean:.4g} and not {target:.4g} (z = {seen.z:.3g})"
+    return ""
+
+
+# --- verdicts -------------------------------------------------------------------------------
+
+
+def _ratio(bound: float, observed: float) -> float:
+    if observed > 0:
+        return bound / observed
+    return math.inf if bound > 0 else 1.0
+
+
+def _vacuous(bound: float, trivial: float | None) -> str:
+    if trivial is None or bound < trivial:
+        return ""
+    return f"the bound {bound:.4g} is not below the trivial predictor's {trivial:.4g}"
+
+
+def decide(claim: Claim, seen: Observations, confidence: float) -> Verdict:
+    values = np.asarray(seen.values, np.float64)
+    if claim.kind == "tail":
+        return _decide_tail(claim, seen, values, confidence)
+    if claim.kind in ("equality", "expectation"):
+        return _decide_mean(claim, seen, values, confidence)
+    return _decide_each(claim, seen, values)
+
+
+def _decide_tail(claim: Claim, seen: Observations, values: Array, confidence: float) -> Verdict:
+    assert seen.delta is not None  # every tail has one
+    delta, trials = seen.delta, len(values)
+    bounds = np.broadcast_to(np.asarray(seen.bound, np.float64), values.shape)
+    # NaN is a failure
+    failures = int(np.count_nonzero(~(values <= bounds * (1 + ROUNDING) + seen.rounding)))
+    low, high = clopper_pearson(failures, trials, confidence)
+    status = "holds" if high <= delta else "violated" if low > delta else "inconclusive"
+    notes = ""
+    if status == "inconclusive" and not can_certify(delta, trials, confidence):
+        notes = f"{trials} trials cannot certify delta = {delta:.3g}"
+    ratios = values / np.where(bounds > 0, bounds, 1.0)
+    bound = float(np.median(bounds))
+    observed = float(np.quantile(ratios, max(0.0, 1 - delta), method="higher"))
+    observed *= bound if bound > 0 else 1.0
+    vacuous = _vacuous(float(bounds.max()), seen.trivial)
+    if delta >= 1:
+        vacuous = f"the claimed rate of failure is {delta:.3g}"
+    return Verdict(
+        claim.id,
+        status,
+        observed,
+        bound,
+        _ratio(bound, observed),
+        trials,
+        failures,
+        (low, high),
+        notes,
+        rank=seen.rank,
+        delta=delta,
+        vacuous=vacuous,
+    )
+
+
+def _decide_mean(claim: Claim, seen: Observations, values: Array, confidence: float) -> Verdict:
+    from scipy.stats import norm
+
+    target = float(np.asarray(seen.bound, np.float64))
+    found = z_score(
+        values, target, rounding=seen.rounding, error=seen.bound_error, spread=seen.spread
+    )
+    wrong = found.too_large() or (claim.kind == "equality" and found.too_small())
+    notes = []
+    for series in seen.series:
+        other = z_score(
+            series.values, series.target, rounding=math.sqrt(seen.rounding), spread=series.spread
+        )
+        if other.too_large() or other.too_small():
+            wrong = True
+            notes.append(
+                f"{series.name}: {other.mean:.4g} and not {series.target:.4g}, z = {other.z:.3g}"
+            )
+    if wrong:
+        status = "violated"
+    elif found.trials < LEAST_TRIALS and found.z != 0.0:
+        status = "inconclusive"
+        notes.append(f"a mean of {found.trials} trials; {LEAST_TRIALS} are the least")
+    elif ALARM * found.error > abs(target) + seen.rounding and found.z != 0.0:
+        status = "inconclusive"
+        notes.append("heavy tails: an error of the size of the theory could not be seen")
+    else:
+        status = "holds"
+    half = float(norm.isf((1 - confidence) / 2)) * found.error
+    return Verdict(
+        claim.id,
+        status,
+        found.mean,
+        target,
+        _ratio(target, found.mean),
+        found.trials,
+        None,
+        (found.mean - half, found.mean + half),
+        "; ".join(notes),
+        rank=seen.rank,
+        z=found.z,
+        vacuous=_vacuous(target, seen.trivial),
+    )
+
+
+def _decide_each(claim: Claim, seen: Observations, values: Array) -> Verdict:
+    bounds = np.broadcast_to(np.asarray(seen.bound, np.float64), values.shape)
+    failures = int(np.count_nonzero(~(values <= bounds * (1 + ROUNDING) + seen.rounding)))
+    ratios = [_ratio(float(b), float(x)) for x, b in zip(values, bounds, strict=True)]
+    worst = int(np.argmin(ratios))
+    return Verdict(
+        claim.id,
+        "violated" if failures else "holds",
+        float(values[worst]),
+        float(bounds[worst]),
+        ratios[worst],
+        len(values),
+        failures,
+        None,
+        "",
+        rank=seen.rank,
+        vacuous=_vacuous(float(bounds[worst]), seen.trivial),
+    )

@@ -1,0 +1,46 @@
+"""Skeinformer: what is proved of sampled columns, and what is true whatever is drawn.
+
+Two estimators must not be confused.  Proposition 1 is about columns drawn with replacement, with
+weights ``1/(r p_j)`` and exact normalisers: the method "column_sampling".  The published method
+draws without replacement, without weights, and estimates the normalisers: no bound of its error is
+known, and `check("skeinformer.proposition1", problem, method=...)` says so, with what can be
+said after the fact.  The bounds are plain functions here; importing registers the claims.
+
+To check another implementation, hand it in as ``sketch``: beside the draws of columns
+("sample_wr", "sample_wor", as everywhere) it is called as ``sketch("pilot_rows", s, n_q, rng)``
+for s rows, ``sketch("pilot_law", s, n_k, rng, source=(A, V), rows=I)`` for probabilities (n_k,),
+and ``sketch("skeinformer", r, n_k, rng, problem=problem, draw=draw, **parameters)``, with
+parameters of `Skeinformer` and a draw of it, for Ahat (n_q, n_k).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...problem import AttentionProblem
+from ..engine.instances import instance
+from . import column_claims as column_claims
+from . import pilot_claims as pilot_claims
+from . import row_claims as row_claims
+from .column_bounds import ProductBounds as ProductBounds
+from .column_bounds import break_even_rank as break_even_rank
+from .column_bounds import coherence_pilots as coherence_pilots
+from .column_bounds import column_coherence as column_coherence
+from .column_bounds import column_floor as column_floor
+from .column_bounds import contributions as contributions
+from .column_bounds import lemma1_pilots as lemma1_pilots
+from .column_bounds import pilot_probabilities as pilot_probabilities
+from .column_bounds import product_bounds as product_bounds
+from .column_bounds import product_range as product_range
+from .column_bounds import realised_beta as realised_beta
+from .column_bounds import sampled_sqerr as sampled_sqerr
+from .column_bounds import sampling_inflation as sampling_inflation
+from .column_claims import StructuralFacts as StructuralFacts
+from .column_claims import proposition1_scope as proposition1_scope
+from .column_claims import structural_facts as structural_facts
+
+
+@instance("worked", "L = ln [[1,2,4],[1,1,1],[3,1,1]], V = (1, 2, 3): small enough for paper")
+def _worked() -> AttentionProblem:
+    logits = np.log([[1.0, 2.0, 4.0], [1.0, 1.0, 1.0], [3.0, 1.0, 1.0]])
+    return AttentionProblem(logits, np.eye(3), np.arange(1.0, 4.0)[:, None], scale=1.0)

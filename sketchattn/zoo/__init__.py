@@ -1,0 +1,11 @@
+"""The methods, one file each (a folder where one is large), registered once, all with one interface.
+
+Imports ``errors``, ``sampling``, ``sketches``, ``problem``, ``operators`` and what is below; a method
+may import another.  Every module of this room is loaded with it, which registers its methods.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

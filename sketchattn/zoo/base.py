@@ -1,0 +1,376 @@
+"""What every method is: hyper-parameters, a draw, and the approximation that they make."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+
+from ..base.arguments import check_rank, closest, stacked
+from ..base.draws import Draw, Rng, as_generator
+from ..operators.base import AttentionOperator
+from ..problem import AttentionProblem
+
+Array = NDArray[Any]
+M = TypeVar("M", bound="type[Method]")
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """State what a method can do and what its approximation is promised to be.
+
+    Attributes
+    ----------
+    causal, key_mask, rectangular : bool
+        Causal problems, masked keys and ``n_q != n_k`` are honoured; otherwise refused.
+    randomized : bool
+        The draw depends on ``rng``.
+    row_stochastic, nonnegative : bool
+        Rows of ``Ahat`` that see a key sum to one; entries are not negative.
+    target : str
+        The matrix that is approximated: "softmax" or the name of another kernel.
+    claims : tuple of str
+        Ids of the claims that are about this method.
+    uses_rank : bool
+        The result depends on ``rank``.
+    oracle : bool
+        Looks at the exact matrix: a floor for others, not a method of its own.  An oracle that
+        is not causal still accepts causal problems, since its matrix is compared, never used.
+    exact_at_full_rank : bool
+        ``Ahat = A`` when ``rank = n_k``.
+    autoregressive : bool
+        On causal problems no row depends on later keys, the draw included.  Otherwise ``Ahat`` has
+        no entry above the diagonal, but which rows or columns are exact was chosen by looking at
+        later ones: good for comparing matrices, not for a decoder.
+    matrix : bool
+        The output is ``Ahat V`` with a matrix that does not depend on V; otherwise `approximate`
+        refuses, `Method.attend` gives the output, and errors of the matrix are unknown.
+    """
+
+    causal: bool = False
+    key_mask: bool = False
+    rectangular: bool = True
+    randomized: bool = True
+    row_stochastic: bool = False
+    nonnegative: bool = False
+    target: str = "softmax"
+    claims: tuple[str, ...] = ()
+    uses_rank: bool = True
+    oracle: bool = False
+    exact_at_full_rank: bool = False
+    autoregressive: bool = True
+    matrix: bool = True
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Register a method class under its lower-case name; every contract test then runs on it."""
+
+    def add(cls: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"method name {name!r} must be unique; it is taken")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return all methods as a dictionary from names to classes, in alphabetical order.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> "exact" in sa.methods()
+    True
+    """
+    return dict(sorted(_REGISTRY.items()))
+
+
+def make_method(method: str | Method, parameters: Mapping[str, Any]) -> Method:
+    """Return the method object that a name with parameters, or an object, stands for."""
+    if isinstance(method, Method):
+        if parameters:
+            raise ValueError(
+                f"parameters must be given to the method object itself, got "
+                f"{sorted(parameters)} beside {method!r}; use set_params"
+            )
+        return method
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method must be a name or a method object, got {type(method).__name__}; "
+            f"see sketchattn.methods()"
+        )
+    if method not in _REGISTRY:
+        raise ValueError(f"method must be registered, got {method!r}{closest(method, _REGISTRY)}")
+    cls = _REGISTRY[method]
+    known = cls._get_param_names()
+    for name in parameters:
+        if name not in known:
+            hint = closest(name, known) if known else "; it takes no parameters"
+            raise TypeError(f"{name} must be a parameter of method {method!r}, got {name!r}{hint}")
+    if "rank" in known and "rank" not in parameters and _needs_rank(cls):
+        raise TypeError(f"rank must be given for method {method!r}, got none; pass rank=")
+    return cls(**parameters)
+
+
+def _needs_rank(cls: type[Method]) -> bool:
+    """Say whether a method has a rank without a default."""
+    import inspect
+
+    rank = inspect.signature(cls).parameters["rank"]
+    return rank.default is inspect.Parameter.empty
+
+
+class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not typed
+    """Hold the hyper-parameters of one way to approximate ``A``; no data.
+
+    Subclasses name their parameters in ``__init__`` (scikit-learn's convention), state their
+    ``traits``, and define ``_draw`` and ``_approximate``, which see checked arguments only.
+    """
+
+    name: str
+    draw_names: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def traits(self) -> Traits:
+        """What the method can do and what its approximation is promised to be."""
+
+    def check(self, problem: AttentionProblem) -> None:
+        """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
+        if not isinstance(problem, AttentionProblem):
+            raise TypeError(
+                f"problem must be an AttentionProblem, got {type(problem).__name__}; "
+                f"make one with sketchattn.AttentionProblem(q, k, v)"
+            )
+        traits = self.traits
+        if problem.causal and not traits.causal and not traits.oracle:
+            raise ValueError(
+                f"causal must be False for method {self.name!r}, which sees all keys, got "
+                f"{problem.causal!r}; use a method whose traits.causal is True"
+            )
+        if problem.key_mask is not None and not traits.key_mask:
+            raise ValueError(
+                f"key_mask must be None for method {self.name!r}, got a mask; "
+                f"delete the masked keys first"
+            )
+        if problem.n_q != problem.n_k and not traits.rectangular:
+            raise ValueError(
+                f"n_q and n_k must be equal for method {self.name!r}, got {problem.n_q} and "
+                f"{problem.n_k}; use a method whose traits.rectangular is True"
+            )
+        if hasattr(self, "rank"):
+            check_rank(self.rank, problem.n_k)
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Refuse hyper-parameters out of range; the base class knows only ``rank``."""
+
+    def draw(self, problem: AttentionProblem, rng: Rng = None) -> Draw:
+        """Return everything random that the method uses on a problem.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        rng : None, int or numpy.random.Generator
+            The same integer gives the same draw.
+
+        Returns
+        -------
+        Draw
+            Named arrays; empty for deterministic methods.
+        """
+        self.check(problem)
+        return self._draw(problem, as_generator(rng))
+
+    def approximate(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> AttentionOperator:
+        """Return ``Ahat`` for a problem.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        rng : None, int or numpy.random.Generator
+            Makes the draw; not together with ``draw``.
+        draw : mapping from names to arrays, optional
+            A draw to use: bit-identical to passing the ``rng`` that made it.
+
+        Returns
+        -------
+        AttentionOperator
+            Of shape (n_q, n_k).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the method cannot honour the problem, for hyper-parameters out of range, or for a
+            draw that does not fit.
+        """
+        return self._approximate(problem, self._checked(problem, rng, draw))
+
+    def attend(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat = Ahat V``, also where ``traits.matrix`` is False and there is no ``Ahat``.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            With values.
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        ndarray (n_q, d_v)
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `approximate`, and for a problem without values.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> sa.UniformColumns(rank=4).attend(problem, rng=0).shape
+        (16, 4)
+        """
+        ahat = self.approximate(problem, rng, draw=draw)
+        values = problem.arrays.v  # writeable, unlike problem.values: kernels need no copy
+        return np.asarray(ahat @ (problem.values if values is None else values))
+
+    def attend_heads(
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[Rng],
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat`` of many heads: what `attend` returns for each, to the bit.
+
+        Passes of some methods take many heads, so that small heads share the threads.
+
+        Parameters
+        ----------
+        problems : sequence of AttentionProblem
+            H problems with values that differ in their arrays and masks only, H at least 1.
+        rngs : sequence of None, int or numpy.random.Generator
+            One for each head.
+        draw : mapping from names to arrays, optional
+            One draw that all heads use; ``rngs`` are None then.
+
+        Returns
+        -------
+        ndarray (H, n_q, d_v)
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `attend`.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problems = [sa.make_heads("gaussian", n=16, d=4, rng=s)[0] for s in range(3)]
+        >>> sa.Skeinformer(rank=4).attend_heads(problems, [0, 1, 2]).shape
+        (3, 16, 4)
+        """
+        return self._attend_heads(problems, rngs, draw)
+
+    def _attend_heads(
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[Rng],
+        draw: Mapping[str, Any] | None,
+    ) -> Array:
+        """Return `attend_heads`; overridden by methods whose passes take many heads."""
+        pairs = zip(problems, rngs, strict=True)
+        return stacked([self.attend(problem, rng, draw=draw) for problem, rng in pairs])
+
+    def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
+        """Return the draw that ``rng`` makes, or the one given, checked as the problem is."""
+        self.check(problem)
+        if draw is None:
+            return self._draw(problem, as_generator(rng))
+        return self._handed_in(problem, rng, draw)
+
+    def _handed_in(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any]) -> Draw:
+        """Return the draw that was handed in, checked; refuse an rng beside it."""
+        if rng is not None:
+            raise ValueError("rng must be None when draw is given, got both; pass one of them")
+        return self._check_draw(problem, draw)
+
+    def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
+        from ..base.draws import check_draw
+
+        return check_draw(draw, self.draw_names)
+
+    @abstractmethod
+    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
+        """Return the draw; arguments are checked."""
+
+    @abstractmethod
+    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        """Return the approximation; arguments are checked."""
+
+
+C = TypeVar("C", bound="NamedTuple")
+
+
+def in_force(method: Method, default: C, presets: Mapping[str, Mapping[str, Any]]) -> C:
+    """Return the choices of a method: its arguments named like the fields, then its preset's."""
+    own = {name: getattr(method, name) for name in default._fields}
+    return default._replace(**(own | dict(presets.get(str(method.preset), {}))))
+
+
+def check_preset(
+    method: Method,
+    default: NamedTuple,
+    presets: Mapping[str, Mapping[str, Any]],
+    *,
+    whole: bool = False,
+    show: Callable[[object], str] = repr,
+) -> None:
+    """Refuse an unknown preset, and arguments that say something else than the preset.
+
+    ``whole``: a preset settles all fields of ``default``; otherwise those that it changes.
+    ``show`` writes an argument in the message.
+    """
+    name = method.preset
+    if name is None:
+        return
+    if name not in presets:
+        raise ValueError(f"preset must be a known name, got {name!r}{closest(str(name), presets)}")
+    for label in default._fields if whole else presets[name]:
+        given, standard = getattr(method, label), getattr(default, label)
+        wanted = presets[name].get(label, standard)
+        if not any(type(given) is type(x) and given == x for x in (standard, wanted)):
+            raise ValueError(
+                f"{label} must be left at {standard!r} with preset {name!r}, which sets it to "
+                f"{wanted!r}, got {show(given)}; drop one of them"
+            )
+
+
+class Deterministic(Method):
+    """Base of methods that draw nothing."""
+
+    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
+        return Draw()

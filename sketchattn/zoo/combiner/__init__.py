@@ -1,0 +1,6 @@
+"""Combiner: structured factorisation with full support.
+
+Imports what every method may.
+"""
+
+from .method import Combiner as Combiner

@@ -1,0 +1,620 @@
+"""Performer: the exponential kernel by random features, in logarithms from end to end.
+
+With ``x = sqrt(scale) q``, ``y = sqrt(scale) k`` and rows omega of a Gaussian matrix,
+``E exp(omega . (x + y) - |x|^2/2 - |y|^2/2) = exp(x . y)``.  For positive features the
+self-normalised estimator is a product of two row-stochastic matrices, ``Ahat = U P`` with
+``N_jl = omega_l . y_j - |y_j|^2/2``, ``a_l = logsumexp_j N_jl``, ``P_lj = exp(N_jl - a_l)`` and
+``U = rowsoftmax_l(omega_l . x_i + a_l)``: both are softmax attention, to the keys and to the
+features, so that nothing overflows and no small constant is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..base.arguments import as_array, check_finite, closest, float_dtype
+from ..base.draws import Draw, Rng, as_generator, check_draw
+from ..operators.base import AttentionOperator
+from ..operators.factored import FactoredAttention, zero_attention
+from ..operators.softmax import SoftmaxAttention
+from ..operators.solve import solution
+from ..problem import AttentionProblem
+from .base import Method, Traits, check_preset, in_force, register
+
+Array = NDArray[Any]
+
+FEATURES = ("positive", "hyperbolic", "trigonometric")
+
+
+class Form(NamedTuple):
+    """Name the choices that make one estimator; defaults are those of the paper, without eps."""
+
+    features: str = "positive"
+    orthogonal: bool = True
+    sign_fix: bool = True
+    eps: float = 0.0
+
+
+# Mean squared errors are at most exp(3 (|x|^2 + |y|^2)), or exp(|x|^2 + |y|^2); float64 ends here.
+LARGEST_EXPONENT = 700.0
+
+# What each released variant sets.
+PRESETS: dict[str, dict[str, Any]] = {
+    "google": {"sign_fix": False, "eps": 1e-6},
+    "performer-pytorch": {"sign_fix": False, "eps": 1e-4},
+}
+
+
+def _claims(form: Form) -> tuple[str, ...]:
+    """Return the ids of the claims of ``sketchattn.theory`` about one estimator."""
+    named = [f"mse_{form.features}" + ("_orthogonal" if form.orthogonal else "")]
+    if form.orthogonal:
+        named.append("signed_unbiased" if form.sign_fix else "unsigned_unbiased")
+        named.append("unsigned_entry")
+        if form.features != "trigonometric":
+            named.append("orthogonal_gain")
+    if form.features == "trigonometric":
+        named += ["fourier_tail", "uniform_convergence"]
+        named += ["orthogonal_trigonometric"] if form.orthogonal else []
+    else:
+        named += ["eps_mixture", "eps_released"] if form.eps != 0 else []
+        named += [] if form.eps != 0 else ["favor_factors", "favor_stochastic"]
+        named += ["hyperbolic"] if form.features == "hyperbolic" else ["chebyshev", "rank_floor"]
+    if form.features == "positive" and form.orthogonal:
+        named += ["theorem2", "theorem2_coefficients", "theorem2_camera_ready"]
+    return tuple(f"lowrank_baselines.{name}" for name in named)
+
+
+# --- the random matrix --------------------------------------------------------------------------
+
+
+def gaussian_directions(
+    r: int, d: int, rng: Rng = None, *, orthogonal: bool = True, sign_fix: bool = True
+) -> Array:
+    """Draw omega (r, d): rows that are N(0, I), orthogonal within blocks of d rows.
+
+    For each block ``G = Qm Rm`` with G (d, d) Gaussian, ``Qm <- Qm diag(sign Rm_ii)``, and row l of
+    ``Qm^T`` is multiplied by the norm of a fresh Gaussian vector.
+
+    Parameters
+    ----------
+    r, d : int
+        At least 1.
+    rng : None, int or numpy.random.Generator
+    orthogonal : bool, default True
+        False: independent rows.
+    sign_fix : bool, default True
+        Without it Qm is not Haar distributed (Householder QR makes its first entry negative or
+        zero) and estimates are biased; released codes leave it out.
+
+    Returns
+    -------
+    ndarray (r, d), float64
+        A larger r with the same seed extends a smaller one.
+
+    Examples
+    --------
+    >>> w = gaussian_directions(3, 4, rng=0)
+    >>> bool(abs(w[0] @ w[1]) < 1e-12), w.shape
+    (True, (3, 4))
+    """
+    from ..kernels._threads import blas_single_thread
+
+    for label, value in (("r", r), ("d", d)):
+        if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{label} must be an integer, got {type(value).__name__}; at least 1")
+        if value < 1:
+            raise ValueError(f"{label} must be at least 1, got {value}; raise it")
+    generator = as_generator(rng)
+    if not orthogonal:
+        return generator.standard_normal((r, d))
+    # G and then the vectors whose norms are taken, block by block.
+    drawn = generator.standard_normal((-(-r // d), 2, d, d))
+    with blas_single_thread():  # the same bits for any number of threads
+        basis, upper = np.linalg.qr(drawn[:, 0])
+    if sign_fix:
+        signs = np.where(np.diagonal(upper, axis1=1, axis2=2) < 0, -1.0, 1.0)
+        basis = basis * signs[:, None, :]
+    norms = np.linalg.norm(drawn[:, 1], axis=2)
+    blocks = norms[:, :, None] * basis.transpose(0, 2, 1)
+    return np.ascontiguousarray(blocks.reshape(-1, d)[:r])
+
+
+# --- exact mean squared errors of one entry -----------------------------------------------------
+
+
+def feature_mse(
+    x: ArrayLike, y: ArrayLike, r: int, features: str = "positive", *, orthogonal: bool = True
+) -> float:
+    """Return the mean squared error of the estimate of ``SM = exp(x . y)`` from r directions.
+
+    With ``s = |x + y|^2``, ``t = |x - y|^2``, ``n2 = |x|^2 + |y|^2``, for independent directions:
+    positive ``SM^2 (e^s - 1)/r``, hyperbolic ``SM^2 (cosh s - 1)/r``, trigonometric
+    ``e^n2 (1 - e^-t)^2 / (2r)``.  Orthogonal blocks of sizes r_b lower it by
+    ``g sum_b r_b (r_b - 1) / r^2``, ``g = e^-n2 (e^s - 1F1(d; d/2; s/2))``, for trigonometric
+    features ``e^n2 (e^-t - 1F1(d; d/2; -t/2))``.
+
+    Parameters
+    ----------
+    x, y : array (d,)
+        With the scale: ``x = sqrt(scale) q``.
+    r : int
+    features : {"positive", "hyperbolic", "trigonometric"}
+    orthogonal : bool, default True
+
+    Returns
+    -------
+    float
+        Of one unnormalised entry; the normalised ``Ahat`` is a ratio and has no such formula.
+
+    Raises
+    ------
+    ValueError
+        For shapes that differ, unknown features, and ``|x|^2 + |y|^2`` so large that the error
+        exceeds float64.
+
+    Examples
+    --------
+    >>> round(feature_mse([0.5], [0.5], 4, orthogonal=False), 6)
+    0.708242
+    """
+    from scipy.special import hyp1f1
+
+    a, b = (np.asarray(as_array(z, label), np.float64) for z, label in ((x, "x"), (y, "y")))
+    if a.ndim != 1 or a.shape != b.shape or not len(a):
+        raise ValueError(
+            f"x and y must have one shape (d,), got {a.shape} and {b.shape}; pass rows"
+        )
+    if features not in FEATURES:
+        raise ValueError(
+            f"features must be one of {', '.join(FEATURES)}, got {features!r}"
+            f"{closest(str(features), FEATURES)}"
+        )
+    d = len(a)
+    s, t, n2 = float((a + b) @ (a + b)), float((a - b) @ (a - b)), float(a @ a + b @ b)
+    most = LARGEST_EXPONENT / (1 if features == "trigonometric" else 3)
+    if not n2 < most:
+        raise ValueError(
+            f"x and y must have |x|^2 + |y|^2 below {most:g} for {features} features, got {n2:g}; "
+            f"the error of larger ones exceeds float64"
+        )
+    sm2 = math.exp(2 * float(a @ b))
+    if features == "trigonometric":
+        mse = math.exp(n2) * math.expm1(-t) ** 2 / (2 * r)
+        gain = math.exp(n2) * (math.exp(-t) - float(hyp1f1(d, d / 2, -t / 2)))
+    else:
+        # cosh s - 1 = 2 sinh(s/2)^2 keeps its digits where s is small.
+        spread = math.expm1(s) if features == "positive" else 2 * math.sinh(s / 2) ** 2
+        mse = sm2 * spread / r
+        gain = math.exp(-n2) * (math.exp(s) - float(hyp1f1(d, d / 2, s / 2)))
+    if not orthogonal:
+        return mse
+    whole, rest = divmod(r, d)
+    pairs = whole * d * (d - 1) + rest * (rest - 1)
+    return mse - gain * pairs / r**2
+
+
+class FeatureDetails(NamedTuple):
+    """Hold what the features of a problem are like.
+
+    Attributes
+    ----------
+    nonpositive : int
+        Rows whose estimated normaliser is not positive: 0 for positive features, by construction.
+    largest_sum : float
+        An upper bound of ``s = |x + y|^2`` over all pairs, ``(max |x| + max |y|)^2``.
+    relative_variance : float
+        ``(e^s - 1)/r`` at that s, of one unnormalised entry with independent positive features.
+    """
+
+    nonpositive: int
+    largest_sum: float
+    relative_variance: float
+
+
+# --- the causal operator ------------------------------------------------------------------------
+
+
+class PrefixAttention(AttentionOperator):
+    """Represent ``Ahat_ij = sum_l U_il exp(N_jl - a_(e_i)l)`` over keys up to e_i by prefix sums.
+
+    Parameters
+    ----------
+    t : ndarray (n_q, R)
+        ``omega_l . x_i``.
+    n : ndarray (n_k, R)
+        ``omega_l . y_j - |y_j|^2 / 2``.
+    keep : bool ndarray (n_k,)
+    offset : int
+        Query i sees the keys ``j <= i + offset``.
+    effective_rank : int
+    remake : callable
+        Returns the same operator in float64.
+
+    Notes
+    -----
+    Holds U (n_q, R) and the steps ``beta_jl = exp(N_jl - a_jl)`` (n_k, R), both in [0, 1]; a
+    product carries one state (R, m) through the tokens.  Rows do not read what lies behind them.
+    """
+
+    def __init__(
+        self, t: Array, n: Array, keep: Array, offset: int, effective_rank: int, remake: Any
+    ) -> None:
+        from ..kernels.features import prefix_factors
+
+        super().__init__((len(t), len(n)), t.dtype, effective_rank)
+        self.u, self.beta = prefix_factors(t, n, keep, offset)
+        self.offset = offset
+        self._remake = remake
+
+    def wide(self) -> AttentionOperator:
+        """Return the same estimator of the same problem and draw in float64."""
+        made: AttentionOperator = self._remake()
+        return made
+
+    def _matmat(self, x: Array) -> Array:
+        from ..kernels.features import prefix_product
+
+        return prefix_product(self.u, self.beta, self.offset, self._cast(x))
+
+    def _rmatmat(self, y: Array) -> Array:
+        from ..kernels.features import prefix_transposed
+
+        return prefix_transposed(self.u, self.beta, self.offset, self._cast(y))
+
+
+# --- the method ---------------------------------------------------------------------------------
+
+
+@register("performer")
+class Performer(Method):
+    """Estimate the softmax kernel by random features: ``Ahat = U P``, both row-stochastic.
+
+    ``P_lj = exp(N_jl - a_l)``, ``U = rowsoftmax_l(omega_l . x_i + a_l)``,
+    ``N_jl = omega_l . y_j - |y_j|^2/2``, ``a_l = logsumexp_j N_jl``, for ``x = sqrt(scale) q`` and
+    ``y = sqrt(scale) k``.
+
+    Parameters
+    ----------
+    rank : int
+        Number of random directions r, in 1..n_k.
+    features : {"positive", "hyperbolic", "trigonometric"}
+        One feature a direction, ``exp(omega . x - |x|^2/2)``; two, with omega and -omega; or two,
+        ``exp(|x|^2/2) (cos, sin)(omega . x)``, whose normaliser can be zero or negative: a baseline
+        for study only, see `details`.
+    orthogonal : bool, default True
+        Directions are orthogonal within blocks of d.
+    eps : float, default 0
+        Added to features as released codes do, after these are divided by their maxima; only for
+        positive features and problems that are not causal.  With ``eps > 0`` and logits that are
+        not small, ``Ahat V`` tends to the mean of V as r grows.
+    sign_fix : bool, default True
+        See `gaussian_directions`.
+    center_keys : bool, default False
+        Subtract the mean of the keys first: A is the same, the estimator is not.
+    preset : {None, "google", "performer-pytorch"}
+        A released variant: no sign fix, and ``eps`` 1e-6 or 1e-4.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For values out of range, and options that would be ignored.
+
+    Notes
+    -----
+    Choromanski et al. (2021), arXiv 2009.14794: FAVOR+.  Positive and hyperbolic features:
+    rows of ``Ahat`` sum to one, entries are positive, outputs stay in the hull of V.  Causal
+    problems: the same with prefix sums over the keys, each row from its own past alone.
+    Trigonometric features: rows sum to one where the normaliser is not zero, entries have signs.
+
+    The relative variance of an entry before normalisation is ``(e^s - 1)/r``, ``s = |x + y|^2``:
+    for unit Gaussian queries and keys of width 64 it is 9e6/r.  See `feature_mse`.
+
+    Cost ``O((n_q + n_k) r (d + d_v))``; the factors are not held unless the problem is causal,
+    features are trigonometric or eps > 0.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+    >>> ahat = sa.Performer(rank=8).approximate(problem, rng=0)
+    >>> ahat.rank_bound, bool(abs(ahat.row_sums() - 1).max() < 1e-6)
+    (8, True)
+    """
+
+    draw_names = ("features",)
+
+    def __init__(
+        self,
+        rank: int,
+        features: str = "positive",
+        orthogonal: bool = True,
+        eps: float = 0.0,
+        sign_fix: bool = True,
+        center_keys: bool = False,
+        preset: str | None = None,
+    ) -> None:
+        self.rank = rank
+        self.features = features
+        self.orthogonal = orthogonal
+        self.eps = eps
+        self.sign_fix = sign_fix
+        self.center_keys = center_keys
+        self.preset = preset
+
+    @property
+    def form(self) -> Form:
+        """The choices in force: the arguments, and what the preset changes."""
+        return in_force(self, Form(), PRESETS)
+
+    @property
+    def traits(self) -> Traits:
+        """Causal problems need eps = 0 and no signs; trigonometric features bring signs."""
+        form = self.form
+        signed = form.features == "trigonometric"
+        return Traits(
+            causal=not signed and form.eps == 0 and not self.center_keys,
+            key_mask=True,
+            row_stochastic=not signed,
+            nonnegative=not signed,
+            claims=_claims(form),
+        )
+
+    # --- arguments --------------------------------------------------------------------------
+
+    def check(self, problem: AttentionProblem) -> None:
+        """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
+        if isinstance(problem, AttentionProblem) and problem.causal and not self.traits.causal:
+            raise ValueError(
+                f"causal must be False for method 'performer' with features = "
+                f"{self.form.features!r}, eps = {self.form.eps:g} and center_keys = "
+                f"{self.center_keys!r}, got {problem.causal!r}: normalisers change sign, or a "
+                f"maximum or mean over all keys reads later ones; use the defaults"
+            )
+        super().check(problem)
+
+    def _check_parameters(self) -> None:
+        check_preset(self, Form(), PRESETS, whole=True)
+        if self.features not in FEATURES:
+            raise ValueError(
+                f"features must be one of {', '.join(FEATURES)}, got {self.features!r}"
+                f"{closest(str(self.features), FEATURES)}"
+            )
+        for label in ("orthogonal", "sign_fix", "center_keys"):
+            value = getattr(self, label)
+            if not isinstance(value, bool | np.bool_):
+                raise TypeError(
+                    f"{label} must be a bool, got {type(value).__name__}; pass True or False"
+                )
+        if isinstance(self.eps, bool | np.bool_) or not isinstance(self.eps, numbers.Real):
+            raise TypeError(f"eps must be a real number, got {type(self.eps).__name__}; 0 is none")
+        if not 0 <= float(self.eps) < math.inf:
+            raise ValueError(f"eps must be finite and at least 0, got {self.eps}; 0 is none")
+        form = self.form
+        if form.eps > 0 and form.features != "positive":
+            raise ValueError(
+                f"eps must be 0 for {form.features} features, to which no released code adds it, "
+                f"got {form.eps:g}; use features='positive'"
+            )
+        if not form.sign_fix and not form.orthogonal:
+            raise ValueError(
+                "sign_fix must be True with orthogonal=False, which has no signs to fix, "
+                "got False; drop it"
+            )
+
+    def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
+        made = check_draw(draw, self.draw_names)
+        omega = made["features"]
+        float_dtype(omega, "features")
+        if omega.shape != (self.rank, problem.d):
+            raise ValueError(
+                f"features must have shape (rank, d) = {(self.rank, problem.d)}, got "
+                f"{omega.shape}; change rank or the draw"
+            )
+        check_finite(omega, "features")
+        return made
+
+    # --- the approximation ------------------------------------------------------------------
+
+    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
+        form = self.form
+        omega = gaussian_directions(
+            int(self.rank),
+            problem.d,
+            rng,
+            orthogonal=bool(form.orthogonal),
+            sign_fix=bool(form.sign_fix),
+        )
+        return Draw(features=omega)
+
+    def _scaled(self, problem: AttentionProblem) -> tuple[Array, Array]:
+        """Return x (n_q, d) and y (n_k, d) with ``x . y = scale q . k``; masked keys are zeros."""
+        q, k, _ = problem.arrays
+        if problem.key_mask is not None:
+            k = np.where(problem.key_mask[:, None], k, k.dtype.type(0))
+        if self.center_keys and len(problem.kept_keys):
+            mean = k[problem.kept_keys].mean(axis=0, dtype=np.float64)
+            k = (k - mean).astype(k.dtype)
+            if problem.key_mask is not None:
+                k = np.where(problem.key_mask[:, None], k, k.dtype.type(0))
+        root = math.sqrt(abs(problem.scale))
+        return q.dtype.type(root) * q, k.dtype.type(math.copysign(root, problem.scale)) * k
+
+    def _omega(self, problem: AttentionProblem, draw: Draw) -> Array:
+        omega = np.ascontiguousarray(draw["features"], problem.dtype)
+        if self.form.features == "hyperbolic":
+            omega = np.concatenate([omega, -omega])
+        return omega
+
+    def _keys(self, problem: AttentionProblem, y: Array, omega: Array) -> AttentionProblem:
+        """Return the attention of features to keys, with the values: logits ``N^T``."""
+        # One more column carries the bias: [omega, 1] . [y, -|y|^2/2].
+        half = -0.5 * np.einsum("ij,ij->i", y, y)[:, None]
+        keys = np.concatenate([y, half], axis=1)
+        asked = np.concatenate([omega, np.ones((len(omega), 1), omega.dtype)], axis=1)
+        values = [] if problem.arrays.v is None else [problem.arrays.v]
+        if problem.key_mask is None:
+            check_finite(keys, "scale * k @ k.T")
+            return AttentionProblem.adopt(asked, keys, *values, scale=1.0)
+        return AttentionProblem(asked, keys, *values, scale=1.0, key_mask=problem.key_mask)
+
+    def _queries(self, x: Array, omega: Array, bias: Array, *values: Array) -> AttentionProblem:
+        """Return the attention of queries to features: logits ``T + 1 bias^T``, bias (R,)."""
+        # One more column carries the bias: [x, 1] . [omega, bias].
+        asked = np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)
+        features = np.concatenate([omega, bias[:, None]], axis=1)
+        return AttentionProblem.adopt(asked, features, *values, scale=1.0)
+
+    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        budget = min(int(self.rank), len(problem.kept_keys))
+        if budget == 0 or problem.n_q == 0:
+            return zero_attention(problem)
+
+        def remake() -> Any:
+            return self._approximate(problem.astype(np.float64), draw)
+
+        form = self.form
+        if form.features == "trigonometric" or form.eps > 0:
+            left, right = self._dense(problem, draw)
+            total = left @ right.sum(axis=1)
+            with np.errstate(over="ignore"):
+                inverse = np.divide(1, total, out=np.zeros_like(total), where=total != 0)
+            u = left * np.where(np.isfinite(inverse), inverse, 0)[:, None]
+            return FactoredAttention(u, None, right, budget, remake=remake)
+        if problem.causal:
+            from ..kernels.sketching import dense_product
+
+            x, y = self._scaled(problem)
+            across = np.ascontiguousarray(self._omega(problem, draw).T)
+            n = dense_product(y, across)
+            n -= (0.5 * np.einsum("ij,ij->i", y, y))[:, None]
+            check_finite(n, "scale * k @ k.T")
+            t = dense_product(x, across)
+            check_finite(t, "features @ q.T")
+            keep = np.ones(problem.n_k, bool) if problem.key_mask is None else problem.key_mask
+            return PrefixAttention(t, n, keep.copy(), problem.offset, budget, remake)
+        (x, y), omega = self._scaled(problem), self._omega(problem, draw)
+        keys = self._keys(problem, y, omega)
+        queries = self._queries(x, omega, keys.logsumexp)
+        return FactoredAttention(queries.exact, None, keys.exact, budget, remake=remake)
+
+    def _dense(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
+        """Return features of queries (n_q, R) and keys (R, n_k), up to a factor a query and one."""
+        from ..kernels.sketching import dense_product
+
+        x, y = self._scaled(problem)
+        omega = self._omega(problem, draw)
+        across = np.ascontiguousarray(omega.T)
+        t, n = dense_product(x, across), dense_product(y, across)
+        half = 0.5 * np.einsum("ij,ij->i", y, y)
+        kept = problem.kept_keys
+        hidden = np.ones(problem.n_k, bool)
+        hidden[kept] = False
+        if self.form.features == "trigonometric":
+            size = np.exp(np.where(hidden, -np.inf, half - half[kept].max()))[:, None]
+            keys = np.concatenate([np.cos(n), np.sin(n)], axis=1) * size.astype(n.dtype)
+            queries = np.concatenate([np.cos(t), np.sin(t)], axis=1)
+        else:
+            eps = n.dtype.type(self.form.eps)
+            keys = np.exp(n - half[:, None] - n[kept].max()) + eps
+            keys[hidden] = 0
+            own = 0.5 * np.einsum("ij,ij->i", x, x)
+            queries = np.exp(t - own[:, None] - t.max(axis=1, keepdims=True)) + eps
+        for made, label in ((queries, "features of q"), (keys, "features of k")):
+            check_finite(made, label)
+        return queries, np.ascontiguousarray(keys.T)
+
+    def _attend_eps(self, problem: AttentionProblem, draw: Draw) -> Array:
+        """Return ``Ahat V`` for eps > 0 without holding features.
+
+        Those of keys are ``exp(N_jl - m) + eps``, ``m = max_jl omega_l . y_j``, so that their sum
+        is ``sum_j exp(N_jl - m) + eps n``, and that of their products with V alike.
+        """
+        from ..kernels.features import feature_means, feature_sums
+
+        (x, y), omega = self._scaled(problem), self._omega(problem, draw)
+        _ = problem.values  # refuses a problem without
+        v, kept, eps = problem.arrays.v, problem.kept_keys, float(self.form.eps)
+        assert v is not None
+        keep = np.ones(len(y), bool) if problem.key_mask is None else problem.key_mask.copy()
+        top, total, packed = feature_sums(y, keep, omega, v)
+        check_finite(np.asarray(top), "features @ k.T")
+        total = total + eps * len(kept)
+        packed = packed + eps * v[kept].sum(axis=0, dtype=np.float64)
+        out, highest = feature_means(x, omega, total, packed, eps)
+        check_finite(highest, "features @ q.T")
+        return out
+
+    def attend(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Return ``Ohat = Ahat V`` with one pass over the keys in place of two.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            With values.
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        ndarray (n_q, d_v)
+        """
+        self.check(problem)
+        values = problem.values
+        if self.form.eps > 0 and len(problem.kept_keys) and problem.n_q:
+            return self._attend_eps(problem, self._checked(problem, rng, draw))
+        ahat = self.approximate(problem, rng, draw=draw)
+        if isinstance(ahat, FactoredAttention) and isinstance(ahat.p, SoftmaxAttention):
+            # The pass that gave the normalisers of the keys gave their products too.
+            return np.asarray(ahat.u @ solution(ahat.p.problem)[0])
+        return np.asarray(ahat @ values)
+
+    def details(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> FeatureDetails:
+        """Return how far the features can be trusted on a problem.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        FeatureDetails
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> sa.Performer(rank=4).details(problem, rng=0).nonpositive
+        0
+        """
+        made = self._checked(problem, rng, draw)
+        wrong = 0
+        kept = problem.kept_keys
+        if self.form.features == "trigonometric" and len(kept):
+            left, right = self._dense(problem, made)
+            wrong = int((left @ right.sum(axis=1) <= 0).sum())
+        x, y = (z.astype(np.float64) for z in self._scaled(problem))
+        sizes = [np.linalg.norm(z, axis=1).max(initial=0.0) for z in (x, y[kept])]
+        largest = float(sum(sizes) ** 2)
+        variance = math.expm1(largest) / int(self.rank) if largest < 700 else math.inf
+        return FeatureDetails(wrong, largest, variance)
