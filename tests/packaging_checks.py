@@ -44,7 +44,7 @@ LOCAL_RANDOM = frozenset(
 )
 
 # distribution -> import name, where they differ
-IMPORT_NAMES = {"scikit-learn": "sklearn"}
+IMPORT_NAMES = {"scikit-learn": "sklearn", "lazy-loader": "lazy_loader"}
 # scikit-learn requires it
 BROUGHT_ALONG = frozenset({"threadpoolctl"})
 
@@ -95,6 +95,14 @@ class Module:
                     yield node, full
 
 
+def rooms() -> set[str]:
+    """Return the names of what stands directly in the package, without ``__init__``."""
+    return {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {
+        "__init__",
+        "__pycache__",
+    }
+
+
 def _below(name: str, parent: str) -> bool:
     return name == parent or name.startswith(f"{parent}.")
 
@@ -122,6 +130,47 @@ def book_imports(source: str, path: str) -> list[str]:
         ):
             problems.append(f"{path}:{node.lineno}: imports {argument.value} by name")
     return problems
+
+
+def facade_imports(source: str, path: str) -> list[str]:
+    """Modules import what they use from where it is, never from the package's public names.
+
+    The layers cannot see what a public name stands for; ``__version__`` alone is taken from there.
+    """
+    module = Module(source)
+    depth = len(Path(path).parts)
+    problems = [
+        f"{path}:{node.lineno}: imports {name}; imports inside the package are relative"
+        for node, name in module.imports()
+        if _below(name, "sketchattn")
+    ]
+    problems += [
+        f"{path}:{node.lineno}: imports {name.name} from the public names of the package"
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.ImportFrom) and node.level == depth and node.module is None
+        for name in node.names
+        if name.name not in {"__version__", *rooms()}
+    ]
+    return problems
+
+
+def class_replaced(source: str, path: str) -> list[str]:
+    """No object changes its class: a module that does can no longer be pickled by reference."""
+    return [
+        f"{path}:{node.lineno}: assigns __class__"
+        for node in ast.walk(ast.parse(source))
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "__class__"
+            and isinstance(node.ctx, ast.Store | ast.Del)
+        )
+        or (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "setattr"
+            and any(isinstance(x, ast.Constant) and x.value == "__class__" for x in node.args)
+        )
+    ]
 
 
 def numba_outside_jit(source: str, path: str) -> list[str]:
@@ -247,11 +296,41 @@ def undeclared_imports(source: str, path: str, declared: Iterable[str]) -> list[
 
 SOURCE_RULES: tuple[Callable[[str, str], list[str]], ...] = (
     book_imports,
+    facade_imports,
+    class_replaced,
     numba_outside_jit,
     numba_config_assigned,
     full_fastmath,
     global_random,
 )
+
+
+def stub_names(source: str) -> dict[str, str]:
+    """Return the names that a stub gives, with the module each is from ("" for a submodule)."""
+    return {
+        name.asname or name.name: node.module or ""
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+
+
+def stub_problems(source: str) -> list[str]:
+    """A stub is a list of ``from .module import Name as Name``, each name once."""
+    problems, seen = [], set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign):  # __version__
+            continue
+        if not (isinstance(node, ast.ImportFrom) and node.level == 1):
+            problems.append(f"line {node.lineno}: not an import from a module of the room")
+            continue
+        for name in node.names:
+            if name.asname != name.name:
+                problems.append(f"line {node.lineno}: {name.name} must be given as itself")
+            if name.name in seen:
+                problems.append(f"line {node.lineno}: {name.name} is written twice")
+            seen.add(name.name)
+    return problems
 
 
 def distribution(requirement: str) -> str:
@@ -313,15 +392,21 @@ def run_commands(text: str) -> list[str]:
     return re.findall(r"^ *(?:\S+=\S+ )*(\./run \w+)(?= |$)", text, flags=re.MULTILINE)
 
 
+def script_commands(script: str) -> list[str]:
+    """Return the commands that ``run`` knows: the labels of its ``case``, without ``help``."""
+    labels = re.findall(r"^(\w+(?: \| \w+)*)\)$", script, flags=re.MULTILINE)
+    return [name for label in labels for name in label.split(" | ")]
+
+
 def command_problems(readme: str, script: str, ci: str) -> list[str]:
-    """The README's commands are commands of ``run``, and CI calls its test command as it is."""
+    """The README's commands are commands of ``run``, and CI calls those that check the tree."""
     commands = run_commands(readme)
     problems = [
         f"README.md does not show {wanted}"
         for wanted in ("./run study", "./run tests")
         if wanted not in commands
     ]
-    known = re.findall(r"^(\w+)\)$", script, flags=re.MULTILINE)
+    known = script_commands(script)
     problems += [
         f"README.md shows {command}, which run does not know"
         for command in commands
@@ -329,7 +414,25 @@ def command_problems(readme: str, script: str, ci: str) -> list[str]:
     ]
     if "./run tests" not in ci.splitlines():
         problems.append(".ci/run does not call ./run tests as the README shows it")
+    called = run_commands(ci)
+    problems += [
+        f".ci/run does not call {wanted}"
+        for wanted in ("./run lint", "./run types", "./run docs")
+        if wanted.split()[1] in known and wanted not in called
+    ]
     return problems
+
+
+def usage_problems(script: str) -> list[str]:
+    """Every command of ``run`` is in its usage text, and the usage text names no other."""
+    (usage,) = re.findall(r"^usage='(.*?)'$", script, flags=re.MULTILINE | re.DOTALL)
+    shown, known = re.findall(r"\./run (\w+)", usage), script_commands(script)
+    return [
+        f"{name} is in {where} alone"
+        for where, names, others in (("the usage", shown, known), ("the script", known, shown))
+        for name in names
+        if name not in others
+    ]
 
 
 def wheel_problems(names: Iterable[str], version: str) -> list[str]:
@@ -346,15 +449,17 @@ def wheel_problems(names: Iterable[str], version: str) -> list[str]:
     expected = ("sketchattn/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt")
     problems += [f"{name} is missing" for name in expected if name not in names]
     for ending in ("safetensors", "md"):  # the heads, and where they are from
-        if not any(re.fullmatch(rf"sketchattn/data/[^/]+\.{ending}", name) for name in names):
-            problems.append(f"sketchattn/data/*.{ending} is missing")
+        if not any(re.fullmatch(rf"sketchattn/heads/data/[^/]+\.{ending}", name) for name in names):
+            problems.append(f"sketchattn/heads/data/*.{ending} is missing")
     return problems
 
 
 def tree_problems(names: Iterable[str], package: Path = PACKAGE) -> list[str]:
-    """Every source file of the package is in the wheel."""
+    """Every source file of the package is in the wheel, and every stub that names are read from."""
     missing = {
-        f"{package.name}/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")
+        f"{package.name}/{path.relative_to(package).as_posix()}"
+        for pattern in ("*.py", "*.pyi")
+        for path in package.rglob(pattern)
     } - set(names)
     return [f"{name} is missing" for name in sorted(missing)]
 

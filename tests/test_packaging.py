@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -18,7 +19,9 @@ from packaging_checks import (
     ROOT,
     SOURCE_RULES,
     book_imports,
+    class_replaced,
     command_problems,
+    facade_imports,
     floors,
     full_fastmath,
     global_random,
@@ -27,10 +30,15 @@ from packaging_checks import (
     numba_config_assigned,
     numba_outside_jit,
     requirements,
+    rooms,
     run_commands,
+    script_commands,
+    stub_names,
+    stub_problems,
     tree_problems,
     undeclared_imports,
     unexplained_floors,
+    usage_problems,
     version_problems,
     wheel_problems,
 )
@@ -189,6 +197,8 @@ def test_the_commands_of_the_readme_exist_and_ci_calls_them() -> None:
         ("./run study\n./run tests\n", "tests)\n", "./run tests\n"),
         ("./run study\n./run tests\n", "study)\ntests)\n", "./run tests -x\n"),
         ("./run study\n./run tests\n", "study)\ntests)\n", "# ./run tests\n"),
+        ("./run study\n./run tests\n", "study | docs)\ntests)\n", "./run tests\n"),
+        ("./run study\n./run tests\n./run types\n", "study)\ntests)\ntypes)\n", "./run tests\n"),
     ],
 )
 def test_a_command_that_does_not_fit_is_reported(readme: str, script: str, ci: str) -> None:
@@ -198,6 +208,17 @@ def test_a_command_that_does_not_fit_is_reported(readme: str, script: str, ci: s
 def test_a_command_is_found_with_its_options_and_variables() -> None:
     text = "Text with ./run inline\n    ./run study --ranks 8\nX=1 ./run tests\n"
     assert run_commands(text) == ["./run study", "./run tests"]
+
+
+def test_the_usage_lists_the_commands() -> None:
+    script = read("run")
+    assert usage_problems(script) == []
+    assert {"tests", "lint", "types", "docs", "bench", "validate", "study"} <= set(
+        script_commands(script)
+    )
+    for broken in ("usage='./run a'\na)\nb)\n", "usage='./run a\n./run b'\na | c)\nb)\n"):
+        assert len(usage_problems(broken)) == 1
+    assert usage_problems("usage='./run a\n ./run b: x'\na | b)\nhelp | -h)\n") == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"]])
@@ -236,12 +257,14 @@ def fake_python(folder: Path) -> Path:
         'case "$*" in\n'
         "*print*) echo Python 3.10.0 ;;\n"
         '"-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";'
-        ' printf \'#!/bin/sh\\necho "ran: $*"\\n\' >"$3/bin/sketchattn";'
-        ' chmod +x "$3/bin/sketchattn" ;;\n'
+        " for name in sketchattn lint-imports; do"
+        ' printf \'#!/bin/sh\\necho "ran: ${0##*/} $*"\\n\' >"$3/bin/$name";'
+        ' chmod +x "$3/bin/$name"; done ;;\n'
         f'*torch==*) [ ! -e "{folder}/no-torch" ] ;;\n'
         f'*peers]*) [ ! -e "{folder}/no-peers" ] ;;\n'
         f'*"pip install"*) [ ! -e "{folder}/no-index" ] ;;\n'
-        '"-m pytest"*) echo "ran: $*" ;;\n'
+        f'"-m ruff"*) echo "ran: $*"; [ ! -e "{folder}/no-style" ] ;;\n'
+        '"-m pytest"*|"-m mypy"*|"-m sphinx"*) echo "ran: $*" ;;\n'
         "esac\n",
         encoding="utf-8",
     )
@@ -285,10 +308,10 @@ def checkout(tmp_path: Path) -> Checkout:
 def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
     first = checkout.run("study", "--ranks", "4")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.splitlines()[-1] == "ran: study --ranks 4"
+    assert first.stdout.splitlines()[-1] == "ran: sketchattn study --ranks 4"
     assert checkout.installs() == ["pip>=21.3", "out"]  # the last word of ".../check out"
     second = checkout.run("study")
-    assert second.stdout == "ran: study\n"
+    assert second.stdout == "ran: sketchattn study\n"
     assert checkout.installs() == []
 
 
@@ -302,6 +325,44 @@ def test_the_tests_have_torch_and_an_environment_of_their_own(checkout: Checkout
     assert checkout.installs() == []
     checkout.run("tests", SKETCHATTN_TORCH="0")
     assert checkout.installs() == ["pip>=21.3", "out[test]"]
+
+
+def test_study_validate_and_bench_are_commands_of_one_environment(checkout: Checkout) -> None:
+    checkout.run("study")
+    for name in ("validate", "bench"):
+        done = checkout.run(name, "--quick", "a b")
+        assert (done.returncode, done.stdout) == (0, f"ran: sketchattn {name} --quick a b\n")
+        assert checkout.installs() == []
+
+
+def test_lint_and_types_use_the_environment_of_the_tests(checkout: Checkout) -> None:
+    checkout.run("tests", SKETCHATTN_TORCH="0")
+    lint = checkout.run("lint", SKETCHATTN_TORCH="0")
+    assert lint.returncode == 0, lint.stderr
+    assert lint.stdout == "ran: -m ruff check --no-cache .\nran: lint-imports --no-cache\n"
+    types = checkout.run("types", "--cache-dir", "x", SKETCHATTN_TORCH="0")
+    assert (types.returncode, types.stdout) == (0, "ran: -m mypy --cache-dir x\n")
+    assert checkout.installs() == []
+
+
+def test_lint_stops_at_the_first_failure_and_takes_no_options(checkout: Checkout) -> None:
+    checkout.run("tests")
+    (checkout.folder / "no-style").touch()
+    failed = checkout.run("lint")
+    assert failed.returncode == 1
+    assert "lint-imports" not in failed.stdout
+    refused = checkout.run("lint", "--fix")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == "run: lint takes no options, got: --fix\n"
+
+
+def test_docs_are_built_strictly_in_an_environment_of_their_own(checkout: Checkout) -> None:
+    done = checkout.run("docs")
+    assert done.returncode == 0, done.stderr
+    assert checkout.installs() == ["pip>=21.3", "out[docs]"]
+    called = done.stdout.splitlines()[-1]
+    assert called.startswith("ran: -m sphinx --fresh-env --fail-on-warning ")
+    assert called.endswith(" . build/docs")
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "sketchattn/__init__.py"])
@@ -321,7 +382,7 @@ def test_an_installation_that_failed_is_made_again(checkout: Checkout) -> None:
     assert "run: the installation failed" in failed.stderr
     assert "ran:" not in failed.stdout
     (checkout.folder / "no-index").unlink()
-    assert checkout.run("study").stdout.endswith("ran: study\n")
+    assert checkout.run("study").stdout.endswith("ran: sketchattn study\n")
     assert checkout.installs() == ["pip>=21.3", "out"]
 
 
@@ -397,8 +458,8 @@ def test_a_large_file_is_reported(tmp_path: Path) -> None:
 WHEEL = (
     "sketchattn/__init__.py",
     "sketchattn/py.typed",
-    "sketchattn/data/README.md",
-    "sketchattn/data/heads.safetensors",
+    "sketchattn/heads/data/README.md",
+    "sketchattn/heads/data/heads.safetensors",
     "sketchattn-0.1.0.dist-info/METADATA",
     "sketchattn-0.1.0.dist-info/entry_points.txt",
     "sketchattn-0.1.0.dist-info/licenses/LICENSE",
@@ -423,9 +484,11 @@ def test_a_wheel_with_another_file_is_reported(name: str) -> None:
 
 
 def test_a_wheel_that_lacks_a_module_is_reported() -> None:
-    names = [f"sketchattn/{path.relative_to(PACKAGE).as_posix()}" for path in sources()]
+    files = [*sources(), PACKAGE / "__init__.pyi", PACKAGE / "theory" / "__init__.pyi"]
+    names = [f"sketchattn/{path.relative_to(PACKAGE).as_posix()}" for path in files]
     assert tree_problems(names) == []
     assert tree_problems(names[1:]) == [f"{names[0]} is missing"]
+    assert tree_problems(names[:-1]) == [f"{names[-1]} is missing"]
 
 
 # --- source rules ---------------------------------------------------------------------------------
@@ -436,9 +499,7 @@ def test_the_library_keeps_the_rule(rule: Rule) -> None:
     problems = [
         problem
         for path in sources()
-        for problem in rule(
-            path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).as_posix()
-        )
+        for problem in rule(path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).as_posix())
     ]
     assert problems == []
 
@@ -450,6 +511,14 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (book_imports, "x.py", "import importlib\nimportlib.import_module('theory.x')"),
     (book_imports, "x.py", "from importlib import import_module\nimport_module('theory')"),
     (book_imports, "x.py", "__import__('theory')"),
+    (facade_imports, "x.py", "from . import attention"),
+    (facade_imports, "cli.py", "def f():\n    from . import cli, study"),
+    (facade_imports, "zoo/x.py", "from .. import Method"),
+    (facade_imports, "theory/dba/x.py", "from ... import theory, __version__, methods"),
+    (facade_imports, "zoo/x.py", "import sketchattn as sa"),
+    (facade_imports, "zoo/x.py", "from sketchattn.zoo.base import Method"),
+    (class_replaced, "x.py", "import sys\nsys.modules[__name__].__class__ = type"),
+    (class_replaced, "x.py", "def f(m):\n    setattr(m, '__class__', type)"),
     (numba_outside_jit, "x.py", "import numba"),
     (numba_outside_jit, "kernels/x.py", "from numba import njit"),
     (numba_outside_jit, "x.py", "def f():\n    import numba.core"),
@@ -490,6 +559,9 @@ def test_every_rule_has_a_broken_input() -> None:
     [
         (book_imports, "x.py", "from sketchattn.theory import claims\nfrom .theory import check"),
         (book_imports, "x.py", "from . import theory\nimport theoryx"),
+        (facade_imports, "zoo/x.py", "from . import attention\nfrom .. import kernels"),
+        (facade_imports, "x.py", "from . import __version__, theory, problem"),
+        (class_replaced, "x.py", "def f(x):\n    return x.__class__.__name__"),
         (numba_outside_jit, "kernels/_jit.py", "import numba\nf = numba.njit"),
         (numba_outside_jit, "kernels/x.py", "from ._jit import kernel, prange"),
         (
@@ -511,23 +583,199 @@ def test_a_kept_rule_is_not_reported(rule: Rule, path: str, source: str) -> None
 # --- import ---------------------------------------------------------------------------------------
 
 
-def loaded(statement: str, cwd: Path) -> set[str]:
-    """Return which of the heavy modules a fresh Python has loaded after ``statement``."""
-    code = f"import sys\n{statement}\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+def python(code: str, cwd: Path, **variables: str) -> str:
+    """Return what a fresh Python prints that runs ``code`` in an empty folder."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
     )
-    return set(done.stdout.split())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
-    assert loaded("import sketchattn", tmp_path) == set()
+def loaded(statement: str, cwd: Path) -> set[str]:
+    """Return what a fresh Python that has NumPy loads by ``statement``, beside what is Python's."""
+    code = (
+        f"import sys, numpy\nbefore = set(sys.modules)\n{statement}\n"
+        "print(*[name for name in set(sys.modules) - before"
+        " if name.split('.')[0] not in sys.stdlib_module_names])"
+    )
+    return set(python(code, cwd).split())
+
+
+def test_importing_the_package_loads_nothing_else(tmp_path: Path) -> None:
+    # So it costs no more than NumPy, on every machine; "sketchattn bench import" has the time.
+    assert loaded("import sketchattn", tmp_path) == {"sketchattn", "lazy_loader"}
+    assert loaded("import sketchattn.theory", tmp_path) == {
+        "sketchattn",
+        "sketchattn.theory",
+        "lazy_loader",
+    }
+
+
+def test_using_the_first_names_loads_nothing_heavy(tmp_path: Path) -> None:
+    found = loaded("import sketchattn as sa\nsa.AttentionProblem", tmp_path)
+    assert found.isdisjoint(HEAVY)
+    assert "sketchattn.problem" in found
 
 
 def test_a_heavy_import_is_reported(tmp_path: Path) -> None:
-    assert loaded("import sketchattn, numba, scipy.stats", tmp_path) >= {"numba", "scipy.stats"}
+    found = loaded("import sketchattn, numba, scipy.stats", tmp_path)
+    assert found >= {"numba", "scipy.stats"}
+
+
+# --- public names ---------------------------------------------------------------------------------
+
+STUBS = ("sketchattn", "sketchattn.theory")
+
+
+def stub(name: str) -> str:
+    return read(f"{name.replace('.', '/')}/__init__.pyi")
+
+
+@pytest.mark.parametrize("name", STUBS)
+def test_every_public_name_is_written_once(name: str) -> None:
+    assert stub_problems(stub(name)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .a import x as x",
+        "from . import x as x",
+        "from .a import y",
+        "from .a import y as z",
+        "from ..a import y as y",
+        "from a import y as y",
+        "import a",
+        "y = 1",
+    ],
+)
+def test_a_stub_that_is_more_than_names_is_reported(line: str) -> None:
+    assert stub_problems("from .b import x as x\n__version__: str\n") == []
+    assert len(stub_problems(f"from .b import x as x\n{line}\n")) == 1
+
+
+@pytest.mark.parametrize("name", STUBS)
+def test_dir_is_what_the_stub_says(name: str, tmp_path: Path) -> None:
+    code = f"import {name} as m\nprint(*dir(m))\nprint(*m.__all__)"
+    for line in python(code, tmp_path).splitlines():
+        assert line.split() == sorted(stub_names(stub(name)))
+
+
+def test_every_method_is_a_public_name() -> None:
+    public = {getattr(sketchattn, name) for name in stub_names(stub("sketchattn"))}
+    ours = {cls for cls in sketchattn.methods().values() if cls.__module__.startswith("sketchattn")}
+    assert len(ours) > 10
+    assert ours <= public
+
+
+def public_names(path: str) -> list[str]:
+    """Return the names of a module: what it imports as itself, or what it defines."""
+    tree = ast.parse(read(path))
+    names = [
+        name.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+        if name.asname == name.name
+    ]
+    defined = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    return [name for name in names or defined if name is not None]
+
+
+@pytest.mark.parametrize(
+    ("namespace", "path"),
+    [
+        ("sa", "sketchattn/__init__.pyi"),
+        ("sa.theory", "sketchattn/theory/__init__.pyi"),
+        ("sa.sketches", "sketchattn/sketches/__init__.py"),
+        ("sa.sampling", "sketchattn/sampling/__init__.py"),
+        ("sa.partitions", "sketchattn/partitions/__init__.py"),
+        ("sa.perturbation", "sketchattn/errors/perturbation.py"),
+        ("sa.compression", "sketchattn/sketches/compression.py"),
+    ],
+)
+def test_promised_paths_need_no_further_import(namespace: str, path: str, tmp_path: Path) -> None:
+    names = public_names(path)
+    assert len(names) > 2
+    code = f"import sketchattn as sa\nfor name in {names}:\n    getattr({namespace}, name)\n"
+    python(code, tmp_path)
+
+
+def test_all_names_can_be_loaded_at_once(tmp_path: Path) -> None:
+    # What lazy-loader does where EAGER_IMPORT is set, to show errors of imports early.
+    python("import sketchattn as sa\nsa.theory.claims", tmp_path, EAGER_IMPORT="1")
+
+
+WALK = """
+import importlib, inspect, pkgutil, sys
+import sketchattn as sa
+
+def walk():
+    for module in pkgutil.walk_packages(sa.__path__, "sketchattn."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+def check():
+    for facade, names in ((sa, {names}), (sa.theory, {theory})):
+        for name, module in names.items():
+            found = getattr(facade, name)
+            home = importlib.import_module(facade.__name__ + "." * bool(module) + module)
+            if module == "":
+                assert found is sys.modules[facade.__name__ + "." + name], name
+            else:
+                assert found is getattr(home, name), name
+    for function in (sa.attention, sa.methods, sa.study, sa.theory.claim, sa.theory.instance):
+        assert inspect.isfunction(function), function
+    assert type(sa) is type(sa.theory) is type(sys)
+
+for step in ({order}):
+    step()
+print(len(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("order", ["walk, check", "check, walk, check"])
+def test_no_submodule_takes_the_place_of_a_public_name(order: str, tmp_path: Path) -> None:
+    code = WALK.replace("{order}", order)
+    for key, name in (("{names}", "sketchattn"), ("{theory}", "sketchattn.theory")):
+        code = code.replace(key, repr(stub_names(stub(name))))
+    python(code, tmp_path)
+
+
+def test_no_room_has_the_name_of_a_promised_function() -> None:
+    functions = {
+        name
+        for name in stub_names(stub("sketchattn"))
+        if callable(getattr(sketchattn, name)) and name.islower()
+    }
+    assert {"attention", "methods", "study"} <= functions
+    assert functions.isdisjoint(rooms())
+
+
+def test_functions_that_use_the_package_go_to_other_processes(tmp_path: Path) -> None:
+    # A module pickles by reference only while its class is that of modules.
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import joblib\n"
+        "import sketchattn as sa\n"
+        "from sketchattn import theory\n"
+        "def work(seed):\n"
+        "    problem = sa.make_heads('gaussian', n=8, d=4, rng=seed)[0]\n"
+        "    return problem.n_k, type(theory).__name__\n"
+        "if __name__ == '__main__':\n"
+        "    print(joblib.Parallel(n_jobs=2, backend='loky')(joblib.delayed(work)(i)"
+        " for i in range(2)))\n",
+        encoding="utf-8",
+    )
+    code = f"import runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')"
+    assert python(code, tmp_path) == "[(8, 'module'), (8, 'module')]\n"

@@ -53,7 +53,8 @@ def row_statistic(
         Keys that each row, or every row, looks at, repeats counted; None: all keys, in float64
         and ``O(n_q n_k d)`` by tiles, a reference.
     mean_divisor : {"n_samples", "n_keys"}
-        D = |S|, or D = nv, the number of keys that S could be drawn from, as in the public code.
+        ``D = |S|``, or ``D = nv``, the number of keys that S could be drawn from, as in the
+        public code.
     scope : {"visible", "all"}
         Whether a row looks at the keys that it sees, nv of them, or at all that are not masked,
         the future of a causal row included.
@@ -75,7 +76,7 @@ def row_statistic(
     Zhou et al., "Informer" (2021), Lemma 1: ``ln nv <= M_i <= Mbar_i + ln nv`` with M of "m" and
     Mbar of "max_mean" over all keys; sharper, ``max(ln nv, Mbar) <= M``, so that
     ``0 <= KL_i <= Mbar_i``.  Rows that see different numbers of keys compare by KL, not by M.  A
-    key added to all keys moves no statistic but those with D other than |S|.
+    key added to all keys moves no statistic but those with ``D != |S|``.
 
     Examples
     --------
