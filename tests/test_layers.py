@@ -52,7 +52,7 @@ def copy(tmp_path: Path) -> Path:
         (
             "rooms",
             "errors/rows.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..zoo.base import Method",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..zoo.base import M",
             "errors.rows ->",
         ),
         ("rooms", "heads/families.py", "from ..sampling.draws import x", "heads.families ->"),
