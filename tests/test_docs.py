@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from packaging_checks import ROOT
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/*.md", "theory/*.md")
@@ -88,7 +88,7 @@ def test_the_pages_have_paths_and_names() -> None:
 
 
 def test_a_path_or_a_name_that_is_gone_is_reported() -> None:
-    text = "[x](gone.md), `python sketchattn/gone.py`, `theory/gone_*.py`, `docs/<topic>.md`, `./run x`"
+    text = "[x](gone.md), `python sketchattn/gone.py`, `theory/gone_*.py`, `docs/<x>.md`, `./run x`"
     assert missing_paths(text, ROOT) == ["gone.md", "sketchattn/gone.py", "theory/gone_*.py"]
     text = "[x](low-rank.md#top), `sketchattn/zoo/base.py`, `theory/verify_*.py`, `tests/`"
     assert missing_paths(text, ROOT / "docs") == []
