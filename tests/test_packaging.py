@@ -608,7 +608,7 @@ def loaded(statement: str, cwd: Path) -> set[str]:
 
 
 def test_importing_the_package_loads_nothing_else(tmp_path: Path) -> None:
-    # So it costs no more than NumPy, on every machine; "sketchattn bench import" has the time.
+    # So it costs next to nothing on every machine; "sketchattn bench import" has the time.
     assert loaded("import sketchattn", tmp_path) == {"sketchattn", "lazy_loader"}
     assert loaded("import sketchattn.theory", tmp_path) == {
         "sketchattn",
