@@ -9,14 +9,21 @@ different sets, so landmarks among the keys do not make it exact, landmarks amon
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, check_finite, closest, float_dtype
+from ..base.arguments import (
+    as_array,
+    as_real,
+    check_choice,
+    check_count,
+    check_finite,
+    check_flag,
+    float_dtype,
+)
 from ..base.draws import Draw, Rng, check_draw
 from ..operators.base import AttentionOperator, Index, pick
 from ..operators.factored import FactoredAttention, zero_attention
@@ -224,20 +231,12 @@ def _square(m: ArrayLike) -> Array:
 
 
 def _count(iterations: object) -> int:
-    if isinstance(iterations, bool | np.bool_) or not isinstance(iterations, numbers.Integral):
-        raise TypeError(
-            f"iterations must be an integer or None, got {type(iterations).__name__}; the paper "
-            f"takes 6, None is the exact pseudo-inverse"
-        )
-    if int(iterations) < 0:
-        raise ValueError(f"iterations must be at least 0, got {int(iterations)}; the paper takes 6")
-    return int(iterations)
+    remedy = "the paper takes 6, None is the exact pseudo-inverse"
+    return check_count(iterations, "iterations", remedy, 0, " or None")
 
 
 def _fraction(value: object, label: str, below: float) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{label} must be a real number, got {type(value).__name__}; 0 is none")
-    number = float(value)
+    number = as_real(value, label, "0 is none")
     if not 0 <= number < below:
         raise ValueError(
             f"{label} must be finite and in [0, {below:g}), got {number}; 0 switches it off"
@@ -397,6 +396,9 @@ class Nystromformer(Method):
     >>> ahat = sa.Nystromformer(rank=4).approximate(problem)
     >>> ahat.rank_bound, (ahat @ problem.v).shape
     (4, (16, 4))
+    >>> more = sa.Nystromformer(rank=4, convolution=[0.0, 1.0, 0.0]).attend(problem)
+    >>> bool(abs(more - (ahat @ problem.v + problem.v)).max() < 1e-5)
+    True
     """
 
     def __init__(
@@ -459,11 +461,7 @@ class Nystromformer(Method):
 
     def _check_parameters(self) -> None:
         check_preset(self, Core(), PRESETS, whole=True)
-        if not isinstance(self.renormalize, bool | np.bool_):
-            raise TypeError(
-                f"renormalize must be a bool, got {type(self.renormalize).__name__}; "
-                f"pass True or False"
-            )
+        check_flag(self.renormalize, "renormalize")
         if self.convolution is not None:
             weights = as_array(self.convolution, "convolution")
             float_dtype(weights, "convolution")
@@ -473,11 +471,8 @@ class Nystromformer(Method):
                     f"weight for each neighbour and one for the token itself"
                 )
             check_finite(weights, "convolution")
-        if isinstance(self.landmarks, str) and self.landmarks not in LANDMARKS:
-            raise ValueError(
-                f"landmarks must be one of {', '.join(LANDMARKS)}, or an array (2, r, d), got "
-                f"{self.landmarks!r}{closest(self.landmarks, LANDMARKS)}"
-            )
+        if isinstance(self.landmarks, str):
+            check_choice(self.landmarks, "landmarks", LANDMARKS, ", or an array (2, r, d)")
         if self.iterations is not None:
             _count(self.iterations)
         ridge = _fraction(self.ridge, "ridge", math.inf)
@@ -489,11 +484,7 @@ class Nystromformer(Method):
                     f"{label} must be left out with iterations = {self.iterations}, which do not "
                     f"use it, got {getattr(self, label)!r}; pass iterations=None"
                 )
-        if self.masking not in MASKING:
-            raise ValueError(
-                f"masking must be one of {', '.join(MASKING)}, got {self.masking!r}"
-                f"{closest(str(self.masking), MASKING)}"
-            )
+        check_choice(self.masking, "masking", MASKING)
         if self.masking == "zero" and not (
             isinstance(self.landmarks, str) and self.landmarks == "segment_means"
         ):
@@ -598,37 +589,10 @@ class Nystromformer(Method):
         kind = RenormalizedAttention if renormalize else FactoredAttention
         return kind(left.exact, z, right.exact, budget, remake=remake)
 
-    def attend(
-        self,
-        problem: AttentionProblem,
-        rng: Rng = None,
-        *,
-        draw: Mapping[str, Any] | None = None,
-    ) -> Array:
-        """Return ``Ohat = Ahat V``, with the convolution of V added where there is one.
-
-        Parameters
-        ----------
-        problem : AttentionProblem
-            With values.
-        rng, draw
-            As for `approximate`.
-
-        Returns
-        -------
-        ndarray (n_q, d_v)
-
-        Examples
-        --------
-        >>> import sketchattn as sa
-        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
-        >>> plain = sa.Nystromformer(rank=4).attend(problem)
-        >>> more = sa.Nystromformer(rank=4, convolution=[0.0, 1.0, 0.0]).attend(problem)
-        >>> bool(np.allclose(more - plain, problem.v))
-        True
-        """
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ahat V``, with the convolution of V added where there is one."""
         if self.convolution is None:
-            return super().attend(problem, rng, draw=draw)
+            return super()._attend(problem, rng, draw)
         from scipy.ndimage import correlate1d
 
         made = self._checked(problem, rng, draw)

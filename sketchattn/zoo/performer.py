@@ -11,14 +11,21 @@ features, so that nothing overflows and no small constant is needed.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, check_finite, closest, float_dtype
+from ..base.arguments import (
+    as_array,
+    as_integer,
+    check_choice,
+    check_finite,
+    check_flag,
+    check_not_negative,
+    float_dtype,
+)
 from ..base.draws import Draw, Rng, as_generator, check_draw
 from ..operators.base import AttentionOperator
 from ..operators.factored import FactoredAttention, zero_attention
@@ -107,9 +114,7 @@ def gaussian_directions(
     from ..kernels._threads import blas_single_thread
 
     for label, value in (("r", r), ("d", d)):
-        if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{label} must be an integer, got {type(value).__name__}; at least 1")
-        if value < 1:
+        if as_integer(value, label, "at least 1") < 1:
             raise ValueError(f"{label} must be at least 1, got {value}; raise it")
     generator = as_generator(rng)
     if not orthogonal:
@@ -171,11 +176,7 @@ def feature_mse(
         raise ValueError(
             f"x and y must have one shape (d,), got {a.shape} and {b.shape}; pass rows"
         )
-    if features not in FEATURES:
-        raise ValueError(
-            f"features must be one of {', '.join(FEATURES)}, got {features!r}"
-            f"{closest(str(features), FEATURES)}"
-        )
+    check_choice(features, "features", FEATURES)
     d = len(a)
     s, t, n2 = float((a + b) @ (a + b)), float((a - b) @ (a - b)), float(a @ a + b @ b)
     most = LARGEST_EXPONENT / (1 if features == "trigonometric" else 3)
@@ -317,7 +318,8 @@ class Performer(Method):
     for unit Gaussian queries and keys of width 64 it is 9e6/r.  See `feature_mse`.
 
     Cost ``O((n_q + n_k) r (d + d_v))``; the factors are not held unless the problem is causal,
-    features are trigonometric or eps > 0.
+    features are trigonometric or eps > 0.  `attend` passes over the keys once in place of twice,
+    and holds no features for eps > 0 either.
 
     Examples
     --------
@@ -381,21 +383,10 @@ class Performer(Method):
 
     def _check_parameters(self) -> None:
         check_preset(self, Form(), PRESETS, whole=True)
-        if self.features not in FEATURES:
-            raise ValueError(
-                f"features must be one of {', '.join(FEATURES)}, got {self.features!r}"
-                f"{closest(str(self.features), FEATURES)}"
-            )
+        check_choice(self.features, "features", FEATURES)
         for label in ("orthogonal", "sign_fix", "center_keys"):
-            value = getattr(self, label)
-            if not isinstance(value, bool | np.bool_):
-                raise TypeError(
-                    f"{label} must be a bool, got {type(value).__name__}; pass True or False"
-                )
-        if isinstance(self.eps, bool | np.bool_) or not isinstance(self.eps, numbers.Real):
-            raise TypeError(f"eps must be a real number, got {type(self.eps).__name__}; 0 is none")
-        if not 0 <= float(self.eps) < math.inf:
-            raise ValueError(f"eps must be finite and at least 0, got {self.eps}; 0 is none")
+            check_flag(getattr(self, label), label)
+        check_not_negative(self.eps, "eps", "0 is none")
         form = self.form
         if form.eps > 0 and form.features != "positive":
             raise ValueError(
@@ -551,26 +542,8 @@ class Performer(Method):
         check_finite(highest, "features @ q.T")
         return out
 
-    def attend(
-        self,
-        problem: AttentionProblem,
-        rng: Rng = None,
-        *,
-        draw: Mapping[str, Any] | None = None,
-    ) -> Array:
-        """Return ``Ohat = Ahat V`` with one pass over the keys in place of two.
-
-        Parameters
-        ----------
-        problem : AttentionProblem
-            With values.
-        rng, draw
-            As for `approximate`.
-
-        Returns
-        -------
-        ndarray (n_q, d_v)
-        """
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ahat V`` with one pass over the keys in place of two."""
         self.check(problem)
         values = problem.values
         if self.form.eps > 0 and len(problem.kept_keys) and problem.n_q:

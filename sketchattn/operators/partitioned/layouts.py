@@ -24,9 +24,6 @@ CHUNK_SLOTS = 1 << 22
 CACHED_KEYS = 4096
 
 
-# --- layouts --------------------------------------------------------------------------------------
-
-
 class Data(NamedTuple):
     """What kernels need beside a layout: queries, keys, widened queries, summaries in bits."""
 

@@ -24,9 +24,6 @@ from .summaries import Reference, Rule, is_variational
 Array = NDArray[Any]
 
 
-# --- the operator ---------------------------------------------------------------------------------
-
-
 class PartitionedAttention(AttentionOperator):
     """Represent ``Ahat`` by direct keys and shared region summaries under one softmax.
 

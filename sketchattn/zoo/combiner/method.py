@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...base.arguments import check_rank, closest
+from ...base.arguments import check_choice, check_flag, check_rank, closest
 from ...base.draws import Draw, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
@@ -79,9 +79,9 @@ class Combiner(Method):
     ----------
     pattern : str, `Plan`, or sequence of these
         "fixed", "logsparse", "axial_vertical", "axial_horizontal", "axial_rowmajor",
-        "axial_joint" (see `sketchattn.partitions.patterns.make_plan`); "routing": regions by k-means on
-        keys; "labels": the regions given as ``labels``; or a plan of your own.  Several: the
-        average of their matrices.
+        "axial_joint" (see `sketchattn.partitions.patterns.make_plan`); "routing": regions by
+        k-means on keys; "labels": the regions given as ``labels``; or a plan of your own.
+        Several: the average of their matrices.
     block : int, optional
         Length of a span ("fixed"), number of columns (axial patterns) or of direct keys around a
         position ("logsparse", a power of two).  By default what ``rank`` says, else
@@ -348,11 +348,7 @@ class Combiner(Method):
             raise ValueError("pattern must name at least one plan, got none; use 'fixed'")
         for pattern in patterns:
             if named(pattern):
-                if pattern not in PATTERNS:
-                    raise ValueError(
-                        f"pattern must be one of {', '.join(PATTERNS)}, or a plan, got "
-                        f"{pattern!r}{closest(pattern, PATTERNS)}"
-                    )
+                check_choice(pattern, "pattern", PATTERNS, ", or a plan")
             elif not isinstance(pattern, Plan):
                 raise TypeError(
                     f"pattern must be a name, a Plan or a sequence of these, got "
@@ -364,18 +360,9 @@ class Combiner(Method):
             ("second_order", SECOND_ORDER),
             ("metric", METRICS),
         ):
-            value = getattr(self if label == "metric" else c, label)
-            if value not in known:
-                raise ValueError(
-                    f"{label} must be one of {', '.join(known)}, got {value!r}"
-                    f"{closest(str(value), known)}"
-                )
+            check_choice(getattr(self if label == "metric" else c, label), label, known)
         for label in ("split", "reference_is_causal", "allow_leak"):
-            value = getattr(c if label == "split" else self, label)
-            if not isinstance(value, bool | np.bool_):
-                raise TypeError(
-                    f"{label} must be a bool, got {type(value).__name__}; pass True or False"
-                )
+            check_flag(getattr(c if label == "split" else self, label), label)
         self._check_reference(c)
         direct = read_direct(c.direct)
         self._check_sizes(patterns)

@@ -8,8 +8,6 @@ softmax attention.
 
 from __future__ import annotations
 
-import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,7 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import check_finite, closest, float_dtype
+from ...base.arguments import (
+    check_choice,
+    check_finite,
+    check_integer,
+    check_not_negative,
+    closest,
+    float_dtype,
+)
 from ...base.draws import Draw, check_columns, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import Assignment, FactoredAttention, zero_attention
@@ -32,7 +37,7 @@ from ...sampling.landmarks import (
     segment_labels,
     segment_means,
 )
-from ...sketches.base import integer, streams
+from ...sketches.base import streams
 from ...sketches.compression import (
     KINDS,
     RANDOM_KINDS,
@@ -131,8 +136,8 @@ class DBA(Method):
         U P to ``4 r`` uniformly drawn columns of A, which needs exact row normalisers
         (``O(n_q n_k d)``), is signed and whose rows do not sum to one: experimental.
     hidden : {None, "svd", "gaussian", "srht", "pca_k"}
-        Compress Q and K to width ``d_in`` first, as `sketchattn.sketches.compression.compress` does;
-        landmarks are then those of the compressed rows.
+        Compress Q and K to width ``d_in`` first, as `sketchattn.sketches.compression.compress`
+        does; landmarks are then those of the compressed rows.
     d_in : int, optional
         Width after; given alone it means ``hidden="svd"``.
     tau : float, default 1
@@ -278,12 +283,7 @@ class DBA(Method):
     def _check_parameters(self) -> None:
         known = {"landmarks": LANDMARKS, "pack": PACKS, "core": CORES, "unpack": UNPACKS}
         for label, names in known.items():
-            given = getattr(self, label)
-            if given not in names:
-                raise ValueError(
-                    f"{label} must be one of {', '.join(names)}, got {given!r}"
-                    f"{closest(str(given), names)}"
-                )
+            check_choice(getattr(self, label), label, names)
         check_preset(self, Choices(), PRESETS, whole=True)
         choice = self.choices
         if choice[1:] not in MEANINGFUL:
@@ -299,19 +299,19 @@ class DBA(Method):
                     f"d_in must be given with hidden = {self.hidden!r}, got None; it is the width "
                     f"after compression"
                 )
-        _number(self.tau, "tau", "0 weighs all landmarks alike")
-        integer(self.steps, "steps", 1, None, "", "raise steps")
+        check_not_negative(self.tau, "tau", "0 weighs all landmarks alike")
+        check_integer(self.steps, "steps", 1, "raise steps")
         if self.sample is not None and self.sample != "auto":
             if isinstance(self.sample, str):
                 raise ValueError(
                     f"sample must be 'auto', an integer or None, got {self.sample!r}; None is all "
                     f"rows"
                 )
-            integer(self.sample, "sample", int(self.rank), None, "", "centres are found on them")
+            check_integer(self.sample, "sample", int(self.rank), "centres are found on them")
         if self.iterations is not None:
-            integer(self.iterations, "iterations", 0, None, "", "Nystromformer takes 6")
+            check_integer(self.iterations, "iterations", 0, "Nystromformer takes 6")
         if self.ridge is not None:
-            _number(self.ridge, "ridge", "0 switches it off")
+            check_not_negative(self.ridge, "ridge", "0 switches it off")
         pinv, lsq = choice.core == "pinv", choice.unpack == "lsq"
         for label, standard, used, where in (
             ("tau", 1.0, choice.unpack == "softmax", "unpack 'softmax'"),
@@ -643,15 +643,6 @@ def _not_meaningful(choice: Choices) -> str:
         f"unpack must be one of {', '.join(fitting)} with pack {choice.pack!r} and core "
         f"{choice.core!r}, got {choice.unpack!r}; their landmarks do not belong together"
     )
-
-
-def _number(value: object, label: str, remedy: str) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{label} must be a real number, got {type(value).__name__}; {remedy}")
-    number = float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{label} must be finite and at least 0, got {number}; {remedy}")
-    return number
 
 
 def _check_real(x: Array, label: str, shape: tuple[int, ...]) -> None:

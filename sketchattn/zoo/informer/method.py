@@ -18,21 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import check_logits, check_rank, stacked
+from ...base.arguments import check_count, check_logits, check_name, check_rank, stacked
 from ...base.draws import Draw, Rng, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.sampled import SampledAttention
 from ...operators.solve import PART_KEYS, solve_rows_of_heads
 from ...problem import AttentionProblem
-from ..base import Method, Traits, register
+from ..base import Method, Traits, check_problem, register
 from .arguments import (
     DIVISORS,
     SAMPLINGS,
     SCOPES,
-    check_count,
-    check_name,
     check_pilots,
-    check_problem,
     check_samples,
 )
 from .lazy import CAUSAL_FILLS, FILLS, check_fill, fill_weights, lazy_operator, lazy_row

@@ -13,13 +13,11 @@ from ...base.arguments import as_array
 from ...operators.base import AttentionOperator, Index, pick
 from ...operators.sampled import SampledAttention
 from ...problem import AttentionProblem
-from .arguments import check_pilots, check_problem
+from ..base import check_problem
+from .arguments import check_pilots
 from .lazy import lazy_errors, lazy_operator, lazy_row
 
 Array = NDArray[Any]
-
-
-# --- the fill, and what it leaves -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,6 @@ def selection_regret(
     return SelectionRegret(
         residual, least, total, regret, regret / total if total else 0.0, len(chosen)
     )
-
-
-# --- the matrix -------------------------------------------------------------------------------
 
 
 class InformerAttention(SampledAttention):

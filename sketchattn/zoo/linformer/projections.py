@@ -9,12 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import as_array, check_finite, check_rank, closest, float_dtype, prepare
+from ...base.arguments import (
+    as_array,
+    check_finite,
+    check_integer,
+    check_name,
+    check_rank,
+    float_dtype,
+    prepare,
+)
 from ...base.draws import Rng, as_generator
 from ...operators.base import AttentionOperator, Index, pick
 from ...operators.factored import FactoredAttention
 from ...problem import AttentionProblem
-from ...sketches.base import Sketch, integer, make_sketch, sketches
+from ...sketches.base import Sketch, make_sketch, sketches
 
 Array = NDArray[Any]
 
@@ -78,17 +86,6 @@ INITIALISATIONS: dict[str, Initialisation] = {
 }
 
 
-def check_name(value: object, label: str, known: Sequence[str]) -> str:
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{label} must be a string, got {type(value).__name__}; choose one of "
-            f"{', '.join(known)}"
-        )
-    if value not in known:
-        raise ValueError(f"{label} must be a known name, got {value!r}{closest(value, known)}")
-    return value
-
-
 def initialise(init: str, r: int, n: int, rng: Rng = None) -> Array:
     """Draw E (r, n) as a published code initialises it.
 
@@ -122,8 +119,8 @@ def initialise(init: str, r: int, n: int, rng: Rng = None) -> Array:
     0.1024
     """
     law = INITIALISATIONS[check_name(init, "init", tuple(INITIALISATIONS))]
-    rows = integer(r, "r", 1, None, "", "ask for one row or more")
-    columns = integer(n, "n", 1, None, "", "project one key or more")
+    rows = check_integer(r, "r", 1, "ask for one row or more")
+    columns = check_integer(n, "n", 1, "project one key or more")
     generator = as_generator(rng)
     deviation = law.deviation(rows, columns)
     if law.law == "uniform":
@@ -359,9 +356,9 @@ def rank_schedule(layers: int, rank: int, step: int) -> list[int]:
     >>> rank_schedule(4, 10, 4)
     [10, 6, 2, 1]
     """
-    count = integer(layers, "layers", 1, None, "", "ask for one layer or more")
-    first = integer(rank, "rank", 1, None, "", "ask for one row or more")
-    fall = integer(step, "step", 0, None, "", "ranks do not grow")
+    count = check_integer(layers, "layers", 1, "ask for one layer or more")
+    first = check_integer(rank, "rank", 1, "ask for one row or more")
+    fall = check_integer(step, "step", 0, "ranks do not grow")
     return [max(1, first - layer * fall) for layer in range(count)]
 
 
@@ -413,9 +410,9 @@ def linformer_projections(
     >>> stack[0][1].E is stack[0][2].F, stack[1][0].E.shape
     (True, (2, 16))
     """
-    count = integer(layers, "layers", 1, None, "", "ask for one layer or more")
-    width = integer(heads, "heads", 1, None, "", "ask for one head or more")
-    length = integer(n, "n", 1, None, "", "project one key or more")
+    count = check_integer(layers, "layers", 1, "ask for one layer or more")
+    width = check_integer(heads, "heads", 1, "ask for one head or more")
+    length = check_integer(n, "n", 1, "project one key or more")
     given = list(ranks) if isinstance(ranks, Sequence | np.ndarray) else [ranks] * count
     if len(given) != count:
         raise ValueError(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...base.arguments import check_logits, check_rank, closest, stacked
-from ...base.draws import Draw, Rng, as_generator, check_columns, check_draw
+from ...base.arguments import check_choice, check_flag, check_logits, check_rank, stacked
+from ...base.draws import Draw, Rng, as_generator, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.sampled import SampledAttention
@@ -24,6 +24,7 @@ from ...operators.solve import solve_rows_of_heads
 from ...problem import AttentionProblem
 from ...sampling.draws import gumbel_top, sample_with_replacement
 from ...sampling.laws import (
+    check_law,
     check_mix,
     check_pilots,
     log_column_norms,
@@ -33,7 +34,7 @@ from ...sampling.laws import (
 )
 from ...sketches.base import streams
 from ..base import Method, Traits, check_preset, in_force, register
-from ..column_sampling import PRODUCT_CLAIMS, WEIGHT_TOLERANCE, positive_keys
+from ..column_sampling import PRODUCT_CLAIMS, check_drawn, check_drawn_numbers, check_weights
 from .components import (
     CAUSAL_FORMS,
     CLAIMS,
@@ -191,6 +192,9 @@ class Skeinformer(Method):
     (presets ``skein_*``), so that they measure two changes; ``uniform_law``, ``exact_normalizer``
     and ``sampled_normalizer`` change one.
 
+    `attend` takes ``O(s n_k (d + d_v) + n_q r (d + d_v))`` in one pass, and holds neither weights
+    nor pilot rows; with ``normalizer="exact"`` it is the product with the matrix.
+
     Causal problems: the corrected form approximates the causal matrix, row by row, but J is
     chosen from pilot rows that may lie later and see more: a decoder must not use it unless the
     law is uniform or given (``traits.autoregressive``).  Late keys are seen by few pilots: use
@@ -206,8 +210,8 @@ class Skeinformer(Method):
     >>> ahat = method.approximate(problem, rng=0)
     >>> ahat.effective_rank, bool(abs(ahat.row_sums() - 1).max() < 1e-6)
     (4, True)
-    >>> method.attend(problem, rng=0).shape
-    (16, 4)
+    >>> bool(abs(method.attend(problem, rng=0) - ahat @ problem.v).max() < 1e-5)
+    True
     """
 
     def __init__(
@@ -298,11 +302,7 @@ class Skeinformer(Method):
     def _check_parameters(self) -> None:
         check_preset(self, Components(), PRESETS)
         for label in ("replace", "pilot_reuse", "center_values", "shared_pilots"):
-            value = getattr(self, label)
-            if not isinstance(value, bool | np.bool_):
-                raise TypeError(
-                    f"{label} must be a bool, got {type(value).__name__}; pass True or False"
-                )
+            check_flag(getattr(self, label), label)
         for label, known in (
             ("weights", WEIGHTS),
             ("normalizer", NORMALIZERS),
@@ -310,21 +310,12 @@ class Skeinformer(Method):
             ("causal_form", CAUSAL_FORMS),
         ):
             value = getattr(self, label)
-            if value not in known and not (label == "causal_form" and value is None):
-                raise ValueError(
-                    f"{label} must be one of {', '.join(known)}, got {value!r}"
-                    f"{closest(str(value), known)}"
-                )
+            if not (label == "causal_form" and value is None):
+                check_choice(value, label, known)
         c = self.components
         if isinstance(c.law, str):
-            if c.law not in LAW_NAMES:
-                raise ValueError(
-                    f"law must be one of {', '.join(LAW_NAMES)}, or an array, got {c.law!r}"
-                    f"{closest(c.law, LAW_NAMES)}"
-                )
+            check_choice(c.law, "law", LAW_NAMES, ", or an array")
         else:
-            from ...sampling.laws import check_law
-
             check_law(c.law)
         check_mix(self.mix)
         if self.pilots is not None:
@@ -477,40 +468,20 @@ class Skeinformer(Method):
         return self._sample([problem], [rng], False)[0][0]
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
-        c, rank, keys = self.components, int(self.rank), problem.kept_keys
+        c, rank = self.components, int(self.rank)
         checked = check_draw(draw, self.draw_names)
         out = Draw()
         if uses_pilots(c):
             out["pilot_rows"] = self._check_pilot_rows(problem, checked["pilot_rows"])
-        columns = checked["columns"]
-        if c.replace:
-            # Repeats are part of the law; everything else is checked on the distinct ones.
-            check_columns(np.unique(columns) if columns.ndim == 1 else columns, keys)
-            columns = columns.astype(np.int64)
-        else:
-            columns = check_columns(columns, keys)
-        most = rank if len(keys) else 0
-        if len(columns) > most or (c.replace and len(columns) != most):
-            wanted = "" if c.replace else "at most "
-            raise ValueError(
-                f"columns must hold {wanted}{most} keys for rank = {rank}, got {len(columns)}; "
-                f"change rank or the draw"
-            )
+        replace = bool(c.replace)
+        columns = check_drawn(checked["columns"], problem.kept_keys, rank, replace)
         out["columns"] = columns
         if c.weights == "importance":
             weights, p = (
-                positive_keys(checked[label], label, len(columns))
+                check_drawn_numbers(checked[label], label, len(columns))
                 for label in ("weights", "probabilities")
             )
-            unbiased = 1.0 / (rank * p) if c.replace else 1.0 / p
-            wrong = np.abs(weights - unbiased) > WEIGHT_TOLERANCE * unbiased
-            if wrong.any():
-                t = int(wrong.argmax())
-                raise ValueError(
-                    f"weights must be {'1/(rank p)' if c.replace else '1/p'} = {unbiased[t]:.9g} "
-                    f"at position {t} for the probabilities of the draw, got {weights[t]:.9g}; "
-                    f"other weights are biased"
-                )
+            check_weights(weights, p, rank, replace)
             out["weights"], out["probabilities"] = weights, p
         return out
 
@@ -638,50 +609,13 @@ class Skeinformer(Method):
                 options |= {"fill": made.fill, "keys": problem.key_mask, "offset": offset}
         return SampledAttention(columns, entries, problem.n_k, len(columns), **options)
 
-    def attend(
-        self,
-        problem: AttentionProblem,
-        rng: Rng = None,
-        *,
-        draw: Mapping[str, Any] | None = None,
-    ) -> Array:
-        """Return ``Ohat`` (n_q, d_v) in one pass; neither weights nor pilot rows are held.
-
-        Parameters
-        ----------
-        problem : AttentionProblem
-            With values.
-        rng, draw
-            As for `approximate`, of which this is the product with V up to rounding.
-
-        Returns
-        -------
-        ndarray (n_q, d_v)
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `approximate`, and for a problem without values.
-
-        Notes
-        -----
-        ``O(s n_k (d + d_v) + n_q r (d + d_v))`` and memory for neither product; with
-        ``normalizer="exact"`` the reference product is computed instead.
-
-        Examples
-        --------
-        >>> import numpy as np, sketchattn as sa
-        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
-        >>> method = sa.Skeinformer(rank=4)
-        >>> ahat = method.approximate(problem, rng=0)
-        >>> bool(np.allclose(method.attend(problem, rng=0), ahat @ problem.v, atol=1e-5))
-        True
-        """
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ohat`` in one pass that holds neither weights nor pilot rows."""
         self.check(problem)
         _ = problem.values  # refuses a problem without them
         if self.components.normalizer == "exact" or len(problem.kept_keys) == 0:
-            return super().attend(problem, rng, draw=draw)
-        return np.asarray(self._attend([problem], [rng], draw)[0])
+            return super()._attend(problem, rng, draw)
+        return np.asarray(self._attend_alike([problem], [rng], draw)[0])
 
     def _attend_heads(
         self,
@@ -697,9 +631,9 @@ class Skeinformer(Method):
         blind = any(len(problem.kept_keys) == 0 for problem in problems)
         if self.components.normalizer == "exact" or blind or len(counts) > 1:
             return super()._attend_heads(problems, rngs, draw)
-        return self._attend(problems, rngs, draw)
+        return self._attend_alike(problems, rngs, draw)
 
-    def _attend(
+    def _attend_alike(
         self,
         problems: Sequence[AttentionProblem],
         rngs: Sequence[Rng],
