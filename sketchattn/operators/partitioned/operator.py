@@ -18,7 +18,8 @@ from ...base.head import Head
 from ...partitions.plans import Plan
 from ..base import AttentionOperator, Index, pick
 from .explicit import Explicit
-from .layouts import CHUNK_SLOTS, LOG2E, Data, Layout, weights_of
+from .layouts import CHUNK_SLOTS, Layout, weights_of
+from .passes import LOG2E, Data
 from .summaries import Reference, Rule, is_variational
 
 Array = NDArray[Any]
