@@ -21,9 +21,9 @@ from ...operators.factored import zero_attention
 from ...problem import AttentionProblem
 from ...sketches.base import Sketch, make_sketch, sketches, streams
 from ..base import Method, Traits, register
+from .initialisations import INITIALISATIONS, initialise
 from .projections import (
     FIXED,
-    INITIALISATIONS,
     POOLING,
     SCALES,
     MeanPool,
@@ -31,7 +31,6 @@ from .projections import (
     ReducedAttention,
     check_array,
     convolve,
-    initialise,
     max_pool_rows,
     pool_starts,
 )

@@ -215,6 +215,8 @@ class Skeinformer(Method):
         more = ("weights", "probabilities") if c.weights == "importance" else ()
         return (*names, "columns", *more)
 
+    # --- arguments ------------------------------------------------------------------------
+
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
         if not (isinstance(problem, AttentionProblem) and problem.causal):
@@ -292,6 +294,8 @@ class Skeinformer(Method):
                 f"{label} must be left at its default without law='pilot' and pilot_reuse, got "
                 f"{getattr(self, label)!r}; no pilot row is drawn"
             )
+
+    # --- draw -----------------------------------------------------------------------------
 
     def _count(self, problem: AttentionProblem) -> int:
         """Return the number of pilot rows that a draw for this problem has."""
@@ -389,6 +393,8 @@ class Skeinformer(Method):
             )
         return rows.astype(np.int64)
 
+    # --- what it makes --------------------------------------------------------------------
+
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         if len(problem.kept_keys) == 0:
             return zero_attention(problem)
@@ -467,6 +473,8 @@ class Skeinformer(Method):
         if c.pilot_reuse and pilots is not None:
             out[np.arange(len(out))[:, None], pilots.rows] = pilots.output
         return out
+
+    # --- what it did ----------------------------------------------------------------------
 
     def details(
         self,
