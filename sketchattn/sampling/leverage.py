@@ -1,12 +1,9 @@
-"""Leverage and ridge leverage scores, exact and approximate, and what samples by them promise.
+"""Leverage scores, exact and approximate, and what samples by them promise.
 
 The score of row i of X is ``l_i = |U_i|^2`` for any orthonormal basis U of the range of X: how much
 the row alone decides what the range is.  ``0 <= l_i <= 1`` and the scores sum to the rank.  Rows
 drawn with ``p_i >= beta l_i/rank`` embed the range: with r draws (with replacement)
 ``P(|U^T S^T S U - I|_2 > eps) <= 2 q exp(-beta r eps^2/(3 q))``, q the rank.
-
-Ridge scores of a positive semidefinite K are ``l_i = (K (K + lam I)^{-1})_ii``; columns drawn by
-them give Nystrom approximations with ``0 <= K - Kt <= c lam I``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The operator of structured attention: direct keys and region summaries, and how regions merge.
+"""The operator of structured attention, direct keys and region summaries, and mixtures of it.
 
 A row of ``Ahat`` is ``exp(L_ij) / Zhat_i`` on its direct keys and ``rho_i(t) lam_t(j)`` on region
 t, ``rho_i(t) = exp(g_i(t)) / Zhat_i``.  Four layouts compute its products: spans or labels that
