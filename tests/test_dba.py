@@ -15,7 +15,8 @@ import sketchattn as sa
 from sketchattn.kernels._threads import limit_threads
 from sketchattn.sampling.landmarks import around, kmeans, segment_labels, segment_means
 from sketchattn.sketches.compression import apply_compression, compress_problem, fit_compression
-from sketchattn.zoo.dba.method import LANDMARKS, MEANINGFUL, PRESETS, SAMPLE_ROWS
+from sketchattn.zoo.dba.choices import LANDMARKS, MEANINGFUL, PRESETS
+from sketchattn.zoo.dba.method import SAMPLE_ROWS
 
 Array = NDArray[Any]
 COMBINATIONS = sorted(MEANINGFUL - {x for x in MEANINGFUL if x[1] == "softmax_nocount"})

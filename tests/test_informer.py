@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.kernels import probsparse
+from sketchattn.zoo.informer.choices import PRESETS
 from sketchattn.zoo.informer.lazy import lazy_errors
-from sketchattn.zoo.informer.method import PRESETS, published_count
-from sketchattn.zoo.informer.selection import InformerAttention
+from sketchattn.zoo.informer.method import published_count
+from sketchattn.zoo.informer.operator import InformerAttention
 
 Array = NDArray[Any]
 

@@ -15,13 +15,9 @@ import sketchattn as sa
 from sketchattn.sketches.base import sketches
 from sketchattn.theory.engine.instances import spiked_attention
 from sketchattn.zoo.linformer.fit import oracle_floor
-from sketchattn.zoo.linformer.projections import (
-    INITIALISATIONS,
-    ReducedAttention,
-    initialise,
-    pool_starts,
-    rank_schedule,
-)
+from sketchattn.zoo.linformer.initialisations import INITIALISATIONS, initialise
+from sketchattn.zoo.linformer.projections import ReducedAttention, pool_starts
+from sketchattn.zoo.linformer.stack import rank_schedule
 
 Array = NDArray[Any]
 LINEAR = [*sketches(), "mean_pool"]

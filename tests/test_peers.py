@@ -12,7 +12,7 @@ from peer_packages import peer
 
 import sketchattn as sa
 from sketchattn.sampling.landmarks import segment_means
-from sketchattn.zoo.linformer.projections import INITIALISATIONS
+from sketchattn.zoo.linformer.initialisations import INITIALISATIONS
 
 Array = NDArray[Any]
 

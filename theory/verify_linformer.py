@@ -22,7 +22,7 @@ from sketchattn.theory.linformer.formulas import (
     pooling_bound,
     unreduced_vs_reduced_gap,
 )
-from sketchattn.zoo.linformer.projections import INITIALISATIONS, initialise
+from sketchattn.zoo.linformer.initialisations import INITIALISATIONS, initialise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
 """What every room stands on: checks of arguments, one head as data, draws, and files.
 
-It imports nothing of the package.
+It imports `kernels` only, and that to name the machine.
 """

@@ -1,4 +1,7 @@
-"""Checks of arguments: each says which argument, what it must be, what it is, and what to do."""
+"""Checks of arguments: each says which argument, what it must be, what it is, and what to do.
+
+First names and numbers, then arrays, then what a head is made of.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,100 @@ Array = NDArray[Any]
 Causal = bool | str
 
 ALIGNMENTS = ("top-left", "bottom-right")
+
+
+def closest(name: str, known: object) -> str:
+    """Return ``"; did you mean ...?"``, or the list of what there is if nothing is close."""
+    import difflib
+
+    names = sorted(str(n) for n in known)  # type: ignore[attr-defined]  # any collection of names
+    match = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; choose one of {', '.join(names)}"
+
+
+def check_name(value: object, name: str, known: Sequence[str]) -> str:
+    """Return a string that is one of ``known``."""
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a string, got {type(value).__name__}; choose one of {', '.join(known)}"
+        )
+    if value not in known:
+        raise ValueError(f"{name} must be a known name, got {value!r}{closest(value, known)}")
+    return value
+
+
+def check_choice(value: object, name: str, known: Sequence[str], more: str = "") -> None:
+    """Refuse what is not one of ``known``; ``more`` says what else it could have been."""
+    if value not in known:
+        raise ValueError(
+            f"{name} must be one of {', '.join(known)}{more}, got {value!r}"
+            f"{closest(str(value), known)}"
+        )
+
+
+def check_flag(value: object, name: str, remedy: str = "pass True or False") -> bool:
+    """Return a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}; {remedy}")
+    return bool(value)
+
+
+def as_integer(value: object, name: str, remedy: str, more: str = "") -> int:
+    """Return an integer of any size; ``more`` says what else it could have been."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer{more}, got {type(value).__name__}; {remedy}")
+    return int(value)
+
+
+def check_count(value: object, name: str, remedy: str, low: int = 1, more: str = "") -> int:
+    """Return an integer of at least ``low``; one remedy for whatever else is given."""
+    number = as_integer(value, name, remedy, more)
+    if number < low:
+        raise ValueError(f"{name} must be at least {low}, got {number}; {remedy}")
+    return number
+
+
+def check_integer(
+    value: object, name: str, low: int, remedy: str, *, high: int | None = None, limit: str = ""
+) -> int:
+    """Return an integer in ``low..high``; ``limit`` names the upper end."""
+    number = as_integer(value, name, f"give one of at least {low}")
+    if number < low or (high is not None and number > high):
+        wanted = f"at least {low}" if high is None else f"between {low} and {limit} = {high}"
+        raise ValueError(f"{name} must be {wanted}, got {number}; {remedy}")
+    return number
+
+
+def as_float(x: Any) -> float:
+    """Return a real number as a float; an integer beyond all floats is infinite."""
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
+
+
+def as_real(value: object, name: str, remedy: str, more: str = "") -> float:
+    """Return a real number as a float; ``more`` says what else it could have been."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number{more}, got {type(value).__name__}; {remedy}")
+    return as_float(value)
+
+
+def check_not_negative(value: object, name: str, remedy: str) -> float:
+    """Return a finite real number of at least 0 as a float."""
+    number = as_real(value, name, remedy)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {number}; {remedy}")
+    return number
+
+
+def check_positive(value: object, name: str, *, below: float = math.inf) -> float:
+    """Return a finite real number above 0, and below a limit, as a float."""
+    number = as_real(value, name, "give one > 0")
+    if not 0.0 < number < below:
+        limit = "" if math.isinf(below) else f" and below {below:g}"
+        raise ValueError(f"{name} must be positive{limit}, got {number:.6g}; change {name}")
+    return number
 
 
 def as_array(x: object, name: str) -> Array:
@@ -78,6 +175,35 @@ def prepare(x: Array, dtype: np.dtype[Any]) -> Array:
     return np.require(x, dtype=dtype, requirements=["C", "W", "A"])
 
 
+def check_finite(x: Array, name: str) -> None:
+    """Refuse NaN and infinities, and say where the first one is."""
+    finite = np.isfinite(x)
+    if not finite.all():
+        where = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise ValueError(
+            f"{name} must be finite, got {x[where]} at index {where}; "
+            f"replace it, or hide its key with a mask"
+        )
+
+
+def stacked(arrays: Sequence[Array]) -> Array:
+    """Return arrays of one shape and dtype with an axis in front.
+
+    Nothing is copied for one array, or where they are neighbours in the memory of another.
+    """
+    first = arrays[0]
+    if len(arrays) == 1:
+        return first[None]
+    start, base = first.__array_interface__["data"][0], first.base
+    if isinstance(base, np.ndarray) and all(
+        x.base is base and x.__array_interface__["data"][0] == start + h * first.nbytes
+        for h, x in enumerate(arrays)
+    ):
+        shape, strides = (len(arrays), *first.shape), (first.nbytes, *first.strides)
+        return np.lib.stride_tricks.as_strided(first, shape, strides)
+    return np.stack(arrays)
+
+
 def check_width(q: Array, k: Array, v: Array | None) -> None:
     """Refuse widths and lengths that do not belong together (last two axes)."""
     if q.shape[-1] < 1:
@@ -104,30 +230,16 @@ def check_same_dtype(q: Array, k: Array, v: Array | None) -> None:
             )
 
 
-def as_float(x: Any) -> float:
-    """Return a real number as a float; an integer beyond all floats is infinite."""
-    try:
-        return float(x)
-    except OverflowError:
-        return math.inf if x > 0 else -math.inf
-
-
 def check_scale(scale: object, d: int) -> float:
     """Return the factor of the logits; ``None`` is ``1/sqrt(d)``."""
     if scale is None:
         return 1.0 / math.sqrt(d)
     if isinstance(scale, np.ndarray) and scale.ndim == 0:
         scale = scale.item()
-    if isinstance(scale, bool | np.bool_) or not isinstance(scale, numbers.Real):
-        raise TypeError(
-            f"scale must be a real number or None, got {type(scale).__name__}; "
-            f"None is 1/sqrt(d) = {1.0 / math.sqrt(d):.6g}"
-        )
-    value = as_float(scale)
+    remedy = f"None is 1/sqrt(d) = {1.0 / math.sqrt(d):.6g}"
+    value = as_real(scale, "scale", remedy, " or None")
     if not math.isfinite(value):
-        raise ValueError(
-            f"scale must be finite, got {value}; None is 1/sqrt(d) = {1.0 / math.sqrt(d):.6g}"
-        )
+        raise ValueError(f"scale must be finite, got {value}; {remedy}")
     return value
 
 
@@ -177,35 +289,6 @@ def check_key_mask(key_mask: object, lead: tuple[int, ...], n_k: int) -> Array:
     return mask
 
 
-def check_finite(x: Array, name: str) -> None:
-    """Refuse NaN and infinities, and say where the first one is."""
-    finite = np.isfinite(x)
-    if not finite.all():
-        where = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise ValueError(
-            f"{name} must be finite, got {x[where]} at index {where}; "
-            f"replace it, or hide its key with a mask"
-        )
-
-
-def stacked(arrays: Sequence[Array]) -> Array:
-    """Return arrays of one shape and dtype with an axis in front.
-
-    Nothing is copied for one array, or where they are neighbours in the memory of another.
-    """
-    first = arrays[0]
-    if len(arrays) == 1:
-        return first[None]
-    start, base = first.__array_interface__["data"][0], first.base
-    if isinstance(base, np.ndarray) and all(
-        x.base is base and x.__array_interface__["data"][0] == start + h * first.nbytes
-        for h, x in enumerate(arrays)
-    ):
-        shape, strides = (len(arrays), *first.shape), (first.nbytes, *first.strides)
-        return np.lib.stride_tricks.as_strided(first, shape, strides)
-    return np.stack(arrays)
-
-
 def check_logits(lse: Array) -> None:
     """Refuse logits that overflowed, which finite inputs show as a logsumexp that is NaN."""
     wrong = np.isnan(lse)
@@ -219,23 +302,10 @@ def check_logits(lse: Array) -> None:
 
 def check_rank(rank: object, n_k: int) -> int:
     """Return ``rank`` as an integer in ``1..n_k``."""
-    if isinstance(rank, bool | np.bool_) or not isinstance(rank, numbers.Integral):
-        raise TypeError(
-            f"rank must be an integer, got {type(rank).__name__}; give one in 1..n_k = {n_k}"
-        )
-    value = int(rank)
+    value = as_integer(rank, "rank", f"give one in 1..n_k = {n_k}")
     if not 1 <= value <= n_k:
         raise ValueError(
             f"rank must be between 1 and n_k = {n_k}, got {value}; "
             f"{'raise' if value < 1 else 'lower'} rank or use method='exact'"
         )
     return value
-
-
-def closest(name: str, known: object) -> str:
-    """Return ``"; did you mean ...?"``, or the list of what there is if nothing is close."""
-    import difflib
-
-    names = sorted(str(n) for n in known)  # type: ignore[attr-defined]  # any collection of names
-    match = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; choose one of {', '.join(names)}"

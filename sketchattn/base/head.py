@@ -163,8 +163,9 @@ class Head:
         label = "" if self.name is None else f"{self.name!r}, "
         masked = "" if self.key_mask is None else f", kept_keys={int(self.key_mask.sum())}"
         return (
-            f"{type(self).__name__}({label}n_q={self.n_q}, n_k={self.n_k}, d={self.d}, d_v={self.d_v}, "
-            f"dtype={self.dtype}, scale={self.scale:.6g}, causal={self.causal!r}{masked})"
+            f"{type(self).__name__}({label}n_q={self.n_q}, n_k={self.n_k}, d={self.d}, "
+            f"d_v={self.d_v}, dtype={self.dtype}, scale={self.scale:.6g}, "
+            f"causal={self.causal!r}{masked})"
         )
 
     @property

@@ -33,8 +33,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array
 from ..operators.base import AttentionOperator
-from ..operators.partitioned.layouts import LOG2E, Data, slot_logits
 from ..operators.partitioned.operator import MixtureAttention, PartitionedAttention
+from ..operators.partitioned.passes import LOG2E, Data, slot_logits
 from ..partitions.ragged import Ragged
 
 Array = NDArray[Any]

@@ -14,9 +14,6 @@ from .ragged import Ragged
 Array = NDArray[Any]
 
 
-# --- plans --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Hold the direct keys and the regions of every row.

@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-# --- lists of unequal length --------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Ragged:
     """Hold lists of integers of unequal length, one after another.

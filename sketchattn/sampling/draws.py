@@ -9,14 +9,13 @@ was drawn by the sampler in use*; weights of one sampler with the indices of ano
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, check_finite
+from ..base.arguments import as_array, as_integer, as_real, check_finite, check_flag
 from ..base.draws import Rng, as_generator
 
 Array = NDArray[Any]
@@ -120,11 +119,10 @@ class ColumnDraw:
 
 def check_size(rank: object) -> int:
     """Return the number of draws as an integer of at least 1."""
-    if isinstance(rank, bool | np.bool_) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"rank must be an integer, got {type(rank).__name__}; give one >= 1")
-    if int(rank) < 1:
-        raise ValueError(f"rank must be at least 1, got {int(rank)}; draw one column or more")
-    return int(rank)
+    count = as_integer(rank, "rank", "give one >= 1")
+    if count < 1:
+        raise ValueError(f"rank must be at least 1, got {count}; draw one column or more")
+    return count
 
 
 def check_probabilities(p: ArrayLike, n: int | None = None, name: str = "p") -> Array:
@@ -249,11 +247,10 @@ def sample_uniform(
     ([0, 1, 2], [1.0, 1.0, 1.0], 3)
     """
     r, generator = check_size(rank), as_generator(rng)
-    if isinstance(n, bool | np.bool_) or not isinstance(n, numbers.Integral):
-        raise TypeError(f"n must be an integer, got {type(n).__name__}; give the columns' number")
-    if int(n) < 0:
-        raise ValueError(f"n must not be negative, got {int(n)}; give the columns' number")
-    allowed = np.arange(int(n))
+    n = as_integer(n, "n", "give the columns' number")
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}; give the columns' number")
+    allowed = np.arange(n)
     if keep is not None:
         mask = as_array(keep, "keep")
         if mask.dtype != np.bool_:
@@ -376,9 +373,7 @@ def inclusion_probabilities(p: ArrayLike, rank: float) -> Array:
     [1.0, 0.5, 0.5]
     """
     law = check_probabilities(p)
-    if isinstance(rank, bool | np.bool_) or not isinstance(rank, numbers.Real):
-        raise TypeError(f"rank must be a real number, got {type(rank).__name__}; give one > 0")
-    target = float(rank)
+    target = as_real(rank, "rank", "give one > 0")
     if not (math.isfinite(target) and target > 0):
         raise ValueError(f"rank must be finite and positive, got {target}; give one > 0")
     support = np.flatnonzero(law)
@@ -452,8 +447,7 @@ def sample_columns(p: ArrayLike, rank: int, rng: Rng = None, *, replace: bool = 
     >>> sample_columns([0.5, 0.0, 0.5], 1, rng=0, replace=False).weights.tolist()
     [2.0]
     """
-    if not isinstance(replace, bool | np.bool_):
-        raise TypeError(f"replace must be a bool, got {type(replace).__name__}; pass True or False")
+    check_flag(replace, "replace")
     law = check_probabilities(p)
     if replace:
         return sample_with_replacement(law, rank, rng)

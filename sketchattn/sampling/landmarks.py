@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, check_finite, closest, float_dtype
+from ..base.arguments import as_array, as_integer, check_choice, check_finite, float_dtype
 
 Array = NDArray[Any]
 
@@ -185,12 +184,8 @@ def kmeans(
     for label, value, low in (("seed", seed, 0), ("steps", steps, 1), ("sample", sample, r)):
         if value is None and label == "sample":
             continue
-        if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-            raise TypeError(
-                f"{label} must be an integer, got {type(value).__name__}; it is at least {low}"
-            )
-        if int(value) < low:
-            raise ValueError(f"{label} must be at least {low}, got {int(value)}; raise {label}")
+        if as_integer(value, label, f"it is at least {low}") < low:
+            raise ValueError(f"{label} must be at least {low}, got {value}; raise {label}")
     if sample is not None and sample < len(rows):
         drawn = np.random.default_rng(seed).choice(len(rows), sample, replace=False)
         centers = _lloyd(rows[np.sort(drawn)], r, seed, steps, greedy=False)
@@ -282,8 +277,7 @@ def chosen_rows(x: ArrayLike, r: int, law: str, rng: np.random.Generator) -> Arr
     np.True_
     """
     rows = _rows(x, r)
-    if law not in LAWS:
-        raise ValueError(f"law must be one of {', '.join(LAWS)}, got {law!r}{closest(law, LAWS)}")
+    check_choice(law, "law", LAWS)
     if law == "random":
         return np.asarray(rng.permutation(len(rows))[:r], np.int64)
     from .draws import gumbel_top

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, closest, stacked
+from ..base.arguments import as_array, as_real, closest, stacked
 from ..base.draws import Rng, as_generator
 from ..kernels._threads import blas_single_thread
 from ..problem import AttentionProblem
@@ -271,22 +271,18 @@ def check_law(law: object) -> None:
 
 def check_mix(mix: object) -> float:
     """Return the share of the uniform law as a float in [0, 1]."""
-    if isinstance(mix, bool | np.bool_) or not isinstance(mix, numbers.Real):
-        raise TypeError(f"mix must be a real number, got {type(mix).__name__}; give one in [0, 1]")
-    if not 0.0 <= float(mix) <= 1.0:
-        raise ValueError(f"mix must be in [0, 1], got {float(mix):.6g}; 0 leaves the law alone")
-    return float(mix)
+    share = as_real(mix, "mix", "give one in [0, 1]")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"mix must be in [0, 1], got {share:.6g}; 0 leaves the law alone")
+    return share
 
 
 def check_ridge(ridge: object) -> float:
     """Return the ridge relative to the trace as a float > 0."""
-    if isinstance(ridge, bool | np.bool_) or not isinstance(ridge, numbers.Real):
-        raise TypeError(f"ridge must be a real number, got {type(ridge).__name__}; give one > 0")
-    if not (0.0 < float(ridge) < np.inf):
-        raise ValueError(
-            f"ridge must be finite and positive, got {float(ridge):.6g}; it is lam / tr K"
-        )
-    return float(ridge)
+    lam = as_real(ridge, "ridge", "give one > 0")
+    if not 0.0 < lam < np.inf:
+        raise ValueError(f"ridge must be finite and positive, got {lam:.6g}; it is lam / tr K")
+    return lam
 
 
 def check_pilots(pilots: object) -> int | Array:

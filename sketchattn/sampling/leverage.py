@@ -1,18 +1,14 @@
-"""Leverage and ridge leverage scores, exact and approximate, and what samples by them promise.
+"""Leverage scores, exact and approximate, and what samples by them promise.
 
 The score of row i of X is ``l_i = |U_i|^2`` for any orthonormal basis U of the range of X: how much
 the row alone decides what the range is.  ``0 <= l_i <= 1`` and the scores sum to the rank.  Rows
 drawn with ``p_i >= beta l_i/rank`` embed the range: with r draws (with replacement)
 ``P(|U^T S^T S U - I|_2 > eps) <= 2 q exp(-beta r eps^2/(3 q))``, q the rank.
-
-Ridge scores of a positive semidefinite K are ``l_i = (K (K + lam I)^{-1})_ii``; columns drawn by
-them give Nystrom approximations with ``0 <= K - Kt <= c lam I``.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, check_finite, closest, float_dtype
+from ..base.arguments import (
+    as_array,
+    as_integer,
+    check_choice,
+    check_count,
+    check_finite,
+    check_positive,
+    float_dtype,
+)
 from ..base.draws import Rng, as_generator
 from ..kernels._threads import blas_single_thread, map_pieces
 from .draws import check_probabilities
@@ -53,18 +57,6 @@ def as_matrix(x: ArrayLike, name: str = "x") -> Array:
     if not np.isfinite(matrix.sum(dtype=np.float64)):
         check_finite(matrix, name)
     return matrix
-
-
-def check_positive(value: object, name: str, *, below: float = math.inf) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}; give one > 0")
-    if not 0.0 < float(value) < below:
-        limit = "" if math.isinf(below) else f" and below {below:g}"
-        raise ValueError(f"{name} must be positive{limit}, got {float(value):.6g}; change {name}")
-    return float(value)
-
-
-# --- leverage scores ----------------------------------------------------------------------------
 
 
 def _cutoff(x: Array, sigma: float, tol: float | None) -> float:
@@ -237,19 +229,14 @@ def leverage_scores(
     [0.5, 0.5, 0.0]
     """
     matrix = as_matrix(x)
-    if method not in LEVERAGE_METHODS:
-        raise ValueError(
-            f"method must be one of {', '.join(LEVERAGE_METHODS)}, got {method!r}"
-            f"{closest(str(method), LEVERAGE_METHODS)}"
-        )
+    check_choice(method, "method", LEVERAGE_METHODS)
     if tol is not None:
         tol = check_positive(tol, "tol", below=1.0)
     if k is not None:
-        if isinstance(k, bool | np.bool_) or not isinstance(k, numbers.Integral):
-            raise TypeError(f"k must be an integer or None, got {type(k).__name__}; give a rank")
-        if not 1 <= int(k) <= min(matrix.shape):
+        k = as_integer(k, "k", "give a rank", " or None")
+        if not 1 <= k <= min(matrix.shape):
             raise ValueError(
-                f"k must be between 1 and min(n, d) = {min(matrix.shape)}, got {int(k)}; "
+                f"k must be between 1 and min(n, d) = {min(matrix.shape)}, got {k}; "
                 f"None is the whole range"
             )
         if method in ("gram", "qr"):
@@ -314,10 +301,7 @@ def fast_sketch_rows(n: int, q: int, error: float = 0.1, delta: float = 0.1) -> 
     error = check_positive(error, "error", below=1.0)
     delta = check_positive(delta, "delta", below=1.0)
     for name, value in (("n", n), ("q", q)):
-        if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}; give a size")
-        if int(value) < 1:
-            raise ValueError(f"{name} must be at least 1, got {int(value)}; give a size")
+        check_count(value, name, "give a size")
 
     def fails(r: int) -> bool:
         # l~/l > 1 + error iff c < r/(1 + error); l~/l < 1 - error iff c > r/(1 - error).
@@ -406,15 +390,7 @@ def leverage_scores_fast(
     if tol is not None:
         tol = check_positive(tol, "tol", below=1.0)
     if projection is not None:
-        if isinstance(projection, bool | np.bool_) or not isinstance(projection, numbers.Integral):
-            raise TypeError(
-                f"projection must be an integer or None, got {type(projection).__name__}; "
-                f"None leaves the projection out"
-            )
-        if int(projection) < 1:
-            raise ValueError(
-                f"projection must be at least 1, got {int(projection)}; None leaves it out"
-            )
+        projection = check_count(projection, "projection", "None leaves it out", more=" or None")
     generator = as_generator(rng)
     small = _sketched(matrix, sketch, rows, error, delta, generator)
     basis = _whitening(small) if tol is None else None
@@ -422,7 +398,7 @@ def leverage_scores_fast(
         basis = _truncated_inverse(small, tol)
     if projection is not None:
         basis = basis @ (
-            generator.standard_normal((basis.shape[1], int(projection))) / math.sqrt(projection)
+            generator.standard_normal((basis.shape[1], projection)) / math.sqrt(projection)
         )
     return _row_squares(matrix, basis.astype(matrix.dtype))
 
@@ -437,9 +413,7 @@ def _sketched(
 
         if rows is None:
             rows = max(d, fast_sketch_rows(n, d, error, delta))
-        elif isinstance(rows, bool | np.bool_) or not isinstance(rows, numbers.Integral):
-            raise TypeError(f"rows must be an integer or None, got {type(rows).__name__}; give one")
-        elif int(rows) < d:
+        elif as_integer(rows, "rows", "give one", " or None") < d:
             raise ValueError(
                 f"rows must be at least the width d = {d} of x, got {int(rows)}; raise rows"
             )
@@ -573,11 +547,10 @@ def css_relative_error(x: ArrayLike, columns: ArrayLike, k: int) -> float:
                 f"columns must have the {len(matrix)} rows of x, got {subset.shape[0]}; "
                 f"pass a matrix C of chosen columns"
             )
-    if isinstance(k, bool | np.bool_) or not isinstance(k, numbers.Integral):
-        raise TypeError(f"k must be an integer, got {type(k).__name__}; give a rank")
-    if not 1 <= int(k) <= min(matrix.shape):
+    k = as_integer(k, "k", "give a rank")
+    if not 1 <= k <= min(matrix.shape):
         raise ValueError(
-            f"k must be between 1 and min(m, n) = {min(matrix.shape)}, got {int(k)}; change k"
+            f"k must be between 1 and min(m, n) = {min(matrix.shape)}, got {k}; change k"
         )
     if min(subset.shape):
         basis = _orthonormal_basis(subset, None, None)

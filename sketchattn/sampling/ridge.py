@@ -1,24 +1,24 @@
-"""Ridge leverage of kernels, its recursive estimate, and Nystrom factors."""
+"""Ridge leverage of kernels, its recursive estimate, and Nystrom factors.
+
+Ridge scores of a positive semidefinite K are ``l_i = (K (K + lam I)^{-1})_ii``; columns drawn by
+them give Nystrom approximations with ``0 <= K - Kt <= c lam I``.
+"""
 
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array
+from ..base.arguments import as_array, as_real, check_count, check_positive
 from ..base.draws import Rng, as_generator
 from ..kernels._threads import blas_single_thread
 from .draws import ColumnDraw
-from .leverage import as_matrix, check_positive
+from .leverage import as_matrix
 
 Array = NDArray[Any]
-
-
-# --- kernel matrices and ridge leverage ---------------------------------------------------------
 
 
 class ExponentialKernel:
@@ -46,14 +46,12 @@ class ExponentialKernel:
 
     def __init__(self, points: ArrayLike, scale: float) -> None:
         self.points: Array = as_matrix(points, "points").astype(np.float64)
-        if isinstance(scale, bool | np.bool_) or not isinstance(scale, numbers.Real):
-            raise TypeError(f"scale must be a real number, got {type(scale).__name__}; give one")
-        if not (math.isfinite(scale) and scale >= 0):
+        self.scale: float = as_real(scale, "scale", "give one")
+        if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(
                 f"scale must be finite and not negative for a positive semidefinite kernel, got "
-                f"{float(scale)}; change the sign of one factor"
+                f"{self.scale}; change the sign of one factor"
             )
-        self.scale: float = float(scale)
         self._squares: Array = self.scale * np.einsum("ij,ij->i", self.points, self.points)
         self.shift: float = float(self._squares.max(initial=0.0))
 
@@ -280,10 +278,7 @@ def ridge_leverage_recursive(
     delta = check_positive(delta, "delta", below=1.0)
     oversampling = check_positive(oversampling, "oversampling")
     if base is not None:
-        if isinstance(base, bool | np.bool_) or not isinstance(base, numbers.Integral):
-            raise TypeError(f"base must be an integer or None, got {type(base).__name__}")
-        if int(base) < 1:
-            raise ValueError(f"base must be at least 1, got {int(base)}; None is 192 ln(1/delta)")
+        check_count(base, "base", "None is 192 ln(1/delta)", more=" or None")
     generator = as_generator(rng)
     n = whole.shape[0]
     floor = whole.diagonal() / (float(whole.diagonal().sum()) + lam)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from ..base.arguments import as_array, closest
+from ..base.arguments import as_array, check_integer, closest
 from ..base.draws import Rng, as_generator, entropy_of
 
 Array = NDArray[Any]
@@ -110,19 +109,6 @@ def make_sketch(
     return _REGISTRY[kind].draw(r, n, rng, dtype=dtype, **parameters)
 
 
-def integer(value: object, name: str, low: int, high: int | None, limit: str, remedy: str) -> int:
-    """Return an integer in ``low..high``; ``limit`` names the upper end, ``remedy`` what to do."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name} must be an integer, got {type(value).__name__}; give one of at least {low}"
-        )
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        wanted = f"at least {low}" if high is None else f"between {low} and {limit} = {high}"
-        raise ValueError(f"{name} must be {wanted}, got {number}; {remedy}")
-    return number
-
-
 def float_type(dtype: DTypeLike) -> np.dtype[Any]:
     """Return float32 or float64 as a dtype, and refuse others."""
     wanted = np.dtype(dtype)
@@ -186,6 +172,15 @@ def check_indices(
     return x.astype(dtype)
 
 
+class Spec(NamedTuple):
+    """Hold what a sketch of a family is but for its draw: sizes, precision, parameters."""
+
+    r: int
+    n: int
+    dtype: np.dtype[Any]
+    parameters: Mapping[str, Any]
+
+
 class Sketch(Operator):
     """Hold one drawn matrix ``S`` of shape (r, n), scaled so that ``E[S^T S] = I_n``; immutable.
 
@@ -226,7 +221,7 @@ class Sketch(Operator):
         self._parameters = dict(parameters)
         self._arrays = dict(arrays)
         self._derived = {}
-        self.isometry_scale = self._scale(*shape, self._parameters)
+        self.isometry_scale = self._scale(Spec(*shape, dtype, self._parameters))
 
     # --- made from a law or from arrays -----------------------------------------------------
 
@@ -241,10 +236,8 @@ class Sketch(Operator):
         **parameters: Any,
     ) -> S:
         """Draw a sketch of this family; arguments are those of ``make_sketch`` without kind."""
-        precision = float_type(dtype)
-        rows, columns, resolved = cls._check(r, n, parameters)
-        arrays = cls._draw(rows, columns, rng, precision, resolved)
-        return cls((rows, columns), precision, resolved, arrays)
+        form = cls._check(r, n, dtype, parameters)
+        return cls((form.r, form.n), form.dtype, form.parameters, cls._draw(form, rng))
 
     @classmethod
     def from_arrays(
@@ -280,7 +273,7 @@ class Sketch(Operator):
         precision = float_type(dtype)
         if not isinstance(shape, tuple | list) or len(shape) != 2:
             raise TypeError(f"shape must be the pair (r, n), got {shape!r}; give two integers")
-        rows, columns, resolved = cls._check(shape[0], shape[1], parameters)
+        form = cls._check(shape[0], shape[1], precision, parameters)
         if not isinstance(arrays, Mapping):
             raise TypeError(
                 f"arrays must be a mapping from names to arrays, got {type(arrays).__name__}; "
@@ -292,17 +285,16 @@ class Sketch(Operator):
                 f"{sorted(map(str, arrays))}; pass the arrays of one draw"
             )
         given = {name: as_array(arrays[name], name) for name in cls.array_names}
-        checked = cls._check_arrays(given, rows, columns, resolved, precision)
+        checked = cls._check_arrays(given, form)
         owned = {name: np.array(x, order="C", copy=True) for name, x in checked.items()}
-        return cls((rows, columns), precision, resolved, owned)
+        return cls((form.r, form.n), precision, form.parameters, owned)
 
     @classmethod
-    def _check(
-        cls, r: int, n: int, parameters: Mapping[str, Any]
-    ) -> tuple[int, int, dict[str, Any]]:
-        """Return sizes and parameters, checked and with defaults resolved."""
-        rows = integer(r, "r", 1, None, "", "ask for one row or more")
-        columns = integer(n, "n", 1, None, "", "sketch vectors of one entry or more")
+    def _check(cls, r: int, n: int, dtype: DTypeLike, parameters: Mapping[str, Any]) -> Spec:
+        """Return sizes, precision and parameters, checked and with defaults resolved."""
+        precision = float_type(dtype)
+        rows = check_integer(r, "r", 1, "ask for one row or more")
+        columns = check_integer(n, "n", 1, "sketch vectors of one entry or more")
         for name in parameters:
             if name not in cls.parameter_defaults:
                 hint = (
@@ -312,7 +304,7 @@ class Sketch(Operator):
                 )
                 raise TypeError(f"{name} must be a parameter of kind {cls.kind!r}{hint}")
         resolved = cls._resolve(rows, columns, {**cls.parameter_defaults, **parameters})
-        return rows, columns, resolved
+        return Spec(rows, columns, precision, resolved)
 
     @classmethod
     def _resolve(cls, r: int, n: int, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -321,26 +313,17 @@ class Sketch(Operator):
 
     @classmethod
     @abstractmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
+    def _scale(cls, form: Spec) -> float:
         """Return the isometry scale."""
 
     @classmethod
     @abstractmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         """Return the arrays of a draw; arguments are checked."""
 
     @classmethod
     @abstractmethod
-    def _check_arrays(
-        cls,
-        arrays: dict[str, Array],
-        r: int,
-        n: int,
-        parameters: Mapping[str, Any],
-        dtype: np.dtype[Any],
-    ) -> dict[str, Array]:
+    def _check_arrays(cls, arrays: dict[str, Array], form: Spec) -> dict[str, Array]:
         """Return given arrays with the dtypes of a draw, or refuse them."""
 
     # --- what it is -------------------------------------------------------------------------
@@ -495,7 +478,7 @@ class Sketch(Operator):
             If r1 is out of range, or the family has no nested draws ("sjlt", "osnap").
         """
         r, n = self.shape
-        rows = integer(r1, "r1", 1, r, "r", "draw a sketch with more rows")
+        rows = check_integer(r1, "r1", 1, "draw a sketch with more rows", high=r, limit="r")
         if rows == r:
             return self
         return type(self)((rows, n), self.dtype, self._parameters, self._nested(rows))

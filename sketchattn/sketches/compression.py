@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, check_finite, closest
+from ..base.arguments import as_array, check_choice, check_finite, check_integer
 from ..base.draws import Rng
 from ..problem import AttentionProblem
-from .base import integer
 
 Array = NDArray[Any]
 
@@ -69,10 +68,7 @@ def check_kind(kind: object) -> str:
         raise TypeError(
             f"kind must be a name, got {type(kind).__name__}; choose one of {', '.join(KINDS)}"
         )
-    if kind not in CENTERED:
-        raise ValueError(
-            f"kind must be one of {', '.join(KINDS)}, got {kind!r}{closest(kind, KINDS)}"
-        )
+    check_choice(kind, "kind", KINDS)
     return kind
 
 
@@ -90,7 +86,7 @@ def check_width_in(d_in: object, d: int, kind: str) -> int:
     """Return d_in as an integer that fits a kind of compression of width d."""
     most = largest_width(d, kind)
     limit = "d" if most == d else "the padded d"
-    return integer(d_in, "d_in", 1, most, limit, f"change d_in for kind {kind!r}")
+    return check_integer(d_in, "d_in", 1, f"change d_in for kind {kind!r}", high=most, limit=limit)
 
 
 # --- the maps -----------------------------------------------------------------------------------
@@ -132,7 +128,7 @@ def draw_projection(d: int, d_in: int, kind: str, rng: Rng = None) -> Array:
             f"kind must be one that draws, {' or '.join(RANDOM_KINDS)}, got {kind!r}; "
             f"use fit_compression"
         )
-    wide = integer(d, "d", 1, None, "", "project vectors of one entry or more")
+    wide = check_integer(d, "d", 1, "project vectors of one entry or more")
     width = check_width_in(d_in, wide, kind)
     return np.ascontiguousarray(make_sketch(kind, width, wide, rng).to_dense().T)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ..base.arguments import as_array, check_finite, float_dtype
 from ..base.draws import Rng
-from .base import Array, Sketch, check_shape, random_signs, register, streams
+from .base import Array, Sketch, Spec, check_shape, random_signs, register, streams
 
 # Rows of a draw that are made at a time in float64 before they are rounded.
 _DRAWN_BYTES = 1 << 24
@@ -69,21 +69,14 @@ class DenseSketch(Sketch):
         return {"sketch": self._arrays["sketch"][:r1]}
 
     @classmethod
-    def _check_arrays(
-        cls,
-        arrays: dict[str, Array],
-        r: int,
-        n: int,
-        parameters: Mapping[str, Any],
-        dtype: np.dtype[Any],
-    ) -> dict[str, Array]:
+    def _check_arrays(cls, arrays: dict[str, Array], form: Spec) -> dict[str, Array]:
         matrix = arrays["sketch"]
-        check_shape(matrix, "sketch", (r, n), "(r, n)")
+        check_shape(matrix, "sketch", (form.r, form.n), "(r, n)")
         if matrix.dtype.kind not in "fiub":
             raise TypeError(f"sketch must hold real numbers, got {matrix.dtype}; convert it first")
         check_finite(matrix, "sketch")
         cls._check_entries(matrix)
-        return {"sketch": matrix.astype(dtype)}
+        return {"sketch": matrix.astype(form.dtype)}
 
     @classmethod
     def _check_entries(cls, matrix: Array) -> None:
@@ -94,13 +87,11 @@ class _Independent(DenseSketch):
     """Base of dense sketches with independent entries, drawn row by row."""
 
     @classmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         (generator,) = streams(rng, 1)
-        matrix = np.empty((r, n), dtype)
-        step = max(1, _DRAWN_BYTES // (8 * n))
-        for start in range(0, r, step):
+        matrix = np.empty((form.r, form.n), form.dtype)
+        step = max(1, _DRAWN_BYTES // (8 * form.n))
+        for start in range(0, form.r, step):
             rows = matrix[start : start + step]
             rows[:] = cls._entries(generator, rows.shape)
         return {"sketch": matrix}
@@ -123,8 +114,8 @@ class GaussianSketch(_Independent):
     """
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
-        return 1.0 / math.sqrt(r)
+    def _scale(cls, form: Spec) -> float:
+        return 1.0 / math.sqrt(form.r)
 
     @classmethod
     def _entries(cls, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -136,8 +127,8 @@ class RademacherSketch(_Independent):
     """Hold independent entries ``+-1/sqrt(r)`` with probability 1/2 each; the kurtosis is 1."""
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
-        return 1.0 / math.sqrt(r)
+    def _scale(cls, form: Spec) -> float:
+        return 1.0 / math.sqrt(form.r)
 
     @classmethod
     def _entries(cls, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -157,8 +148,8 @@ class UniformSketch(_Independent):
     """Hold independent entries ``sqrt(3/r) U[-1, 1]``; the kurtosis of an entry is 1.8."""
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
-        return math.sqrt(3.0 / r)
+    def _scale(cls, form: Spec) -> float:
+        return math.sqrt(3.0 / form.r)
 
     @classmethod
     def _entries(cls, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -179,13 +170,11 @@ class GivenSketch(DenseSketch):
     kind = "given"
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
+    def _scale(cls, form: Spec) -> float:
         return 1.0
 
     @classmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         raise TypeError(
             "kind must be a known sketch for a draw, got 'given'; use make_sketch, or "
             "check_sketch for a matrix"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ..base.arguments import check_integer
 from ..base.draws import Rng
 from .base import (
     Array,
     Sketch,
+    Spec,
     check_indices,
     check_signs,
-    integer,
     random_signs,
     register,
     streams,
@@ -74,31 +74,22 @@ class CountSketch(_Hashed):
     """
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
+    def _scale(cls, form: Spec) -> float:
         return 1.0
 
     @classmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         row_stream, sign_stream = streams(rng, 2)
         return {
-            "hash": row_stream.integers(0, r, size=n, dtype=np.int32),
-            "signs": random_signs(sign_stream, n),
+            "hash": row_stream.integers(0, form.r, size=form.n, dtype=np.int32),
+            "signs": random_signs(sign_stream, form.n),
         }
 
     @classmethod
-    def _check_arrays(
-        cls,
-        arrays: dict[str, Array],
-        r: int,
-        n: int,
-        parameters: Mapping[str, Any],
-        dtype: np.dtype[Any],
-    ) -> dict[str, Array]:
+    def _check_arrays(cls, arrays: dict[str, Array], form: Spec) -> dict[str, Array]:
         return {
-            "hash": check_indices(arrays["hash"], "hash", (n,), "(n,)", r, np.int32),
-            "signs": check_signs(arrays["signs"], "signs", (n,), "(n,)"),
+            "hash": check_indices(arrays["hash"], "hash", (form.n,), "(n,)", form.r, np.int32),
+            "signs": check_signs(arrays["signs"], "signs", (form.n,), "(n,)"),
         }
 
     def _nested(self, r1: int) -> dict[str, Array]:
@@ -117,18 +108,16 @@ class _ManyHashed(_Hashed):
     parameter_defaults = {"s": None}
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
-        return 1.0 / math.sqrt(parameters["s"])
+    def _scale(cls, form: Spec) -> float:
+        return 1.0 / math.sqrt(form.parameters["s"])
 
     @classmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         row_stream, sign_stream = streams(rng, 2)
-        s = parameters["s"]
+        s = form.parameters["s"]
         return {
-            "hash": cls._rows(row_stream, r, n, s),
-            "signs": random_signs(sign_stream, (n, s)),
+            "hash": cls._rows(row_stream, form.r, form.n, s),
+            "signs": random_signs(sign_stream, (form.n, s)),
         }
 
     @classmethod
@@ -137,18 +126,14 @@ class _ManyHashed(_Hashed):
         """Return the rows of the entries of every column, int32 (n, s)."""
 
     @classmethod
-    def _check_arrays(
-        cls,
-        arrays: dict[str, Array],
-        r: int,
-        n: int,
-        parameters: Mapping[str, Any],
-        dtype: np.dtype[Any],
-    ) -> dict[str, Array]:
-        s = parameters["s"]
-        hashed = check_indices(arrays["hash"], "hash", (n, s), "(n, s)", r, np.int32)
-        cls._check_rows(hashed, r, s)
-        return {"hash": hashed, "signs": check_signs(arrays["signs"], "signs", (n, s), "(n, s)")}
+    def _check_arrays(cls, arrays: dict[str, Array], form: Spec) -> dict[str, Array]:
+        s = form.parameters["s"]
+        hashed = check_indices(arrays["hash"], "hash", (form.n, s), "(n, s)", form.r, np.int32)
+        cls._check_rows(hashed, form.r, s)
+        return {
+            "hash": hashed,
+            "signs": check_signs(arrays["signs"], "signs", (form.n, s), "(n, s)"),
+        }
 
     @classmethod
     @abstractmethod
@@ -187,7 +172,7 @@ class SJLTSketch(_ManyHashed):
         s = parameters["s"]
         if s is None:
             return {"s": min(8, r)}
-        return {"s": integer(s, "s", 1, r, "r", "a column has s distinct rows")}
+        return {"s": check_integer(s, "s", 1, "a column has s distinct rows", high=r, limit="r")}
 
     @classmethod
     def _rows(cls, rng: np.random.Generator, r: int, n: int, s: int) -> Array:
@@ -226,7 +211,9 @@ class OSNAPSketch(_ManyHashed):
     def _resolve(cls, r: int, n: int, parameters: dict[str, Any]) -> dict[str, Any]:
         if parameters["s"] is None:
             return {"s": max(s for s in range(1, 9) if r % s == 0)}
-        s = integer(parameters["s"], "s", 1, r, "r", "a column has one entry in each of s blocks")
+        s = check_integer(
+            parameters["s"], "s", 1, "a column has one entry in each of s blocks", high=r, limit="r"
+        )
         if r % s:
             raise ValueError(
                 f"s must divide r = {r}, got {s}; the rows are cut in s equal blocks: choose a "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ..base.arguments import check_flag
 from ..base.draws import Rng
-from .base import Array, Sketch, check_indices, check_signs, random_signs, register, streams
+from .base import Array, Sketch, Spec, check_indices, check_signs, random_signs, register, streams
 from .dense import DenseSketch
 
 
@@ -27,11 +27,7 @@ class _SampledTransform(Sketch):
 
     @classmethod
     def _resolve(cls, r: int, n: int, parameters: dict[str, Any]) -> dict[str, Any]:
-        replace = parameters["replace"]
-        if not isinstance(replace, bool | np.bool_):
-            raise TypeError(
-                f"replace must be a bool, got {type(replace).__name__}; False draws distinct rows"
-            )
+        replace = check_flag(parameters["replace"], "replace", "False draws distinct rows")
         order = cls._order(n)
         if not replace and r > order:
             padded = f" (n = {n} padded to a power of two)" if order != n else ""
@@ -39,42 +35,35 @@ class _SampledTransform(Sketch):
                 f"r must be between 1 and the {order} rows of the transform{padded} for kind "
                 f"{cls.kind!r} with distinct rows, got {r}; lower r or pass replace=True"
             )
-        return {"replace": bool(replace)}
+        return {"replace": replace}
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
-        return math.sqrt(cls._order(n) / r)
+    def _scale(cls, form: Spec) -> float:
+        return math.sqrt(cls._order(form.n) / form.r)
 
     @classmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         sign_stream, row_stream = streams(rng, 2)
-        order = cls._order(n)
-        if parameters["replace"]:
-            rows = row_stream.integers(0, order, size=r)
+        order = cls._order(form.n)
+        if form.parameters["replace"]:
+            rows = row_stream.integers(0, order, size=form.r)
         else:
             # The whole permutation, so that a larger r extends the rows of a smaller one.
-            rows = row_stream.permutation(order)[:r].copy()
-        return {"signs": random_signs(sign_stream, n), "rows": rows}
+            rows = row_stream.permutation(order)[: form.r].copy()
+        return {"signs": random_signs(sign_stream, form.n), "rows": rows}
 
     @classmethod
-    def _check_arrays(
-        cls,
-        arrays: dict[str, Array],
-        r: int,
-        n: int,
-        parameters: Mapping[str, Any],
-        dtype: np.dtype[Any],
-    ) -> dict[str, Array]:
-        rows = check_indices(arrays["rows"], "rows", (r,), "(r,)", cls._order(n), np.int64)
-        repeats = r - len(np.unique(rows))
-        if repeats and not parameters["replace"]:
+    def _check_arrays(cls, arrays: dict[str, Array], form: Spec) -> dict[str, Array]:
+        rows = check_indices(
+            arrays["rows"], "rows", (form.r,), "(r,)", cls._order(form.n), np.int64
+        )
+        repeats = form.r - len(np.unique(rows))
+        if repeats and not form.parameters["replace"]:
             raise ValueError(
                 f"rows must be distinct, got {repeats} repeated; pass replace=True for rows drawn "
                 f"with replacement"
             )
-        return {"signs": check_signs(arrays["signs"], "signs", (n,), "(n,)"), "rows": rows}
+        return {"signs": check_signs(arrays["signs"], "signs", (form.n,), "(n,)"), "rows": rows}
 
     def _nested(self, r1: int) -> dict[str, Array]:
         return {"signs": self._arrays["signs"], "rows": self._arrays["rows"][:r1]}
@@ -224,22 +213,20 @@ class HaarSketch(DenseSketch):
         return parameters
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
-        return math.sqrt(n / r)
+    def _scale(cls, form: Spec) -> float:
+        return math.sqrt(form.n / form.r)
 
     @classmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         from ..kernels._threads import blas_single_thread
 
         (generator,) = streams(rng, 1)
         # Drawn row by row of Q^T: a larger r extends the Gaussian matrix by columns.
-        normal = generator.standard_normal((r, n)).T
+        normal = generator.standard_normal((form.r, form.n)).T
         with blas_single_thread():  # LAPACK gives other bits for other numbers of threads
             q, triangle = np.linalg.qr(normal)
         q *= np.copysign(1.0, np.diag(triangle))
-        return {"sketch": np.ascontiguousarray(q.T, dtype=dtype)}
+        return {"sketch": np.ascontiguousarray(q.T, dtype=form.dtype)}
 
     @classmethod
     def _check_entries(cls, matrix: Array) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ..base.arguments import check_integer
 from ..base.draws import Rng
 from .base import (
     Array,
     Sketch,
+    Spec,
     check_indices,
     check_signs,
-    integer,
     random_signs,
     register,
     streams,
@@ -138,51 +138,46 @@ class SparseSketch(_SparseRows):
         return {"s": float(s)}
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
-        return math.sqrt(parameters["s"] / r)
+    def _scale(cls, form: Spec) -> float:
+        return math.sqrt(form.parameters["s"] / form.r)
 
     @classmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         gap_stream, sign_stream = streams(rng, 2)
-        total = r * n
+        total = form.r * form.n
         pieces: list[Array] = []
         last = -1
         while last < total:
-            gaps = gap_stream.geometric(1.0 / parameters["s"], size=min(_BATCH, total + 1))
+            gaps = gap_stream.geometric(1.0 / form.parameters["s"], size=min(_BATCH, total + 1))
             # A gap beyond the end is as good as any: the sum must not overflow.
             positions = last + np.cumsum(np.minimum(gaps, total + 1))
             last = int(positions[-1])
             pieces.append(positions)
         positions = np.concatenate(pieces)
         positions = positions[: np.searchsorted(positions, total)]
-        starts = np.searchsorted(positions, np.arange(r + 1) * n)
+        starts = np.searchsorted(positions, np.arange(form.r + 1) * form.n)
         return {
             "starts": starts.astype(np.int64),
-            "columns": (positions % n).astype(np.int32),
+            "columns": (positions % form.n).astype(np.int32),
             "signs": random_signs(sign_stream, len(positions)),
         }
 
     @classmethod
-    def _check_arrays(
-        cls,
-        arrays: dict[str, Array],
-        r: int,
-        n: int,
-        parameters: Mapping[str, Any],
-        dtype: np.dtype[Any],
-    ) -> dict[str, Array]:
+    def _check_arrays(cls, arrays: dict[str, Array], form: Spec) -> dict[str, Array]:
         size = arrays["columns"].size
-        starts = check_indices(arrays["starts"], "starts", (r + 1,), "(r + 1,)", size + 1, np.int64)
+        starts = check_indices(
+            arrays["starts"], "starts", (form.r + 1,), "(r + 1,)", size + 1, np.int64
+        )
         if starts[0] != 0 or starts[-1] != size or (np.diff(starts) < 0).any():
             raise ValueError(
                 f"starts must ascend from 0 to the number of entries {size}, got "
                 f"{starts[0]} to {starts[-1]}; give compressed rows"
             )
-        columns = check_indices(arrays["columns"], "columns", (size,), "(entries,)", n, np.int32)
-        rows = np.repeat(np.arange(r), np.diff(starts))
-        if (np.diff(rows * n + columns) <= 0).any():
+        columns = check_indices(
+            arrays["columns"], "columns", (size,), "(entries,)", form.n, np.int32
+        )
+        rows = np.repeat(np.arange(form.r), np.diff(starts))
+        if (np.diff(rows * form.n + columns) <= 0).any():
             raise ValueError(
                 "columns must ascend within each row, got an entry that does not; sort the "
                 "columns of a row with their signs"
@@ -228,34 +223,25 @@ class LessUniformSketch(_SparseRows):
         t = parameters["t"]
         if t is None:
             return {"t": min(8, n)}
-        return {"t": integer(t, "t", 1, n, "n", "a row has t distinct columns")}
+        return {"t": check_integer(t, "t", 1, "a row has t distinct columns", high=n, limit="n")}
 
     @classmethod
-    def _scale(cls, r: int, n: int, parameters: Mapping[str, Any]) -> float:
-        return math.sqrt(n / (parameters["t"] * r))
+    def _scale(cls, form: Spec) -> float:
+        return math.sqrt(form.n / (form.parameters["t"] * form.r))
 
     @classmethod
-    def _draw(
-        cls, r: int, n: int, rng: Rng, dtype: np.dtype[Any], parameters: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def _draw(cls, form: Spec, rng: Rng) -> dict[str, Array]:
         column_stream, sign_stream = streams(rng, 2)
-        t = parameters["t"]
+        t = form.parameters["t"]
         return {
-            "columns": distinct(column_stream, r, t, n),
-            "signs": random_signs(sign_stream, (r, t)),
+            "columns": distinct(column_stream, form.r, t, form.n),
+            "signs": random_signs(sign_stream, (form.r, t)),
         }
 
     @classmethod
-    def _check_arrays(
-        cls,
-        arrays: dict[str, Array],
-        r: int,
-        n: int,
-        parameters: Mapping[str, Any],
-        dtype: np.dtype[Any],
-    ) -> dict[str, Array]:
-        shape = (r, parameters["t"])
-        columns = check_indices(arrays["columns"], "columns", shape, "(r, t)", n, np.int32)
+    def _check_arrays(cls, arrays: dict[str, Array], form: Spec) -> dict[str, Array]:
+        shape = (form.r, form.parameters["t"])
+        columns = check_indices(arrays["columns"], "columns", shape, "(r, t)", form.n, np.int32)
         if (np.diff(columns, axis=1) <= 0).any():
             raise ValueError(
                 "columns must ascend within each row, got an entry that does not; they are "

@@ -1,7 +1,8 @@
-"""The methods, one file each (a folder where one is large), registered once, all with one interface.
+"""The methods: one file each, a folder where one is large, all behind one interface.
 
-Imports ``errors``, ``sampling``, ``sketches``, ``problem``, ``operators`` and what is below; a method
-may import another.  Every module of this room is loaded with it, which registers its methods.
+Imports ``errors``, ``sampling``, ``sketches``, ``problem``, ``operators`` and what is below; a
+method may import another.  Every module of this room is loaded with it, which registers its
+methods: a new one needs a file here and nothing else in this room.
 """
 
 from importlib import import_module

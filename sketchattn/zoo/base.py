@@ -129,6 +129,15 @@ def _needs_rank(cls: type[Method]) -> bool:
     return rank.default is inspect.Parameter.empty
 
 
+def check_problem(problem: object) -> None:
+    """Refuse what is no problem."""
+    if not isinstance(problem, AttentionProblem):
+        raise TypeError(
+            f"problem must be an AttentionProblem, got {type(problem).__name__}; "
+            f"make one with sketchattn.AttentionProblem(q, k, v)"
+        )
+
+
 class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not typed
     """Hold the hyper-parameters of one way to approximate ``A``; no data.
 
@@ -146,11 +155,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
 
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
-        if not isinstance(problem, AttentionProblem):
-            raise TypeError(
-                f"problem must be an AttentionProblem, got {type(problem).__name__}; "
-                f"make one with sketchattn.AttentionProblem(q, k, v)"
-            )
+        check_problem(problem)
         traits = self.traits
         if problem.causal and not traits.causal and not traits.oracle:
             raise ValueError(
@@ -253,6 +258,10 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         >>> sa.UniformColumns(rank=4).attend(problem, rng=0).shape
         (16, 4)
         """
+        return self._attend(problem, rng, draw)
+
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return `attend`; overridden by methods that have a shorter way, or no matrix."""
         ahat = self.approximate(problem, rng, draw=draw)
         values = problem.arrays.v  # writeable, unlike problem.values: kernels need no copy
         return np.asarray(ahat @ (problem.values if values is None else values))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.arguments import closest
+from ..base.arguments import check_choice, check_flag
 from ..base.draws import Draw, check_columns
 from ..operators.base import AttentionOperator
 from ..operators.factored import FactoredAttention, zero_attention
@@ -195,11 +195,7 @@ class TopK(Deterministic):
         )
 
     def _check_parameters(self) -> None:
-        if not isinstance(self.renormalize, bool | np.bool_):
-            raise TypeError(
-                f"renormalize must be a bool, got {type(self.renormalize).__name__}; "
-                f"True makes rows sum to one"
-            )
+        check_flag(self.renormalize, "renormalize", "True makes rows sum to one")
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         n_q, n_k, r = problem.n_q, problem.n_k, int(self.rank)
@@ -264,11 +260,7 @@ class UniformColumns(Method):
         )
 
     def _check_parameters(self) -> None:
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(
-                f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}"
-                f"{closest(str(self.estimator), ESTIMATORS)}"
-            )
+        check_choice(self.estimator, "estimator", ESTIMATORS)
 
     def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
         return Draw(columns=rng.permutation(problem.kept_keys)[: self.rank])

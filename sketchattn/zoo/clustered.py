@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..base.arguments import check_finite, closest
+from ..base.arguments import check_choice, check_finite, check_flag, check_integer
 from ..base.draws import Draw, check_draw
 from ..base.head import Head
 from ..operators.base import AttentionOperator, Index, pick
@@ -24,7 +24,7 @@ from ..operators.softmax import SoftmaxAttention
 from ..operators.solve import solution
 from ..problem import AttentionProblem
 from ..sampling.landmarks import kmeans
-from ..sketches.base import integer, streams
+from ..sketches.base import streams
 from .base import Method, Traits, register
 
 Array = NDArray[Any]
@@ -385,9 +385,9 @@ class Clustered(Method):
     -----
     Vyas, Katharopoulos and Fleuret (2020), arXiv 2007.04825.  Plain rows are wrong by what their
     logits are wrong by: ``tanh(eta_i/2)`` in total variation, eta_i the half-range over keys of
-    ``scale (q_i - Qc_c).k_j``, see `sketchattn.errors.perturbation`.  Their Proposition 2: the improved
-    form is never farther from A in the l1 norm of a row.  Both forms are exact where queries of a
-    cluster are equal, the improved one also where ``top_keys`` is the number of keys.
+    ``scale (q_i - Qc_c).k_j``, see `sketchattn.errors.perturbation`.  Their Proposition 2: the
+    improved form is never farther from A in the l1 norm of a row.  Both forms are exact where
+    queries of a cluster are equal, the improved one also where ``top_keys`` is the number of keys.
 
     Deviations from the public code: see `hamming_labels` for "lsh"; means are taken over the final
     clusters, those that are empty are dropped, and top keys are those of scaled logits.
@@ -437,16 +437,8 @@ class Clustered(Method):
     # --- arguments --------------------------------------------------------------------------
 
     def _check_parameters(self) -> None:
-        if not isinstance(self.improved, bool | np.bool_):
-            raise TypeError(
-                f"improved must be a bool, got {type(self.improved).__name__}; True computes the "
-                f"top keys of each query"
-            )
-        if not isinstance(self.clustering, str) or self.clustering not in CLUSTERINGS:
-            raise ValueError(
-                f"clustering must be one of {', '.join(CLUSTERINGS)}, got {self.clustering!r}"
-                f"{closest(str(self.clustering), CLUSTERINGS)}"
-            )
+        check_flag(self.improved, "improved", "True computes the top keys of each query")
+        check_choice(self.clustering, "clustering", CLUSTERINGS)
         for label, useful, least, most, why in (
             ("top_keys", bool(self.improved), 1, None, "improved=False"),
             ("steps", True, 1, None, ""),
@@ -461,7 +453,7 @@ class Clustered(Method):
                     f"{label} must be None with {why}, which has no use for it, got {given!r}; "
                     f"drop it"
                 )
-            integer(given, label, least, most, "the largest", f"change {label}")
+            check_integer(given, label, least, f"change {label}", high=most, limit="the largest")
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
         made = check_draw(draw, self.draw_names)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import closest
+from ..base.arguments import check_choice, check_flag
 from ..base.draws import Draw, check_columns
 from ..operators.base import AttentionOperator
 from ..operators.sampled import SampledAttention
@@ -147,16 +147,8 @@ class ColumnSampling(Method):
 
     def _check_parameters(self) -> None:
         check_law(self.law)
-        if not isinstance(self.replace, bool | np.bool_):
-            raise TypeError(
-                f"replace must be a bool, got {type(self.replace).__name__}; True draws a column "
-                f"again and again"
-            )
-        if self.normalizer not in NORMALIZERS:
-            raise ValueError(
-                f"normalizer must be one of {', '.join(NORMALIZERS)}, got {self.normalizer!r}"
-                f"{closest(str(self.normalizer), NORMALIZERS)}"
-            )
+        check_flag(self.replace, "replace", "True draws a column again and again")
+        check_choice(self.normalizer, "normalizer", NORMALIZERS)
         check_mix(self.mix)
         check_pilots(self.pilots)
         if self.ridge is not None:
@@ -178,38 +170,17 @@ class ColumnSampling(Method):
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
         checked = super()._check_draw(problem, draw)
-        keys, rank = problem.kept_keys, int(self.rank)
-        columns = checked["columns"]
-        if self.replace:
-            # Repeats are part of the law; everything else is checked on the distinct ones.
-            check_columns(np.unique(columns) if columns.ndim == 1 else columns, keys)
-            columns = columns.astype(np.int64)
-        else:
-            columns = check_columns(columns, keys)
-        most = rank if len(keys) else 0
-        if len(columns) > most or (self.replace and len(columns) != most):
-            wanted = "" if self.replace else "at most "
-            raise ValueError(
-                f"columns must hold {wanted}{most} keys for rank = {rank}, got {len(columns)}; "
-                f"change rank or the draw"
-            )
+        rank, replace = int(self.rank), bool(self.replace)
+        columns = check_drawn(checked["columns"], problem.kept_keys, rank, replace)
         weights, p = (
-            positive_keys(checked[name], name, len(columns))
+            check_drawn_numbers(checked[name], name, len(columns))
             for name in ("weights", "probabilities")
         )
         if len(p) and p.max() > 1 + WEIGHT_TOLERANCE:
             raise ValueError(
                 f"probabilities must be at most 1, got {p.max():.6g}; give those of the columns"
             )
-        unbiased = 1.0 / (rank * p) if self.replace else 1.0 / p
-        wrong = np.abs(weights - unbiased) > WEIGHT_TOLERANCE * unbiased
-        if wrong.any():
-            t = int(wrong.argmax())
-            formula = "1/(rank p)" if self.replace else "1/p"
-            raise ValueError(
-                f"weights must be {formula} = {unbiased[t]:.9g} at position {t} for the "
-                f"probabilities of the draw, got {weights[t]:.9g}; other weights are biased"
-            )
+        check_weights(weights, p, rank, replace)
         return Draw(columns=columns, weights=weights, probabilities=p)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
@@ -229,7 +200,38 @@ class ColumnSampling(Method):
         return SampledAttention(columns, entries, problem.n_k, len(columns))
 
 
-def positive_keys(x: Array, name: str, length: int) -> Array:
+def check_drawn(columns: Array, keys: Array, rank: int, replace: bool) -> Array:
+    """Return columns of a draw by a law as int64: keys, as many as ``rank`` draws may be."""
+    if replace:
+        # Repeats are part of the law; everything else is checked on the distinct ones.
+        check_columns(np.unique(columns) if columns.ndim == 1 else columns, keys)
+        columns = columns.astype(np.int64)
+    else:
+        columns = check_columns(columns, keys)
+    most = rank if len(keys) else 0
+    if len(columns) > most or (replace and len(columns) != most):
+        wanted = "" if replace else "at most "
+        raise ValueError(
+            f"columns must hold {wanted}{most} keys for rank = {rank}, got {len(columns)}; "
+            f"change rank or the draw"
+        )
+    return columns
+
+
+def check_weights(weights: Array, p: Array, rank: int, replace: bool) -> None:
+    """Refuse weights of drawn columns that their probabilities p do not make unbiased."""
+    unbiased = 1.0 / (rank * p) if replace else 1.0 / p
+    wrong = np.abs(weights - unbiased) > WEIGHT_TOLERANCE * unbiased
+    if wrong.any():
+        t = int(wrong.argmax())
+        formula = "1/(rank p)" if replace else "1/p"
+        raise ValueError(
+            f"weights must be {formula} = {unbiased[t]:.9g} at position {t} for the "
+            f"probabilities of the draw, got {weights[t]:.9g}; other weights are biased"
+        )
+
+
+def check_drawn_numbers(x: Array, name: str, length: int) -> Array:
     """Return positive finite numbers, one for each drawn column, as float64."""
     if x.dtype.kind != "f":
         raise TypeError(f"{name} must hold floating-point numbers, got {x.dtype}; convert them")

@@ -120,7 +120,7 @@ class Compressed(Method):
     method draws; otherwise it is the inner draw.
 
     Compression costs ``O((n_q + n_k) d^2)``, or ``O((n_q + n_k) d d_in)`` where random; a product
-    with the exact matrix inside ``O(n_q n_k (d_in + d_v))``.
+    with the exact matrix inside ``O(n_q n_k (d_in + d_v))``.  `attend` takes the inner method's.
 
     Examples
     --------
@@ -338,29 +338,8 @@ class Compressed(Method):
         small, stream = self._prepared(problem, rng)
         return self._finish(small, self.method, {"rng": stream})
 
-    def attend(
-        self,
-        problem: AttentionProblem,
-        rng: Rng = None,
-        *,
-        draw: Mapping[str, Any] | None = None,
-    ) -> Array:
-        """Return ``Ohat`` (n_q, d_v), by the inner method's own path.
-
-        Parameters
-        ----------
-        problem, rng, draw
-            As for `Method.attend`.
-
-        Returns
-        -------
-        ndarray (n_q, d_v)
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `approximate`, and for a problem without values.
-        """
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ohat`` by the inner method's own path."""
         return np.asarray(self._attend_heads([problem], [rng], draw)[0])
 
     def _attend_heads(

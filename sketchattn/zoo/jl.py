@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..base.arguments import closest
+from ..base.arguments import check_flag, closest
 from ..base.draws import Draw
 from ..operators.base import AttentionOperator
 from ..operators.factored import zero_attention
@@ -109,11 +109,7 @@ class JL(Method):
                 f"sketch_options must be a mapping or None, got "
                 f"{type(self.sketch_options).__name__}; pass for instance {{'s': 8}}"
             )
-        if not isinstance(self.center, bool | np.bool_):
-            raise TypeError(
-                f"center must be a bool, got {type(self.center).__name__}; "
-                f"True keeps the mean of V exact"
-            )
+        check_flag(self.center, "center", "True keeps the mean of V exact")
 
     def _size(self, problem: AttentionProblem) -> tuple[int, int]:
         keys = len(problem.kept_keys)

@@ -9,18 +9,8 @@ from numpy.typing import NDArray
 
 from ...base.head import Head
 from ...partitions.ragged import Ragged
-from .layouts import (
-    EMPTY,
-    Data,
-    Layout,
-    Near,
-    RowRanges,
-    Totals,
-    fold_back,
-    gather_layers,
-    logits_of,
-    near_of,
-)
+from .layouts import Layout, gather_layers, logits_of
+from .passes import EMPTY, Data, Near, RowRanges, Totals, fold_back, near_of
 from .summaries import Reference, Rule, Summaries
 
 Array = NDArray[Any]

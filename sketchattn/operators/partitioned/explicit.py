@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from ...partitions.plans import Plan
 from ...partitions.ragged import Ragged
-from .layouts import Data, Layout, weights_of
+from .layouts import Layout, weights_of
+from .passes import Data
 
 Array = NDArray[Any]
 

@@ -1,4 +1,4 @@
-"""The operator of structured attention: direct keys and region summaries, and how regions merge.
+"""The operator of structured attention, direct keys and region summaries, and mixtures of it.
 
 A row of ``Ahat`` is ``exp(L_ij) / Zhat_i`` on its direct keys and ``rho_i(t) lam_t(j)`` on region
 t, ``rho_i(t) = exp(g_i(t)) / Zhat_i``.  Four layouts compute its products: spans or labels that
@@ -18,13 +18,11 @@ from ...base.head import Head
 from ...partitions.plans import Plan
 from ..base import AttentionOperator, Index, pick
 from .explicit import Explicit
-from .layouts import CHUNK_SLOTS, LOG2E, Data, Layout, weights_of
+from .layouts import CHUNK_SLOTS, Layout, weights_of
+from .passes import LOG2E, Data
 from .summaries import Reference, Rule, is_variational
 
 Array = NDArray[Any]
-
-
-# --- the operator ---------------------------------------------------------------------------------
 
 
 class PartitionedAttention(AttentionOperator):

@@ -8,18 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...partitions.ragged import Ragged
-from .layouts import (
-    EMPTY,
-    LOG2E,
-    Data,
-    Layout,
-    Near,
-    RowRanges,
-    Totals,
-    fold_back,
-    gather_layers,
-    near_of,
-)
+from .layouts import Layout, gather_layers
+from .passes import EMPTY, LOG2E, Data, Near, RowRanges, Totals, fold_back, near_of
 
 Array = NDArray[Any]
 

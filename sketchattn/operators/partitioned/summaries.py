@@ -10,9 +10,6 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-# --- what a region is summarised by ---------------------------------------------------------------
-
-
 class Reference(NamedTuple):
     """Say which query the local weights of a region are computed with.
 

@@ -104,20 +104,20 @@ class MassWeighted(NamedTuple):
     pilots: int | None = None
 
 
-# --- reading arguments --------------------------------------------------------------------------
-
-
 def named(pattern: object) -> bool:
+    """Say whether a pattern is given by its name."""
     return isinstance(pattern, str)
 
 
 def list_patterns(pattern: Any) -> list[Any]:
+    """Return the patterns that are averaged, a single one too as a list."""
     if isinstance(pattern, str | Plan) or not isinstance(pattern, Sequence):
         return [pattern]
     return list(pattern)
 
 
 def name_of(value: object) -> str:
+    """Return what a message calls an argument that may be an array."""
     return repr(value) if isinstance(value, str) or value is None else "given as an array"
 
 
@@ -171,6 +171,7 @@ def read_mass_weighted(reference: str) -> MassWeighted | None:
 
 
 def pilots_asked(reference: Any) -> int | None:
+    """Return how many pilot rows a reference asks for; None: it draws none."""
     if not isinstance(reference, str):
         return None
     try:
@@ -181,10 +182,12 @@ def pilots_asked(reference: Any) -> int | None:
 
 
 def is_named(reference: Any, name: str) -> bool:
+    """Say whether a reference is the one with this name; it may be an array."""
     return isinstance(reference, str) and reference == name
 
 
 def by_position(reference: Any) -> bool:
+    """Say whether reference queries belong to positions, which needs n_q = n_k."""
     return isinstance(reference, str) and reference in ("region_mean", "region_max", "column")
 
 

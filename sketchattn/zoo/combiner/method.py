@@ -9,12 +9,12 @@ region of any number of equal keys weighs as much as one key.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...base.arguments import check_rank, closest
+from ...base.arguments import check_choice, check_flag, check_rank, closest
 from ...base.draws import Draw, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
@@ -22,21 +22,16 @@ from ...operators.partitioned.dyadic import Dyadic
 from ...operators.partitioned.grid import Grid
 from ...operators.partitioned.layouts import Layout
 from ...operators.partitioned.operator import MixtureAttention, PartitionedAttention
-from ...operators.partitioned.shared import Shared
 from ...operators.partitioned.summaries import Reference, Rule, is_variational
-from ...partitions.patterns import (
-    PATTERNS as POSITIONAL,
-)
+from ...partitions.patterns import PATTERNS as POSITIONAL
 from ...partitions.patterns import (
     block_of_rank,
     check_block,
     check_labels,
     default_block,
-    label_plan,
     make_plan,
 )
 from ...partitions.plans import Plan
-from ...partitions.ragged import Ragged
 from ...problem import AttentionProblem
 from ..base import Method, Traits, check_preset, in_force, register
 from .choices import (
@@ -63,6 +58,16 @@ from .choices import (
     read_direct,
     read_mass_weighted,
 )
+from .pieces import (
+    Base,
+    column_reference,
+    columns_plan,
+    explicit,
+    of_labels,
+    promoted,
+    reference_of,
+    refined,
+)
 
 Array = NDArray[Any]
 
@@ -79,9 +84,9 @@ class Combiner(Method):
     ----------
     pattern : str, `Plan`, or sequence of these
         "fixed", "logsparse", "axial_vertical", "axial_horizontal", "axial_rowmajor",
-        "axial_joint" (see `sketchattn.partitions.patterns.make_plan`); "routing": regions by k-means on
-        keys; "labels": the regions given as ``labels``; or a plan of your own.  Several: the
-        average of their matrices.
+        "axial_joint" (see `sketchattn.partitions.patterns.make_plan`); "routing": regions by
+        k-means on keys; "labels": the regions given as ``labels``; or a plan of your own.
+        Several: the average of their matrices.
     block : int, optional
         Length of a span ("fixed"), number of columns (axial patterns) or of direct keys around a
         position ("logsparse", a power of two).  By default what ``rank`` says, else
@@ -205,7 +210,7 @@ class Combiner(Method):
         self.reference_is_causal = reference_is_causal
         self.allow_leak = allow_leak
 
-    # --- choices ----------------------------------------------------------------------------
+    # --- choices --------------------------------------------------------------------------
 
     @property
     def choices(self) -> Choices:
@@ -269,7 +274,7 @@ class Combiner(Method):
         )
         return (*names, "pilot_rows") if pilots_asked(c.reference) is not None else names
 
-    # --- arguments --------------------------------------------------------------------------
+    # --- arguments ------------------------------------------------------------------------
 
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
@@ -348,11 +353,7 @@ class Combiner(Method):
             raise ValueError("pattern must name at least one plan, got none; use 'fixed'")
         for pattern in patterns:
             if named(pattern):
-                if pattern not in PATTERNS:
-                    raise ValueError(
-                        f"pattern must be one of {', '.join(PATTERNS)}, or a plan, got "
-                        f"{pattern!r}{closest(pattern, PATTERNS)}"
-                    )
+                check_choice(pattern, "pattern", PATTERNS, ", or a plan")
             elif not isinstance(pattern, Plan):
                 raise TypeError(
                     f"pattern must be a name, a Plan or a sequence of these, got "
@@ -364,18 +365,9 @@ class Combiner(Method):
             ("second_order", SECOND_ORDER),
             ("metric", METRICS),
         ):
-            value = getattr(self if label == "metric" else c, label)
-            if value not in known:
-                raise ValueError(
-                    f"{label} must be one of {', '.join(known)}, got {value!r}"
-                    f"{closest(str(value), known)}"
-                )
+            check_choice(getattr(self if label == "metric" else c, label), label, known)
         for label in ("split", "reference_is_causal", "allow_leak"):
-            value = getattr(c if label == "split" else self, label)
-            if not isinstance(value, bool | np.bool_):
-                raise TypeError(
-                    f"{label} must be a bool, got {type(value).__name__}; pass True or False"
-                )
+            check_flag(getattr(c if label == "split" else self, label), label)
         self._check_reference(c)
         direct = read_direct(c.direct)
         self._check_sizes(patterns)
@@ -477,7 +469,7 @@ class Combiner(Method):
                     f"give (r, d) with 'fixed', 'routing', 'labels' or a plan only"
                 )
 
-    # --- draw -------------------------------------------------------------------------------
+    # --- draw -----------------------------------------------------------------------------
 
     def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
         out = Draw()
@@ -530,7 +522,7 @@ class Combiner(Method):
             out["pilot_rows"] = rows
         return out
 
-    # --- what it makes ----------------------------------------------------------------------
+    # --- what it makes --------------------------------------------------------------------
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         if len(problem.kept_keys) == 0:
@@ -556,9 +548,9 @@ class Combiner(Method):
         if start is None:
             start = "region_mean" if causal else "global_mean"
         base = self._layout(problem, pattern, start, direct, draw, refine is None)
-        reference = _reference(problem, start, base.old)
+        reference = reference_of(problem, start, base.old)
         if is_named(start, "column"):
-            reference = _column_reference(problem, base)
+            reference = column_reference(problem, base)
         rule = Rule(c.key, c.bias, c.second_order)
         flags = self.flags
         budget = min(base.budget, len(problem.kept_keys))
@@ -579,12 +571,12 @@ class Combiner(Method):
         layout = base.layout
         ahat = make(layout, reference)
         for _ in range(0 if refine is None else refine.iterations):
-            q0 = _refined(ahat, problem, draw.get("pilot_rows"))
+            q0 = refined(ahat, problem, draw.get("pilot_rows"))
             reference = Reference("given", q0)
             ahat = make(layout, reference)
         if direct.top_mass:
             chosen = layout.heaviest(ahat.data, direct.top_mass)
-            layout, kept = _promoted(layout, chosen)
+            layout, kept = promoted(layout, chosen)
             if reference.q0 is not None and not reference.shared and kept is not None:
                 reference = Reference("given", reference.q0[kept])
             ahat = make(layout, reference)
@@ -605,21 +597,21 @@ class Combiner(Method):
         direct: Direct,
         draw: Draw,
         mergeable: bool,
-    ) -> _Base:
+    ) -> Base:
         """Return the slots before any region of large mass is made direct."""
         c, causal, mask, n = self.choices, bool(problem.causal), problem.key_mask, problem.n_k
         if isinstance(pattern, Plan):
-            return _explicit(pattern, mask, direct, len(pattern.regions))
+            return explicit(pattern, mask, direct, len(pattern.regions))
         if pattern in ("routing", "labels"):
             given = draw["labels"] if pattern == "routing" else self.labels
             labels = check_labels(given, "labels")
             own = None if self.row_labels is None else check_labels(self.row_labels, "row_labels")
-            return _of_labels(problem, labels, own, direct)
+            return of_labels(problem, labels, own, direct)
         size = self._size(pattern, n)
         budget = size if pattern in ("axial_vertical", "logsparse") else -(-n // size)
         columns = pattern == "axial_rowmajor" and is_named(reference, "column")
         if pattern == "fixed" or (pattern == "axial_rowmajor" and not columns):
-            return _of_labels(problem, np.arange(n) // size, None, direct)
+            return of_labels(problem, np.arange(n) // size, None, direct)
         # One reference query for all regions: what is merged need not be summarised anew.
         merged = (
             mergeable
@@ -627,120 +619,13 @@ class Combiner(Method):
             and (c.key, c.second_order) == ("expected", "none")
         )
         if pattern == "logsparse" and direct == Direct(True):
-            return _Base(Dyadic(n, size, causal, mask, merged), None, budget)
+            return Base(Dyadic(n, size, causal, mask, merged), None, budget)
         two_sided = pattern == "axial_horizontal" or (pattern == "axial_vertical" and not causal)
         split = c.split and two_sided
         if pattern == "axial_rowmajor":
-            return _explicit(_columns_plan(n, size, causal), mask, direct, budget)
+            return explicit(columns_plan(n, size, causal), mask, direct, budget)
         if pattern in ("axial_vertical", "axial_horizontal") and direct.window is None:
             vertical = pattern == "axial_vertical"
-            return _Base(Grid(n, size, vertical, causal, split, mask, merged), None, budget)
+            return Base(Grid(n, size, vertical, causal, split, mask, merged), None, budget)
         plan = make_plan(pattern, n, block=size, causal=causal, split=split)
-        return _explicit(plan, mask, direct, budget)
-
-
-# --- the pieces ---------------------------------------------------------------------------------
-
-
-class _Base(NamedTuple):
-    """Hold a layout, the old numbers of its regions where some were dropped, and the budget."""
-
-    layout: Layout
-    old: Array | None
-    budget: int
-
-
-def _explicit(plan: Plan, mask: Array | None, direct: Direct, budget: int) -> _Base:
-    from ...operators.partitioned.explicit import Explicit
-
-    kept, old = plan.keep(mask)
-    if direct.window is not None:
-        kept = kept.with_window(direct.window)
-    return _Base(Explicit(kept), old, budget)
-
-
-def _of_labels(
-    problem: AttentionProblem, labels: Array, row_labels: Array | None, direct: Direct
-) -> _Base:
-    """Return the layout of label classes, or of spans, which are labels that ascend."""
-    causal, mask = bool(problem.causal), problem.key_mask
-    count = int(labels.max()) + 1
-    spans = bool((np.diff(labels) >= 0).all())
-    # Causal classes are prefixes, one for each position, unless a class is over before the next.
-    shared = not causal or (spans and direct.own and row_labels is None)
-    if shared and direct.window is None:
-        kept = labels if mask is None else np.where(mask, labels, -1)
-        mine = None
-        if direct.own:
-            mine = labels if row_labels is None else np.where(row_labels < count, row_labels, -1)
-        layout = Shared(kept, count, problem.n_q, mine, causal)
-        return _Base(layout, None, count)
-    own = row_labels if direct.own else None
-    plan = label_plan(labels, row_labels=own, n_q=problem.n_q, own=direct.own, causal=causal)
-    return _explicit(plan, mask, direct, count)
-
-
-def _columns_plan(n: int, m: int, causal: bool) -> Plan:
-    """Return the row-major plan with a region for each row and column that looks at it."""
-    spans = make_plan("fixed", n, block=m, causal=causal)
-    rows = -(-n // m)
-    t = np.arange(rows)
-    starts = np.repeat(t * m, m)
-    regions = Ragged.ranges(starts, np.minimum(starts + m, n))
-    a, c = np.divmod(np.arange(n), m)
-    row, other = np.nonzero(t < a[:, None] if causal else t != a[:, None])
-    uses = Ragged.grouped(row, other * m + c[row], n)
-    return Plan(n, spans.direct, regions, uses, causal)
-
-
-def _column_reference(problem: AttentionProblem, base: _Base) -> Reference:
-    """Return the query of row x in the column that looks at it, or in the row's last column."""
-    assert base.old is not None
-    # Region x columns + c: its number is the position, but for the end of the last row.
-    where = np.minimum(base.old, problem.n_k - 1)
-    return Reference("given", problem.q[where].astype(np.float64))
-
-
-def _reference(problem: AttentionProblem, name: Any, old: Array | None) -> Reference:
-    given = given_queries(name)
-    if given is None:
-        if name == "zero":
-            return Reference("given", np.zeros((1, problem.d)))
-        if name == "global_mean":
-            return Reference("given", problem.q.mean(axis=0, dtype=np.float64)[None])
-        return Reference("max" if name == "region_max" else "mean")
-    if len(given) > 1 and old is not None:
-        given = given[old]
-    return Reference("given", given)
-
-
-def _refined(ahat: PartitionedAttention, problem: AttentionProblem, pilots: Array | None) -> Array:
-    """Return the means of the queries weighted by what they put on each region, (r, d).
-
-    ``q0_t = sum_i rho_i(t) q_i / sum_i rho_i(t)``, as it was where the denominator vanishes.
-    """
-    q = problem.arrays.q
-    y = np.concatenate([q, np.ones((len(q), 1), q.dtype)], axis=1)
-    sums = ahat.far_sums(y, pilots).astype(np.float64)
-    mass, before = sums[:, -1], ahat.q0
-    if pilots is not None:
-        extra = mass.sum() / max(np.count_nonzero(ahat.layout.nonempty), 1)
-        mean = problem.q.mean(axis=0, dtype=np.float64)
-        sums = np.concatenate([sums[:, :-1] + extra * mean, sums[:, -1:]], axis=1)
-        mass = mass + extra
-    some = mass >= 1e-300
-    divisor = np.where(some, mass, 1)[:, None]
-    return np.where(some[:, None], sums[:, :-1] / divisor, before)
-
-
-def _promoted(layout: Layout, chosen: Array) -> tuple[Layout, Array | None]:
-    """Return the layout with regions (n_q, t) direct, and which are left if their numbers moved."""
-    from ...operators.partitioned.explicit import Explicit
-
-    if isinstance(layout, Shared):
-        return layout.promoted(chosen), None
-    plan = layout.plan()
-    far = plan.row_regions
-    picked = (chosen[far.owner] == far.items[:, None]).any(axis=1)
-    more, kept = plan.promote(picked)
-    return Explicit(more), kept
+        return explicit(plan, mask, direct, budget)

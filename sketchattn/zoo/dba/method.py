@@ -8,8 +8,6 @@ softmax attention.
 
 from __future__ import annotations
 
-import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,7 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import check_finite, closest, float_dtype
+from ...base.arguments import (
+    check_choice,
+    check_finite,
+    check_integer,
+    check_not_negative,
+    closest,
+    float_dtype,
+)
 from ...base.draws import Draw, check_columns, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import Assignment, FactoredAttention, zero_attention
@@ -32,7 +37,7 @@ from ...sampling.landmarks import (
     segment_labels,
     segment_means,
 )
-from ...sketches.base import integer, streams
+from ...sketches.base import streams
 from ...sketches.compression import (
     KINDS,
     RANDOM_KINDS,
@@ -44,60 +49,26 @@ from ...sketches.compression import (
 )
 from ..base import Method, Traits, check_preset, in_force, register
 from ..nystromformer import filter_inverse, pseudo_inverse, small_softmax
+from .choices import (
+    CORES,
+    FACTOR_CLAIMS,
+    LANDMARKS,
+    MEANINGFUL,
+    MEANS_CLAIMS,
+    PACKS,
+    PRESETS,
+    UNPACKS,
+    Choices,
+    not_meaningful,
+)
 
 Array = NDArray[Any]
 
-LANDMARKS = ("kmeans", "segment_means", "pivoted_qr", "leverage")
-PACKS = ("exact_rows", "mean")
-CORES = ("identity", "softmax_logcount", "pinv", "softmax_nocount")
-UNPACKS = ("onehot", "softmax", "softmax_keys", "lsq")
-
-# Combinations of pack, core and unpack that mean something: the inner sides have to be landmarks
-# of the same kind.  An exact row belongs to a landmark query, a mean to a landmark key; a core
-# leads from queries to keys; "pinv" undoes the softmax that both of its neighbours carry.
-MEANINGFUL = {
-    ("exact_rows", "identity", "onehot"),
-    ("exact_rows", "identity", "softmax"),
-    ("exact_rows", "identity", "lsq"),
-    ("exact_rows", "pinv", "softmax_keys"),
-    ("mean", "identity", "softmax_keys"),
-    ("mean", "identity", "lsq"),
-    ("mean", "softmax_logcount", "onehot"),
-    ("mean", "softmax_logcount", "softmax"),
-    ("mean", "softmax_nocount", "onehot"),
-    ("mean", "softmax_nocount", "softmax"),
-}
-
-# About any product of three factors, and about means of queries and keys with their counts.
-FACTOR_CLAIMS = ("dba.matrix_floor", "dba.output_floor", "dba.output_floor_attained")
-MEANS_CLAIMS = ("dba.multiplicity", "dba.block_form", "dba.cluster_apriori")
 
 # Rows of Q or K that k-means looks at by default, at least, and for each centre.
 SAMPLE_ROWS, SAMPLE_RATIO = 1024, 4
 # Columns of A that least squares look at for each landmark, and what they are damped with.
 LSQ_COLUMNS, LSQ_RIDGE = 4, 1e-3
-
-
-class Choices(NamedTuple):
-    """Name the choices that make one estimator; the defaults are the safe ones."""
-
-    landmarks: str = "kmeans"
-    pack: str = "exact_rows"
-    core: str = "identity"
-    unpack: str = "onehot"
-
-
-# A preset settles all four.
-PRESETS: dict[str, dict[str, str]] = {
-    name: Choices(*choice)._asdict()
-    for name, choice in {
-        "clustered": (),
-        "dba_means": ("kmeans", "mean", "softmax_logcount", "onehot"),
-        "key_means": ("kmeans", "mean", "identity", "softmax_keys"),
-        "nystrom": ("segment_means", "exact_rows", "pinv", "softmax_keys"),
-        "softmax_interp": ("pivoted_qr", "exact_rows", "identity", "softmax"),
-    }.items()
-}
 
 
 class _Side(NamedTuple):
@@ -131,8 +102,8 @@ class DBA(Method):
         U P to ``4 r`` uniformly drawn columns of A, which needs exact row normalisers
         (``O(n_q n_k d)``), is signed and whose rows do not sum to one: experimental.
     hidden : {None, "svd", "gaussian", "srht", "pca_k"}
-        Compress Q and K to width ``d_in`` first, as `sketchattn.sketches.compression.compress` does;
-        landmarks are then those of the compressed rows.
+        Compress Q and K to width ``d_in`` first, as `sketchattn.sketches.compression.compress`
+        does; landmarks are then those of the compressed rows.
     d_in : int, optional
         Width after; given alone it means ``hidden="svd"``.
     tau : float, default 1
@@ -278,16 +249,11 @@ class DBA(Method):
     def _check_parameters(self) -> None:
         known = {"landmarks": LANDMARKS, "pack": PACKS, "core": CORES, "unpack": UNPACKS}
         for label, names in known.items():
-            given = getattr(self, label)
-            if given not in names:
-                raise ValueError(
-                    f"{label} must be one of {', '.join(names)}, got {given!r}"
-                    f"{closest(str(given), names)}"
-                )
+            check_choice(getattr(self, label), label, names)
         check_preset(self, Choices(), PRESETS, whole=True)
         choice = self.choices
         if choice[1:] not in MEANINGFUL:
-            raise ValueError(_not_meaningful(choice))
+            raise ValueError(not_meaningful(choice))
         if self.hidden is not None:
             if self.hidden not in KINDS:
                 raise ValueError(
@@ -299,19 +265,19 @@ class DBA(Method):
                     f"d_in must be given with hidden = {self.hidden!r}, got None; it is the width "
                     f"after compression"
                 )
-        _number(self.tau, "tau", "0 weighs all landmarks alike")
-        integer(self.steps, "steps", 1, None, "", "raise steps")
+        check_not_negative(self.tau, "tau", "0 weighs all landmarks alike")
+        check_integer(self.steps, "steps", 1, "raise steps")
         if self.sample is not None and self.sample != "auto":
             if isinstance(self.sample, str):
                 raise ValueError(
                     f"sample must be 'auto', an integer or None, got {self.sample!r}; None is all "
                     f"rows"
                 )
-            integer(self.sample, "sample", int(self.rank), None, "", "centres are found on them")
+            check_integer(self.sample, "sample", int(self.rank), "centres are found on them")
         if self.iterations is not None:
-            integer(self.iterations, "iterations", 0, None, "", "Nystromformer takes 6")
+            check_integer(self.iterations, "iterations", 0, "Nystromformer takes 6")
         if self.ridge is not None:
-            _number(self.ridge, "ridge", "0 switches it off")
+            check_not_negative(self.ridge, "ridge", "0 switches it off")
         pinv, lsq = choice.core == "pinv", choice.unpack == "lsq"
         for label, standard, used, where in (
             ("tau", 1.0, choice.unpack == "softmax", "unpack 'softmax'"),
@@ -622,36 +588,6 @@ def _softmax(q: Array, k: Array, scale: float, key_mask: Array | None = None) ->
     if key_mask is None:
         return AttentionProblem.adopt(q, k, scale=scale).exact
     return AttentionProblem(q, k, scale=scale, key_mask=key_mask).exact
-
-
-def _not_meaningful(choice: Choices) -> str:
-    """Say which part of a combination does not fit, and what does."""
-    for fixed in (("pack", "core"), ("pack", "unpack"), ("core", "unpack")):
-        given = tuple(getattr(choice, x) for x in fixed)
-        if not any(
-            tuple(c[Choices._fields.index(x) - 1] for x in fixed) == given for c in MEANINGFUL
-        ):
-            label, other = fixed
-            at = Choices._fields.index(label) - 1, Choices._fields.index(other) - 1
-            fitting = sorted({c[at[1]] for c in MEANINGFUL if c[at[0]] == given[0]})
-            return (
-                f"{other} must be one of {', '.join(fitting)} with {label} {given[0]!r}, got "
-                f"{given[1]!r}; their landmarks do not belong together"
-            )
-    fitting = sorted({c[2] for c in MEANINGFUL if c[:2] == choice[1:3]})
-    return (
-        f"unpack must be one of {', '.join(fitting)} with pack {choice.pack!r} and core "
-        f"{choice.core!r}, got {choice.unpack!r}; their landmarks do not belong together"
-    )
-
-
-def _number(value: object, label: str, remedy: str) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{label} must be a real number, got {type(value).__name__}; {remedy}")
-    number = float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{label} must be finite and at least 0, got {number}; {remedy}")
-    return number
 
 
 def _check_real(x: Array, label: str, shape: tuple[int, ...]) -> None:

@@ -17,13 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 from ...base.arguments import (
     as_array,
     as_float,
+    check_choice,
     check_finite,
+    check_integer,
     check_key_mask,
     closest,
     float_dtype,
 )
 from ...operators.factored import FactoredAttention
-from ...sketches.base import integer
 
 Array = NDArray[Any]
 
@@ -348,14 +349,14 @@ def dba_layer(
             f"weights must be DBAWeights, got {type(weights).__name__}; make them from arrays"
         )
     d_in, d = weights.w_pq.shape
-    count = integer(heads, "heads", 1, None, "", "raise heads")
+    count = check_integer(heads, "heads", 1, "raise heads")
     for label, size in (("d_in", d_in), ("d", d), ("the rows of w_len", len(weights.w_len))):
         if size % count:
             raise ValueError(
                 f"heads must divide {label} = {size}, got {count}; choose a divisor of it"
             )
     r = len(weights.w_len) // count
-    if rank is not None and integer(rank, "rank", 1, None, "", "raise rank") != r:
+    if rank is not None and check_integer(rank, "rank", 1, "raise rank") != r:
         raise ValueError(
             f"rank must be the rows of w_len over heads = {r}, got {int(rank)}; leave it out"
         )
@@ -443,11 +444,7 @@ def dba_block(
 
     from ...kernels._threads import blas_single_thread
 
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            f"{closest(str(activation), ACTIVATIONS)}"
-        )
+    check_choice(activation, "activation", ACTIVATIONS)
     if not isinstance(block, DBABlockWeights) or block.w_1.shape[1] != weights.w_out.shape[0]:
         width = getattr(getattr(block, "w_1", None), "shape", type(block).__name__)
         raise ValueError(

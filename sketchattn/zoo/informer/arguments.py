@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import closest
 from ...problem import AttentionProblem
 
 Array = NDArray[Any]
 DIVISORS = ("n_samples", "n_keys")
 SAMPLINGS = ("per_query", "per_head", "shared", "full")
 SCOPES = ("visible", "all")
-
-
-def check_problem(problem: object) -> None:
-    if not isinstance(problem, AttentionProblem):
-        raise TypeError(
-            f"problem must be an AttentionProblem, got {type(problem).__name__}; "
-            f"make one with sketchattn.AttentionProblem(q, k, v)"
-        )
-
-
-def check_name(value: object, label: str, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{label} must be a string, got {type(value).__name__}; choose one of "
-            f"{', '.join(known)}"
-        )
-    if value not in known:
-        raise ValueError(f"{label} must be a known name, got {value!r}{closest(value, known)}")
-
-
-def check_count(value: object, label: str, remedy: str) -> int:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{label} must be an integer, got {type(value).__name__}; {remedy}")
-    if int(value) < 1:
-        raise ValueError(f"{label} must be at least 1, got {int(value)}; {remedy}")
-    return int(value)
 
 
 def check_pilots(rows: Array, n_q: int, label: str) -> Array:

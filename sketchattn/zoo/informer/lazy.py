@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...base.arguments import check_name
 from ...operators.sampled import SampledAttention
 from ...problem import AttentionProblem
-from .arguments import check_name, check_problem
+from ..base import check_problem
 
 Array = NDArray[Any]
 FILLS = ("mean", "masked_mean", "cummean", "cumsum")

@@ -12,88 +12,31 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import check_logits, check_rank, stacked
+from ...base.arguments import check_count, check_logits, check_name, check_rank, stacked
 from ...base.draws import Draw, Rng, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.sampled import SampledAttention
 from ...operators.solve import PART_KEYS, solve_rows_of_heads
 from ...problem import AttentionProblem
-from ..base import Method, Traits, register
+from ..base import Method, Traits, check_problem, register
 from .arguments import (
     DIVISORS,
     SAMPLINGS,
     SCOPES,
-    check_count,
-    check_name,
     check_pilots,
-    check_problem,
     check_samples,
 )
+from .choices import CLAIMS, PRESETS, Choices
 from .lazy import CAUSAL_FILLS, FILLS, check_fill, fill_weights, lazy_operator, lazy_row
-from .selection import InformerAttention
+from .operator import InformerAttention
 from .statistics import SAMPLED, STATISTICS, WHOLE, compute_statistic, reach_counts, reduce_samples
 
 Array = NDArray[Any]
-
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        # What the paper's text says.
-        "paper": {"statistic": "zero_filled", "fill": "mean", "factor": 5},
-        # What its public code computes.
-        "released": {
-            "statistic": "max_mean",
-            "mean_divisor": "n_keys",
-            "fill": "mean",
-            "factor": 5,
-        },
-        "released_causal": {
-            "statistic": "max_mean",
-            "mean_divisor": "n_keys",
-            "scope": "all",
-            "fill": "cumsum",
-            "factor": 5,
-        },
-        # What both mean.
-        "corrected": {
-            "statistic": "max_mean",
-            "mean_divisor": "n_samples",
-            "fill": "mean",
-            "factor": 5,
-        },
-        "corrected_causal": {
-            "statistic": "kl",
-            "mean_divisor": "n_samples",
-            "scope": "visible",
-            "fill": "cummean",
-            "factor": 5,
-        },
-    }
-)
-
-# What is claimed of its measures and its choice of rows, refuted statements among it.
-CLAIMS = (
-    "informer.lemma1",
-    "informer.sandwich",
-    "informer.proposition1",
-    "informer.key_shift",
-    "informer.row_selection",
-    "informer.regret",
-    "informer.oracle",
-    "informer.random_rows",
-    "informer.variation",
-    "informer.total_bound",
-    "informer.total_bound_surrogate",
-    "informer.measure_orders_rows",
-    "informer.divisor",
-    "informer.miss_rate",
-    "informer.sampled_maximum",
-)
 
 
 def published_count(n: int, factor: int = 5) -> int:
@@ -117,17 +60,6 @@ def published_count(n: int, factor: int = 5) -> int:
     [0, 1, 25, 35, 40, 45]
     """
     return min(max(1, int(factor) * math.ceil(math.log(max(n, 1)))), n)
-
-
-class _Choices(NamedTuple):
-    """What the parameters and the preset come to; None where a choice has no meaning."""
-
-    statistic: str
-    mean_divisor: str | None
-    key_sampling: str | None
-    scope: str | None
-    fill: str
-    factor: int | None
 
 
 @register("informer")
@@ -243,7 +175,7 @@ class Informer(Method):
         self.preset = preset
 
     @property
-    def choices(self) -> _Choices:
+    def choices(self) -> Choices:
         """The choices that the parameters and the preset come to; not checked."""
         known = isinstance(self.preset, str) and self.preset in PRESETS
         preset = PRESETS[str(self.preset)] if known else {}
@@ -256,7 +188,7 @@ class Informer(Method):
         sampled = statistic in SAMPLED
         averaged = sampled and statistic != "zero_filled"
         sampling = "per_query" if sampled else ("full" if statistic in WHOLE else None)
-        return _Choices(
+        return Choices(
             statistic,
             of("mean_divisor", "n_samples") if averaged else None,
             sampling if self.key_sampling is None else self.key_sampling,

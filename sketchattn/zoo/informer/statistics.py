@@ -1,4 +1,4 @@
-"""Statistics of rows: how far the weights of a query are from uniform, exact or from samples of keys."""
+"""Statistics of rows: how far the weights of a query are from uniform, exact or from samples."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...base.arguments import as_array, stacked
+from ...base.arguments import as_array, check_name, stacked
 from ...problem import AttentionProblem
-from .arguments import DIVISORS, SCOPES, check_name, check_problem, check_samples, last_key
+from ..base import check_problem
+from .arguments import DIVISORS, SCOPES, check_samples, last_key
 from .lazy import lazy_errors
 
 Array = NDArray[Any]
@@ -19,9 +20,6 @@ Array = NDArray[Any]
 SAMPLED = ("max_mean", "zero_filled", "m", "kl")
 WHOLE = ("row_norm", "oracle")
 STATISTICS = (*SAMPLED, *WHOLE, "random")
-
-
-# --- statistics of rows -----------------------------------------------------------------------
 
 
 def row_statistic(
@@ -179,6 +177,3 @@ def reduce_samples(
         np.searchsorted(keys, last, side="right"),
         **options,
     )
-
-
-# --- arguments --------------------------------------------------------------------------------

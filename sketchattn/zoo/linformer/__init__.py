@@ -6,4 +6,4 @@ Imports what every method may.
 from .fit import LinformerFit as LinformerFit
 from .fit import fit_linformer as fit_linformer
 from .method import Linformer as Linformer
-from .projections import linformer_projections as linformer_projections
+from .stack import linformer_projections as linformer_projections

@@ -9,16 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...base.arguments import as_array, check_rank
+from ...base.arguments import as_array, check_integer, check_name, check_rank
 from ...problem import AttentionProblem
-from ...sketches.base import integer
 from .method import Linformer
-from .projections import MeanPool, check_name
+from .projections import MeanPool
 
 Array = NDArray[Any]
-
-
-# --- fitted to heads ----------------------------------------------------------------------------
 
 
 class OracleFloor(NamedTuple):
@@ -238,8 +234,8 @@ def fit_linformer(
     check_name(how, "how", ("least-squares", "low-rank"))
     n = listed[0].n_k
     r = check_rank(rank, n)
-    rounds = integer(iterations, "iterations", 0, None, "", "0 keeps E")
-    inner = integer(steps, "steps", 1, None, "", "take one step or more")
+    rounds = check_integer(iterations, "iterations", 0, "0 keeps E")
+    inner = check_integer(steps, "steps", 1, "take one step or more")
     for p in listed:
         if p.causal or p.key_mask is not None or p.n_k != n or p.n_q == 0:
             raise ValueError(

@@ -14,25 +14,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...base.arguments import as_array
+from ...base.arguments import as_array, check_name
 from ...base.draws import Draw, Rng, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...problem import AttentionProblem
 from ...sketches.base import Sketch, make_sketch, sketches, streams
 from ..base import Method, Traits, register
+from .initialisations import INITIALISATIONS, initialise
 from .projections import (
     FIXED,
-    INITIALISATIONS,
     POOLING,
     SCALES,
     MeanPool,
     Projection,
     ReducedAttention,
     check_array,
-    check_name,
     convolve,
-    initialise,
     max_pool_rows,
     pool_starts,
 )
@@ -88,6 +86,8 @@ class Linformer(Method):
     >>> ahat = sa.Linformer(rank=4, projection="mean_pool").approximate(problem)
     >>> ahat.rank_bound, bool(abs(ahat.row_sums() - 1).max() < 1e-6)
     (4, True)
+    >>> sa.Linformer(rank=4, projection="max_pool").attend(problem).shape
+    (16, 4)
     """
 
     def __init__(
@@ -408,36 +408,10 @@ class Linformer(Method):
         assert f is not None  # is_linear
         return self._reduced(problem, e, f)
 
-    def attend(
-        self,
-        problem: AttentionProblem,
-        rng: Rng = None,
-        *,
-        draw: Mapping[str, Any] | None = None,
-    ) -> Array:
-        """Return ``Ohat`` (n_q, d_v), also where the projection is no matrix.
-
-        Parameters
-        ----------
-        problem : AttentionProblem
-            With values.
-        rng, draw
-            As for `approximate`.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `approximate`, but for projections that are no matrix.
-
-        Examples
-        --------
-        >>> import sketchattn as sa
-        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
-        >>> sa.Linformer(rank=4, projection="max_pool").attend(problem).shape
-        (16, 4)
-        """
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ohat``, also where the projection is no matrix."""
         if self.is_linear:
-            return super().attend(problem, rng, draw=draw)
+            return super()._attend(problem, rng, draw)
         self.check(problem)
         if draw is not None:
             self._handed_in(problem, rng, draw)

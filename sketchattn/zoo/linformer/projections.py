@@ -1,138 +1,29 @@
-"""Projections along the sequence: fixed, random, and as published codes initialise them."""
+"""Projections along the sequence, as matrices and as blocks, and the attention to their rows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import as_array, check_finite, check_rank, closest, float_dtype, prepare
-from ...base.draws import Rng, as_generator
+from ...base.arguments import (
+    as_array,
+    check_finite,
+    float_dtype,
+    prepare,
+)
 from ...operators.base import AttentionOperator, Index, pick
 from ...operators.factored import FactoredAttention
 from ...problem import AttentionProblem
-from ...sketches.base import Sketch, integer, make_sketch, sketches
+from ...sketches.base import Sketch
 
 Array = NDArray[Any]
 
 POOLING = ("mean_pool", "max_pool")
 FIXED = (*POOLING, "conv", "given")
 SCALES = ("isometry", "average", "none")
-SHARINGS = ("none", "headwise", "kv", "layerwise")
-
-
-class Initialisation(NamedTuple):
-    """Describe how a published code fills E before training.
-
-    Attributes
-    ----------
-    law : {"normal", "uniform"}
-        Independent entries with mean zero.
-    deviation : callable
-        Their standard deviation from (r, n).
-    factor : callable
-        ``f`` of ``E |E x|^2 = f |x|^2``, from (r, n): r times the variance.
-    source : str
-    """
-
-    law: str
-    deviation: Callable[[int, int], float]
-    factor: Callable[[int, int], float]
-    source: str
-
-
-INITIALISATIONS: dict[str, Initialisation] = {
-    "paper": Initialisation(
-        "normal", lambda r, n: r**-0.5, lambda r, n: 1.0, "analysis of arXiv 2006.04768"
-    ),
-    "lucidrains": Initialisation(
-        "uniform",
-        lambda r, n: (3 * r) ** -0.5,
-        lambda r, n: 1 / 3,
-        "lucidrains/linformer: uniform between -1/sqrt(r) and 1/sqrt(r)",
-    ),
-    "tatp22-no-params": Initialisation(
-        "normal", lambda r, n: 1 / r, lambda r, n: 1 / r, "tatp22/linformer-pytorch, no_params"
-    ),
-    "tatp22-learnable": Initialisation(
-        "normal",
-        lambda r, n: math.sqrt(2 / (n + r)),
-        lambda r, n: 2 * r / (n + r),
-        "tatp22/linformer-pytorch, learnable: Xavier normal, without its bias",
-    ),
-    "fairseq": Initialisation(
-        "normal", lambda r, n: 0.02, lambda r, n: 4e-4 * r, "fairseq, examples/linformer"
-    ),
-    "nystromformer": Initialisation(
-        "normal", lambda r, n: 0.02, lambda r, n: 4e-4 * r, "mlpen/Nystromformer, LRA code"
-    ),
-    "long-range-arena": Initialisation(
-        "normal",
-        lambda r, n: n**-0.5,
-        lambda r, n: r / n,
-        "google-research/long-range-arena: variance 1/n; a normal law in place of a truncated one",
-    ),
-}
-
-
-def check_name(value: object, label: str, known: Sequence[str]) -> str:
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{label} must be a string, got {type(value).__name__}; choose one of "
-            f"{', '.join(known)}"
-        )
-    if value not in known:
-        raise ValueError(f"{label} must be a known name, got {value!r}{closest(value, known)}")
-    return value
-
-
-def initialise(init: str, r: int, n: int, rng: Rng = None) -> Array:
-    """Draw E (r, n) as a published code initialises it.
-
-    Parameters
-    ----------
-    init : str
-        A key of ``INITIALISATIONS``.
-    r, n : int
-        Rows and columns, at least 1.
-    rng : None, int or numpy.random.Generator
-
-    Returns
-    -------
-    ndarray (r, n), float64
-
-    Raises
-    ------
-    TypeError, ValueError
-        For an unknown name or sizes out of range.
-
-    Notes
-    -----
-    Codes with a bias in the projection are initialised without it: with a bias ``E 0`` is not 0
-    and there is no ``Ahat``.
-
-    Examples
-    --------
-    >>> initialise("lucidrains", 4, 8, rng=0).shape
-    (4, 8)
-    >>> INITIALISATIONS["fairseq"].factor(256, 512)
-    0.1024
-    """
-    law = INITIALISATIONS[check_name(init, "init", tuple(INITIALISATIONS))]
-    rows = integer(r, "r", 1, None, "", "ask for one row or more")
-    columns = integer(n, "n", 1, None, "", "project one key or more")
-    generator = as_generator(rng)
-    deviation = law.deviation(rows, columns)
-    if law.law == "uniform":
-        half = math.sqrt(3) * deviation
-        return generator.uniform(-half, half, (rows, columns))
-    return deviation * generator.standard_normal((rows, columns))
-
-
-# --- projections ------------------------------------------------------------------------------
 
 
 def pool_starts(n: int, r: int) -> Array:
@@ -160,6 +51,7 @@ class Projection:
         return x if self.keep is None else np.where(self.keep[:, None], x, x.dtype.type(0))
 
     def apply(self, x: Array) -> Array:
+        """Return ``E X``."""
         shown = self._shown(x)
         if isinstance(self.form, np.ndarray):
             from ...kernels.sketching import dense_product
@@ -169,9 +61,11 @@ class Projection:
         return self._times(np.asarray(self.form @ shown, x.dtype))
 
     def apply_transpose(self, y: Array) -> Array:
+        """Return ``E^T Y``."""
         return self._shown(self._times(np.asarray(self.form.T @ y, y.dtype)))
 
     def to_dense(self, dtype: Any) -> Array:
+        """Return E (r, n) without masked columns."""
         form = self.form.to_dense() if isinstance(self.form, Sketch) else self.form
         dense = self.factor * np.asarray(form, np.float64)
         if self.keep is not None:
@@ -188,6 +82,7 @@ class Projection:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the arrays held."""
         return int(self.form.nbytes)
 
 
@@ -202,21 +97,26 @@ class MeanPool(Projection):
         self.weights = 1 / np.maximum(self.counts, 1) if average else np.ones(r)
 
     def apply(self, x: Array) -> Array:
+        """Return the mean, or the sum, of each block of rows."""
         sums = np.add.reduceat(self._shown(x), self.starts[:-1], axis=0)
         return np.asarray(self.weights[:, None] * sums, x.dtype)
 
     def apply_transpose(self, y: Array) -> Array:
+        """Return each row of Y for all keys of its block."""
         spread = np.asarray(self.weights[:, None] * y, y.dtype)
         return self._shown(np.repeat(spread, np.diff(self.starts), axis=0))
 
     def to_dense(self, dtype: Any) -> Array:
+        """Return the matrix (r, n) without masked columns."""
         return self.apply_transpose(np.eye(self.shape[0])).T.astype(dtype)
 
     def wide(self) -> Projection:
+        """Return itself: counts are exact."""
         return self
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the arrays held."""
         return int(self.starts.nbytes + self.weights.nbytes)
 
 
@@ -320,9 +220,6 @@ class ReducedAttention(AttentionOperator):
         return np.ascontiguousarray(self.projection.apply_transpose(weights.T.copy()).T)
 
 
-# --- the method -------------------------------------------------------------------------------
-
-
 def check_array(value: object, name: str, axes: tuple[int, ...] = (2,)) -> Array:
     """Return a checked array of floating-point numbers."""
     array = as_array(value, name)
@@ -334,124 +231,3 @@ def check_array(value: object, name: str, axes: tuple[int, ...] = (2,)) -> Array
         )
     check_finite(array, name)
     return array
-
-
-# --- a stack of layers and heads ----------------------------------------------------------------
-
-
-class Projections(NamedTuple):
-    """Pair the E and the F of one head, float64 (r, n); the same object where they are shared."""
-
-    E: Array
-    F: Array
-
-
-def rank_schedule(layers: int, rank: int, step: int) -> list[int]:
-    """Return a rank a layer, ``max(1, rank - l step)`` for layer l = 0, 1, ...
-
-    Notes
-    -----
-    The paper recommends smaller ranks in higher layers, without an experiment; this rule is the
-    one of tatp22/linformer-pytorch.
-
-    Examples
-    --------
-    >>> rank_schedule(4, 10, 4)
-    [10, 6, 2, 1]
-    """
-    count = integer(layers, "layers", 1, None, "", "ask for one layer or more")
-    first = integer(rank, "rank", 1, None, "", "ask for one row or more")
-    fall = integer(step, "step", 0, None, "", "ranks do not grow")
-    return [max(1, first - layer * fall) for layer in range(count)]
-
-
-def linformer_projections(
-    layers: int,
-    heads: int,
-    n: int,
-    ranks: int | Sequence[int],
-    sharing: str = "none",
-    *,
-    projection: str = "gaussian",
-    init: str | None = None,
-    rng: Rng = None,
-    **options: Any,
-) -> list[list[Projections]]:
-    """Draw the E and F of every layer and head of a model.
-
-    Parameters
-    ----------
-    layers, heads : int
-    n : int
-        Length: columns of E and F.
-    ranks : int or sequence of int (layers,)
-        A rank for all layers, or one a layer.
-    sharing : {"none", "headwise", "kv", "layerwise"}
-        "headwise": one E and one F a layer; "kv": one matrix a layer, E = F; "layerwise": one
-        matrix for everything.  Of 12 layers of 12 heads these are 288, 24, 12 and 1 matrices.
-    projection : str
-        A kind of ``sketchattn.sketches.sketches()`` or "mean_pool".
-    init : str, optional
-        A key of ``INITIALISATIONS``, in place of ``projection``.
-    rng : None, int or numpy.random.Generator
-    **options
-        Parameters of the sketch.
-
-    Returns
-    -------
-    list of lists of Projections
-        ``out[layer][head].E`` and ``.F``; shared ones are the same object.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For unknown names, sizes out of range, or ranks that differ with "layerwise".
-
-    Examples
-    --------
-    >>> stack = linformer_projections(2, 3, 16, [4, 2], "kv", rng=0)
-    >>> stack[0][1].E is stack[0][2].F, stack[1][0].E.shape
-    (True, (2, 16))
-    """
-    count = integer(layers, "layers", 1, None, "", "ask for one layer or more")
-    width = integer(heads, "heads", 1, None, "", "ask for one head or more")
-    length = integer(n, "n", 1, None, "", "project one key or more")
-    given = list(ranks) if isinstance(ranks, Sequence | np.ndarray) else [ranks] * count
-    if len(given) != count:
-        raise ValueError(
-            f"ranks must hold one rank for each of the {count} layers, got {len(given)}; "
-            f"an integer is a rank for all"
-        )
-    every = [check_rank(r, length) for r in given]
-    check_name(sharing, "sharing", SHARINGS)
-    if sharing == "layerwise" and len(set(every)) > 1:
-        raise ValueError(
-            f"ranks must be equal with sharing='layerwise', got {every}; share within layers only"
-        )
-    check_name(projection, "projection", (*sketches(), "mean_pool"))
-    if init is not None:
-        check_name(init, "init", tuple(INITIALISATIONS))
-    if options and (init is not None or projection == "mean_pool"):
-        raise TypeError(
-            f"options must be empty for this projection, got {sorted(options)}; drop them"
-        )
-    generator = as_generator(rng)
-
-    def make(r: int) -> Array:
-        if init is not None:
-            return initialise(init, r, length, generator)
-        if projection == "mean_pool":
-            return MeanPool(length, r, None, True).to_dense(np.float64)
-        return make_sketch(projection, r, length, generator, **options).to_dense()
-
-    if sharing == "layerwise":
-        one = make(every[0])
-        return [[Projections(one, one)] * width for _ in range(count)]
-    out: list[list[Projections]] = []
-    for r in every:
-        if sharing == "none":
-            out.append([Projections(make(r), make(r)) for _ in range(width)])
-            continue
-        e = make(r)
-        out.append([Projections(e, e if sharing == "kv" else make(r))] * width)
-    return out

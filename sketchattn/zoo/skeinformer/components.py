@@ -75,8 +75,10 @@ SHARED_STREAM = 2**32 - 1
 
 
 def has_law(c: Components, name: str) -> bool:
+    """Say whether columns are drawn by the law with this name; it may be an array."""
     return isinstance(c.law, str) and c.law == name
 
 
 def uses_pilots(c: Components) -> bool:
+    """Say whether exact rows are drawn: for the law, or to be kept."""
     return bool(c.pilot_reuse) or has_law(c, "pilot")

@@ -9,31 +9,26 @@ logarithms relative to a row's largest logit: no exponential can overflow.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...base.arguments import check_logits, check_rank, closest, stacked
-from ...base.draws import Draw, Rng, as_generator, check_columns, check_draw
+from ...base.arguments import check_choice, check_flag, check_rank
+from ...base.draws import Draw, Rng, as_generator, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.sampled import SampledAttention
-from ...operators.solve import solve_rows_of_heads
 from ...problem import AttentionProblem
 from ...sampling.draws import gumbel_top, sample_with_replacement
 from ...sampling.laws import (
+    check_law,
     check_mix,
     check_pilots,
-    log_column_norms,
-    log_column_norms_of_heads,
-    log_norms,
-    probabilities,
 )
 from ...sketches.base import streams
 from ..base import Method, Traits, check_preset, in_force, register
-from ..column_sampling import PRODUCT_CLAIMS, WEIGHT_TOLERANCE, positive_keys
+from ..column_sampling import PRODUCT_CLAIMS, check_drawn, check_drawn_numbers, check_weights
 from .components import (
     CAUSAL_FORMS,
     CLAIMS,
@@ -42,7 +37,6 @@ from .components import (
     NORMALIZER_CLAIMS,
     NORMALIZERS,
     PRESETS,
-    SHARED_STREAM,
     SYNONYMS,
     VALUE_LAWS,
     WEIGHTS,
@@ -50,73 +44,11 @@ from .components import (
     has_law,
     uses_pilots,
 )
-
-if TYPE_CHECKING:
-    from ...kernels.sampled import SampledProduct
+from .laws import Pilots, log_laws, seeing_rows, shared_stream, solve_pilots
+from .products import merged, restricted, sampled_products, stored_product
+from .records import ErrorTerms, SkeinformerDetails
 
 Array = NDArray[Any]
-
-
-class _Pilots(NamedTuple):
-    """Hold the pilot rows of heads, ascending, as often as drawn: logsumexp, and ``A_I V``."""
-
-    rows: Array
-    lse: Array
-    output: Array
-
-
-@dataclass(frozen=True, eq=False)
-class SkeinformerDetails:
-    """Hold what a Skeinformer drew and computed on the way.
-
-    Attributes
-    ----------
-    pilot_rows : int64 array (s,)
-        I in drawing order, repeats kept; empty where no pilots are used.
-    columns : int64 array (t,)
-        J in drawing order.
-    probabilities : float64 array (n_k,)
-        The law that J was drawn from.
-    log_fill : ndarray (n_q,)
-        ``ln g_i`` with the logits as they are, -inf without a fill.
-    log_total : ndarray (n_q,)
-        ``ln D_i``.
-    mass_outside : ndarray (n_q,)
-        What ``Ahat_i`` puts on keys outside J, before pilot rows are put back.
-    effective_rank : int
-        Number of distinct columns.
-    row_sums : (float, float)
-        Smallest and largest row sum of ``Ahat``.
-    """
-
-    pilot_rows: Array
-    columns: Array
-    probabilities: Array
-    log_fill: Array
-    log_total: Array
-    mass_outside: Array
-    effective_rank: int
-    row_sums: tuple[float, float]
-
-
-@dataclass(frozen=True, eq=False)
-class ErrorTerms:
-    """Split the error of rows that are no pilots: ``A_i V - Ohat_i = normalizer_i + shape_i``.
-
-    Attributes
-    ----------
-    normalizer : ndarray (n_q, d_v)
-        ``(tau_i - tauhat_i)(vbar_i - h_i)``: the mass outside J is wrong.
-    shape : ndarray (n_q, d_v)
-        ``tau_i (t_i - vbar_i)``: the keys outside J are not equally important.
-    mass, mass_hat : ndarray (n_q,)
-        ``tau`` and ``tauhat``, the mass outside J of A and of ``Ahat``.
-    """
-
-    normalizer: Array
-    shape: Array
-    mass: Array
-    mass_hat: Array
 
 
 @register("skeinformer")
@@ -191,6 +123,9 @@ class Skeinformer(Method):
     (presets ``skein_*``), so that they measure two changes; ``uniform_law``, ``exact_normalizer``
     and ``sampled_normalizer`` change one.
 
+    `attend` takes ``O(s n_k (d + d_v) + n_q r (d + d_v))`` in one pass, and holds neither weights
+    nor pilot rows; with ``normalizer="exact"`` it is the product with the matrix.
+
     Causal problems: the corrected form approximates the causal matrix, row by row, but J is
     chosen from pilot rows that may lie later and see more: a decoder must not use it unless the
     law is uniform or given (``traits.autoregressive``).  Late keys are seen by few pilots: use
@@ -206,8 +141,8 @@ class Skeinformer(Method):
     >>> ahat = method.approximate(problem, rng=0)
     >>> ahat.effective_rank, bool(abs(ahat.row_sums() - 1).max() < 1e-6)
     (4, True)
-    >>> method.attend(problem, rng=0).shape
-    (16, 4)
+    >>> bool(abs(method.attend(problem, rng=0) - ahat @ problem.v).max() < 1e-5)
+    True
     """
 
     def __init__(
@@ -280,7 +215,7 @@ class Skeinformer(Method):
         more = ("weights", "probabilities") if c.weights == "importance" else ()
         return (*names, "columns", *more)
 
-    # --- arguments --------------------------------------------------------------------------
+    # --- arguments ------------------------------------------------------------------------
 
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
@@ -298,11 +233,7 @@ class Skeinformer(Method):
     def _check_parameters(self) -> None:
         check_preset(self, Components(), PRESETS)
         for label in ("replace", "pilot_reuse", "center_values", "shared_pilots"):
-            value = getattr(self, label)
-            if not isinstance(value, bool | np.bool_):
-                raise TypeError(
-                    f"{label} must be a bool, got {type(value).__name__}; pass True or False"
-                )
+            check_flag(getattr(self, label), label)
         for label, known in (
             ("weights", WEIGHTS),
             ("normalizer", NORMALIZERS),
@@ -310,21 +241,12 @@ class Skeinformer(Method):
             ("causal_form", CAUSAL_FORMS),
         ):
             value = getattr(self, label)
-            if value not in known and not (label == "causal_form" and value is None):
-                raise ValueError(
-                    f"{label} must be one of {', '.join(known)}, got {value!r}"
-                    f"{closest(str(value), known)}"
-                )
+            if not (label == "causal_form" and value is None):
+                check_choice(value, label, known)
         c = self.components
         if isinstance(c.law, str):
-            if c.law not in LAW_NAMES:
-                raise ValueError(
-                    f"law must be one of {', '.join(LAW_NAMES)}, or an array, got {c.law!r}"
-                    f"{closest(c.law, LAW_NAMES)}"
-                )
+            check_choice(c.law, "law", LAW_NAMES, ", or an array")
         else:
-            from ...sampling.laws import check_law
-
             check_law(c.law)
         check_mix(self.mix)
         if self.pilots is not None:
@@ -373,11 +295,11 @@ class Skeinformer(Method):
                 f"{getattr(self, label)!r}; no pilot row is drawn"
             )
 
-    # --- draw -------------------------------------------------------------------------------
+    # --- draw -----------------------------------------------------------------------------
 
     def _count(self, problem: AttentionProblem) -> int:
         """Return the number of pilot rows that a draw for this problem has."""
-        if len(_seeing(problem)) == 0:
+        if len(seeing_rows(problem)) == 0:
             return 0
         pilots = int(self.rank) if self.pilots is None else check_pilots(self.pilots)
         return pilots if isinstance(pilots, int) else len(pilots)
@@ -391,74 +313,33 @@ class Skeinformer(Method):
                     f"{int(given.max())}; give indices of queries"
                 )
             return given
-        seeing = _seeing(problem)
+        seeing = seeing_rows(problem)
         count = self._count(problem)
         return seeing[rng.integers(0, max(len(seeing), 1), size=count)] if count else seeing[:0]
 
-    def _log_law(self, problem: AttentionProblem, pilots: _Pilots | None) -> Array:
-        """Return ``ln p`` of the law, float64 (n_k,), -inf for keys that are never drawn."""
-        return np.asarray(self._log_laws([problem], pilots)[0])
-
-    def _log_laws(self, problems: Sequence[AttentionProblem], pilots: _Pilots | None) -> Array:
-        """Return the same of heads that are alike, (H, n_k)."""
-        c, first = self.components, problems[0]
-        keep = np.ones((len(problems), first.n_k), bool)
-        for row, problem in zip(keep, problems, strict=True):
-            if problem.key_mask is not None:
-                row[:] = problem.key_mask
-        if not isinstance(c.law, str):
-            with np.errstate(divide="ignore"):
-                log_p = np.stack([np.log(probabilities(c.law, x)) for x in problems])
-        elif c.law == "uniform":
-            log_p = np.zeros(keep.shape)
-        else:
-            log_p = log_norms(stacked([self._law_values(x) for x in problems]))
-            if c.law == "pilot" and pilots is not None:
-                log_p += log_column_norms_of_heads(problems, pilots.rows, pilots.lse)
-            elif c.law == "optimal":
-                rows = np.arange(first.n_q)
-                log_p += np.stack([log_column_norms(x, rows, x.logsumexp) for x in problems])
-        log_p[~keep] = -np.inf
-        log_p = _normalized(log_p, keep)
-        mix = check_mix(self.mix)
-        if mix > 0:
-            with np.errstate(divide="ignore"):
-                rest = np.log1p(-mix)
-                even = np.log(mix / keep.sum(axis=1, keepdims=True))
-            log_p = np.where(keep, np.logaddexp(rest + log_p, even), log_p)
-        return log_p
-
-    def _law_values(self, problem: AttentionProblem) -> Array:
-        """Return what the law takes for V: zero where masked, without the mean if that is asked."""
-        _ = problem.values  # refuses a problem without them
-        values = problem.arrays.v
-        assert values is not None
-        if self.center_values and len(problem.kept_keys):
-            mean = values[problem.kept_keys].mean(axis=0, dtype=np.float64)
-            values = (values - mean).astype(values.dtype)
-        if problem.key_mask is not None:
-            values = np.where(problem.key_mask[:, None], values, values.dtype.type(0))
-        return values
+    def _log_laws(self, problems: Sequence[AttentionProblem], pilots: Pilots | None) -> Array:
+        mix, center = check_mix(self.mix), bool(self.center_values)
+        return log_laws(problems, self.components.law, pilots, mix, center)
 
     def _sample(
         self,
         problems: Sequence[AttentionProblem],
         rngs: Sequence[np.random.Generator],
         with_values: bool,
-    ) -> tuple[list[Draw], _Pilots | None]:
+    ) -> tuple[list[Draw], Pilots | None]:
         """Return the draws of heads that are alike, and their pilots, with ``A_I V`` if asked."""
         c, r = self.components, int(self.rank)
         draws, pilots = [Draw() for _ in problems], None
         column_rngs = []
         for out, problem, rng in zip(draws, problems, rngs, strict=True):
-            shared = _shared_stream(rng) if self.shared_pilots else None
+            shared = shared_stream(rng) if self.shared_pilots else None
             pilot_rng, column_rng = streams(rng, 2)
             column_rngs.append(column_rng)
             if uses_pilots(c):
                 drawn = self._draw_pilots(problem, pilot_rng if shared is None else shared)
                 out["pilot_rows"] = drawn
         if uses_pilots(c) and (has_law(c, "pilot") or with_values):
-            pilots = _solve_pilots(problems, [x["pilot_rows"] for x in draws], with_values)
+            pilots = solve_pilots(problems, [x["pilot_rows"] for x in draws], with_values)
         laws = self._log_laws(problems, pilots)
         for out, problem, log_p, rng in zip(draws, problems, laws, column_rngs, strict=True):
             if c.replace:
@@ -477,40 +358,20 @@ class Skeinformer(Method):
         return self._sample([problem], [rng], False)[0][0]
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
-        c, rank, keys = self.components, int(self.rank), problem.kept_keys
+        c, rank = self.components, int(self.rank)
         checked = check_draw(draw, self.draw_names)
         out = Draw()
         if uses_pilots(c):
             out["pilot_rows"] = self._check_pilot_rows(problem, checked["pilot_rows"])
-        columns = checked["columns"]
-        if c.replace:
-            # Repeats are part of the law; everything else is checked on the distinct ones.
-            check_columns(np.unique(columns) if columns.ndim == 1 else columns, keys)
-            columns = columns.astype(np.int64)
-        else:
-            columns = check_columns(columns, keys)
-        most = rank if len(keys) else 0
-        if len(columns) > most or (c.replace and len(columns) != most):
-            wanted = "" if c.replace else "at most "
-            raise ValueError(
-                f"columns must hold {wanted}{most} keys for rank = {rank}, got {len(columns)}; "
-                f"change rank or the draw"
-            )
+        replace = bool(c.replace)
+        columns = check_drawn(checked["columns"], problem.kept_keys, rank, replace)
         out["columns"] = columns
         if c.weights == "importance":
             weights, p = (
-                positive_keys(checked[label], label, len(columns))
+                check_drawn_numbers(checked[label], label, len(columns))
                 for label in ("weights", "probabilities")
             )
-            unbiased = 1.0 / (rank * p) if c.replace else 1.0 / p
-            wrong = np.abs(weights - unbiased) > WEIGHT_TOLERANCE * unbiased
-            if wrong.any():
-                t = int(wrong.argmax())
-                raise ValueError(
-                    f"weights must be {'1/(rank p)' if c.replace else '1/p'} = {unbiased[t]:.9g} "
-                    f"at position {t} for the probabilities of the draw, got {weights[t]:.9g}; "
-                    f"other weights are biased"
-                )
+            check_weights(weights, p, rank, replace)
             out["weights"], out["probabilities"] = weights, p
         return out
 
@@ -532,85 +393,7 @@ class Skeinformer(Method):
             )
         return rows.astype(np.int64)
 
-    # --- what it makes ----------------------------------------------------------------------
-
-    def _merged(self, draw: Draw) -> tuple[Array, Array | None]:
-        """Return the distinct columns, ascending, and their factors where these are not 1."""
-        columns, where = np.unique(draw["columns"], return_inverse=True)
-        factors = draw.get("weights")
-        if factors is None and len(columns) == len(where):
-            return columns, None
-        return columns, np.bincount(where, factors, minlength=len(columns))
-
-    def _product(self, problem: AttentionProblem, draw: Draw) -> _Product:
-        """Return one pass over the sampled columns that stores their weights."""
-        columns, factors = self._merged(draw)
-        made, rest = self._products([problem], [columns], [factors], False)
-        return _Product(
-            columns,
-            made.weights[0],
-            made.fill[0],
-            rest[0],
-            made.log_fill[0],
-            made.log_total[0],
-        )
-
-    def _products(
-        self,
-        problems: Sequence[AttentionProblem],
-        columns: Sequence[Array],
-        factors: Sequence[Array | None],
-        multiply: bool,
-    ) -> tuple[SampledProduct, Array]:
-        """Return the pass over equally many columns of heads that are alike, and key counts.
-
-        ``multiply``: the product with V; otherwise the weights are stored.
-        """
-        from ...kernels.sampled import sampled_product
-
-        c, first = self.components, problems[0]
-        heads, chosen = len(problems), np.stack(columns)
-        keep = np.ones((heads, first.n_k), bool)
-        visible = np.empty((heads, first.n_q), np.int64)
-        for h, problem in enumerate(problems):
-            if problem.key_mask is not None:
-                keep[h] = problem.key_mask
-            visible[h] = problem.visible_counts()
-        keep[np.arange(heads)[:, None], chosen] = False
-        ends = None
-        seen = np.full((heads, first.n_q), chosen.shape[1])
-        if first.causal:
-            ends = np.clip(np.arange(first.n_q) + first.offset + 1, 0, first.n_k)
-            seen = np.stack([np.searchsorted(x, ends) for x in chosen])
-        rest = visible - seen
-        tail = None
-        if c.normalizer == "adaptive" and c.fill == "oracle":
-            others = zip(problems, keep, strict=True)
-            tail = np.stack([_restricted(x, j, with_values=False).logsumexp for x, j in others])
-        bias = None
-        if any(x is not None for x in factors):
-            ones = np.ones(chosen.shape[1])
-            logs = [np.log(ones if x is None else x) for x in factors]
-            bias = np.stack(logs).astype(first.dtype)
-        v = np.empty((heads, first.n_k, 0), first.dtype)
-        made = sampled_product(
-            stacked([x.arrays.q for x in problems]),
-            stacked([x.arrays.k for x in problems]),
-            _stacked_values(problems) if multiply else v,
-            chosen,
-            scale=first.scale,
-            kind=c.fill if c.normalizer == "adaptive" else "none",
-            seen=seen,
-            rest=rest,
-            keep=keep,
-            bias=bias,
-            tail=tail,
-            ends=ends,
-            store=not multiply,
-        )
-        for log_total in made.log_total:
-            check_logits(log_total)
-        return made, rest
+    # --- what it makes --------------------------------------------------------------------
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         if len(problem.kept_keys) == 0:
@@ -621,7 +404,7 @@ class Skeinformer(Method):
             rows = np.unique(draw["pilot_rows"])
             options |= {"rows": rows, "row_weights": problem.exact.rows(rows)}
         if c.normalizer == "exact":
-            columns, factors = self._merged(draw)
+            columns, factors = merged(draw)
             entries = problem.exact.columns(columns)
             if factors is not None:
                 entries *= factors.astype(problem.dtype)
@@ -631,57 +414,20 @@ class Skeinformer(Method):
                 entries += missing[:, None]
                 options |= {"fill": missing, "keys": problem.key_mask}
         else:
-            made = self._product(problem, draw)
+            made = stored_product(self.components, problem, draw)
             columns, entries = made.columns, made.weights
             if c.normalizer == "adaptive":
                 offset = problem.offset if problem.causal else None
                 options |= {"fill": made.fill, "keys": problem.key_mask, "offset": offset}
         return SampledAttention(columns, entries, problem.n_k, len(columns), **options)
 
-    def attend(
-        self,
-        problem: AttentionProblem,
-        rng: Rng = None,
-        *,
-        draw: Mapping[str, Any] | None = None,
-    ) -> Array:
-        """Return ``Ohat`` (n_q, d_v) in one pass; neither weights nor pilot rows are held.
-
-        Parameters
-        ----------
-        problem : AttentionProblem
-            With values.
-        rng, draw
-            As for `approximate`, of which this is the product with V up to rounding.
-
-        Returns
-        -------
-        ndarray (n_q, d_v)
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `approximate`, and for a problem without values.
-
-        Notes
-        -----
-        ``O(s n_k (d + d_v) + n_q r (d + d_v))`` and memory for neither product; with
-        ``normalizer="exact"`` the reference product is computed instead.
-
-        Examples
-        --------
-        >>> import numpy as np, sketchattn as sa
-        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
-        >>> method = sa.Skeinformer(rank=4)
-        >>> ahat = method.approximate(problem, rng=0)
-        >>> bool(np.allclose(method.attend(problem, rng=0), ahat @ problem.v, atol=1e-5))
-        True
-        """
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ohat`` in one pass that holds neither weights nor pilot rows."""
         self.check(problem)
         _ = problem.values  # refuses a problem without them
         if self.components.normalizer == "exact" or len(problem.kept_keys) == 0:
-            return super().attend(problem, rng, draw=draw)
-        return np.asarray(self._attend([problem], [rng], draw)[0])
+            return super()._attend(problem, rng, draw)
+        return np.asarray(self._attend_alike([problem], [rng], draw)[0])
 
     def _attend_heads(
         self,
@@ -697,9 +443,9 @@ class Skeinformer(Method):
         blind = any(len(problem.kept_keys) == 0 for problem in problems)
         if self.components.normalizer == "exact" or blind or len(counts) > 1:
             return super()._attend_heads(problems, rngs, draw)
-        return self._attend(problems, rngs, draw)
+        return self._attend_alike(problems, rngs, draw)
 
-    def _attend(
+    def _attend_alike(
         self,
         problems: Sequence[AttentionProblem],
         rngs: Sequence[Rng],
@@ -714,21 +460,21 @@ class Skeinformer(Method):
             pairs = zip(problems, rngs, strict=True)
             draws = [self._handed_in(problem, rng, draw) for problem, rng in pairs]
             if c.pilot_reuse:
-                pilots = _solve_pilots(problems, [x["pilot_rows"] for x in draws], True)
-        merged = [self._merged(x) for x in draws]
-        sizes = np.array([len(columns) for columns, _ in merged])
+                pilots = solve_pilots(problems, [x["pilot_rows"] for x in draws], True)
+        chosen = [merged(x) for x in draws]
+        sizes = np.array([len(columns) for columns, _ in chosen])
         first = problems[0]
         out = np.empty((len(problems), first.n_q, first.values.shape[1]), first.dtype)
         for size in np.unique(sizes):
             group = np.flatnonzero(sizes == size).tolist()
-            columns, factors = zip(*(merged[h] for h in group), strict=True)
-            made, _ = self._products([problems[h] for h in group], columns, factors, True)
+            columns, factors = zip(*(chosen[h] for h in group), strict=True)
+            made, _ = sampled_products(c, [problems[h] for h in group], columns, factors, True)
             out[group] = made.out
         if c.pilot_reuse and pilots is not None:
             out[np.arange(len(out))[:, None], pilots.rows] = pilots.output
         return out
 
-    # --- what it did ------------------------------------------------------------------------
+    # --- what it did ----------------------------------------------------------------------
 
     def details(
         self,
@@ -761,14 +507,14 @@ class Skeinformer(Method):
         rows = checked.get("pilot_rows", np.zeros(0, np.int64))
         pilots = None
         if has_law(self.components, "pilot"):
-            pilots = _solve_pilots([problem], [rows], False)
-        p = np.exp(self._log_law(problem, pilots))
-        columns, _ = self._merged(checked)
+            pilots = solve_pilots([problem], [rows], False)
+        p = np.exp(self._log_laws([problem], pilots)[0])
+        columns, _ = merged(checked)
         if len(problem.kept_keys) == 0 or self.components.normalizer == "exact":
             log_total = problem.logsumexp
             log_fill, outside = np.full_like(log_total, -np.inf), np.zeros_like(log_total)
         else:
-            made = self._product(problem, checked)
+            made = stored_product(self.components, problem, checked)
             log_total, log_fill = made.log_total, made.log_fill
             outside = made.mass_outside
         sums = self._approximate(problem, checked).row_sums()
@@ -834,11 +580,11 @@ class Skeinformer(Method):
             )
         checked = self._checked(problem, rng, draw)
         values = problem.values
-        made = self._product(problem, checked)
+        made = stored_product(self.components, problem, checked)
         chosen = np.zeros(problem.n_k, bool)
         chosen[made.columns] = True
         others = ~chosen if problem.key_mask is None else problem.key_mask & ~chosen
-        inside, outside = (_restricted(problem, x, with_values=True) for x in (chosen, others))
+        inside, outside = (restricted(problem, x, with_values=True) for x in (chosen, others))
         # Both logsumexps are -inf for a row that sees no key: its terms are zero.
         log_mass = np.logaddexp(inside.logsumexp, outside.logsumexp)
         seeing = np.isfinite(log_mass)
@@ -852,70 +598,3 @@ class Skeinformer(Method):
             mass=tau,
             mass_hat=tau_hat,
         )
-
-
-class _Product(NamedTuple):
-    """Hold the sampled part of one head: see `kernels.sampled.SampledProduct`."""
-
-    columns: Array
-    weights: Array
-    fill: Array
-    rest: Array
-    log_fill: Array
-    log_total: Array
-
-    @property
-    def mass_outside(self) -> Array:
-        return self.rest.astype(self.fill.dtype) * self.fill
-
-
-def _seeing(problem: AttentionProblem) -> Array:
-    """Return the rows that see a key."""
-    return np.flatnonzero(problem.visible_counts())
-
-
-def _stacked_values(problems: Sequence[AttentionProblem]) -> Array:
-    """Return the values of problems that have them, (H, n_k, d_v)."""
-    return stacked([x.arrays.v for x in problems if x.arrays.v is not None])
-
-
-def _solve_pilots(
-    problems: Sequence[AttentionProblem], drawn: Sequence[Array], with_values: bool
-) -> _Pilots:
-    rows = np.sort(np.stack(drawn), axis=1)
-    values = _stacked_values(problems) if with_values else None
-    output, lse = solve_rows_of_heads(problems, rows, values)
-    for head in lse:
-        check_logits(head)
-    return _Pilots(rows, lse, output)
-
-
-def _normalized(log_p: Array, keep: Array) -> Array:
-    """Return ``ln p`` (H, n_k) with sums one; uniform on ``keep`` where no key has a chance."""
-    top = log_p.max(axis=1, initial=-np.inf, keepdims=True)
-    void = np.isneginf(top)
-    with np.errstate(divide="ignore"):
-        total = np.log(np.exp(log_p - np.where(void, 0, top)).sum(axis=1, keepdims=True))
-        even = -np.log(np.maximum(keep.sum(axis=1, keepdims=True), 1))
-    return np.where(void, np.where(keep, even, -np.inf), log_p - np.where(void, 0, top + total))
-
-
-def _restricted(problem: AttentionProblem, keys: Array, *, with_values: bool) -> AttentionProblem:
-    """Return the problem in which only some keys are left."""
-    return AttentionProblem(
-        problem.q,
-        problem.k,
-        problem.v if with_values else None,
-        scale=problem.scale,
-        causal=problem.causal,
-        key_mask=keys,
-    )
-
-
-def _shared_stream(rng: np.random.Generator) -> np.random.Generator | None:
-    """Return the stream that all heads of a batch entry share; None for a stream of its own."""
-    seed = getattr(rng.bit_generator, "seed_seq", None)
-    if not isinstance(seed, np.random.SeedSequence) or len(seed.spawn_key) != 2:
-        return None
-    key = (*seed.spawn_key[:-1], SHARED_STREAM)
-    return np.random.default_rng(np.random.SeedSequence(seed.entropy, spawn_key=key))

@@ -9,310 +9,41 @@ different sets, so landmarks among the keys do not make it exact, landmarks amon
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, check_finite, closest, float_dtype
-from ..base.draws import Draw, Rng, check_draw
-from ..operators.base import AttentionOperator, Index, pick
-from ..operators.factored import FactoredAttention, zero_attention
-from ..problem import AttentionProblem
-from ..sampling.landmarks import chosen_rows, kmeans, segment_means
-from ..sketches.base import streams
-from .base import Method, Traits, check_preset, in_force, register
+from ...base.arguments import (
+    as_array,
+    check_choice,
+    check_finite,
+    check_flag,
+    float_dtype,
+)
+from ...base.draws import Draw, Rng, check_draw
+from ...operators.base import AttentionOperator
+from ...operators.factored import FactoredAttention, zero_attention
+from ...problem import AttentionProblem
+from ...sampling.landmarks import chosen_rows, kmeans, segment_means
+from ...sketches.base import streams
+from ..base import Method, Traits, check_preset, in_force, register
+from .choices import (
+    FACTOR_CLAIMS,
+    INVERSE_CLAIMS,
+    ITERATION_CLAIMS,
+    LANDMARKS,
+    MASKING,
+    PRESETS,
+    Core,
+)
+from .inverse import check_fraction, check_iterations, filter_inverse, pseudo_inverse, small_softmax
+from .renormalized import LEAST_ROW_SUM, RenormalizedAttention
 
 Array = NDArray[Any]
 
-LANDMARKS = ("segment_means", "kmeans", "random", "leverage")
-MASKING = ("delete", "zero")
 KMEANS_STEPS = 10
-# About the iteration, about the inverse that it stands for, and about any product of so few
-# factors.
-ITERATION_CLAIMS = (
-    "lowrank_baselines.residual_recursion",
-    "lowrank_baselines.residual_norm",
-    "lowrank_baselines.iteration_filter",
-    "lowrank_baselines.iteration_order",
-    "lowrank_baselines.iteration_norm",
-    "lowrank_baselines.row_sums_iterated",
-    "lowrank_baselines.more_accurate",
-)
-INVERSE_CLAIMS = (
-    "lowrank_baselines.all_landmarks",
-    "lowrank_baselines.all_landmarks_singular",
-    "lowrank_baselines.queries_suffice",
-    "lowrank_baselines.keys_suffice",
-    "lowrank_baselines.every_token",
-    "lowrank_baselines.row_sums",
-)
-FACTOR_CLAIMS = ("lowrank_baselines.rank_floor", "dba.matrix_floor", "dba.output_floor")
-# Up to here an error of eps c in an eigenvalue of M M^T grows to 3.25^8 eps = 3e-12 at most.
-GRAM_STEPS = 8
-# Row sums up to here are not divided by: they can be zero or negative.
-LEAST_ROW_SUM = 0.1
-
-
-class Core(NamedTuple):
-    """Name the choices that make one estimator; defaults are those of the paper."""
-
-    landmarks: str | ArrayLike = "segment_means"
-    iterations: int | None = 6
-    ridge: float = 0.0
-    masking: str = "delete"
-
-
-# What each released variant changes; both are the paper's where r divides n and no key is masked.
-PRESETS: dict[str, dict[str, Any]] = {
-    "original": {"iterations": 6, "masking": "zero"},
-    "nystrom-attention": {"iterations": 6},
-}
-
-
-# --- the pseudo-inverse -------------------------------------------------------------------------
-
-
-def iterate_inverse(m: ArrayLike, iterations: int = 6) -> Array:
-    """Approximate the pseudo-inverse of one matrix by the published iteration.
-
-    ``Z_0 = M^T / (|M|_1 |M|_inf)``, ``Z <- Z (13 I - X (15 I - X (7 I - X))) / 4``, ``X = M Z``.
-
-    Parameters
-    ----------
-    m : array (r, r)
-    iterations : int
-        At least 0.
-
-    Returns
-    -------
-    ndarray (r, r), float64
-
-    Raises
-    ------
-    TypeError, ValueError
-        For arrays that are no finite square matrix, and counts below 0.
-
-    Notes
-    -----
-    With ``E = I - M Z`` one step is ``E <- (3 E^3 + E^4) / 4`` exactly: third order where it
-    converges.  The start is scaled by the norms of this matrix alone; released codes take the
-    largest of all heads, so that the result of one head depends on the others.
-
-    Examples
-    --------
-    >>> iterate_inverse([[0.5]], 8).round(12).tolist()
-    [[2.0]]
-    """
-    from ..kernels._threads import blas_single_thread
-
-    matrix = _square(m)
-    steps = _count(iterations)
-    z = np.ascontiguousarray(matrix.T) / _start_scale(matrix)
-    unit = np.eye(len(matrix))
-    with blas_single_thread():  # the same bits for any number of threads
-        for _ in range(steps):
-            x = matrix @ z
-            z = 0.25 * z @ (13 * unit - x @ (15 * unit - x @ (7 * unit - x)))
-    return np.asarray(z)
-
-
-def filter_inverse(m: ArrayLike, iterations: int = 6) -> Array:
-    """Evaluate the same iteration from one decomposition, in half the time.
-
-    ``Z_j = W diag((1 - f^(j)(1 - s^2/c)) / s) P^T`` for ``M = P diag(s) W^T``,
-    ``c = |M|_1 |M|_inf`` and ``f(e) = (3 e^3 + e^4) / 4``: the iteration is a spectral filter.
-    It lets singular values below about ``3.25^(-j/2) sqrt(c)`` go to zero in place of inverting
-    them.
-
-    Parameters
-    ----------
-    m, iterations
-        As for `iterate_inverse`.
-
-    Returns
-    -------
-    ndarray (r, r), float64
-
-    Notes
-    -----
-    ``Z_j = M^T g(M M^T / c) / c`` with ``g = prod_i (13 - 15 p_i + 7 p_i^2 - p_i^3) / 4`` and
-    ``p_(i+1)`` the factor times ``p_i``, ``p_0`` the eigenvalue; nothing is divided by.  Few steps
-    do not see what squaring singular values loses; many do, and then take these themselves.
-
-    Examples
-    --------
-    >>> filter_inverse([[0.5]], 8).round(12).tolist()
-    [[2.0]]
-    """
-    from ..kernels._threads import blas_single_thread
-
-    matrix = _square(m)
-    steps = _count(iterations)
-    scale = _start_scale(matrix)
-    with blas_single_thread():  # the same bits for any number of threads
-        if steps <= GRAM_STEPS:
-            values, p = np.linalg.eigh((matrix @ matrix.T) / scale)
-            gain = _filter(np.maximum(values, 0), steps) / scale
-            return np.asarray(((matrix.T @ p) * gain) @ p.T)
-        p, s, wt = np.linalg.svd(matrix)
-        gain = s * _filter(s**2 / scale, steps) / scale
-        return np.asarray((wt.T * gain) @ p.T)
-
-
-def _filter(p: Array, steps: int) -> Array:
-    """Return ``g(p) = (1 - f^(j)(1 - p)) / p`` without the division."""
-    gain = np.ones_like(p)
-    for _ in range(steps):
-        factor = 0.25 * (13 - p * (15 - p * (7 - p)))
-        gain, p = gain * factor, p * factor
-    return gain
-
-
-def pseudo_inverse(m: ArrayLike, ridge: float = 0.0, rcond: float | None = None) -> Array:
-    """Return the pseudo-inverse with a cut-off, or the ridge inverse, of one matrix.
-
-    Singular values up to ``rcond s_1`` give zero, others ``1/s``, or with a ridge
-    ``s / (s^2 + ridge s_1^2)``, which is ``(M^T M + ridge s_1^2 I)^-1 M^T``.
-
-    Parameters
-    ----------
-    m : array (r, r)
-    ridge : float, default 0
-        At least 0, relative to ``s_1^2``.
-    rcond : float, optional
-        In [0, 1); by default ``r eps`` of float64.
-
-    Returns
-    -------
-    ndarray (r, r), float64
-
-    Examples
-    --------
-    >>> pseudo_inverse([[0.5, 0.0], [0.0, 0.0]]).tolist()
-    [[2.0, 0.0], [0.0, 0.0]]
-    """
-    from ..kernels._threads import blas_single_thread
-
-    matrix = _square(m)
-    extra = _fraction(ridge, "ridge", math.inf)
-    cut = len(matrix) * float(np.finfo(np.float64).eps)
-    cut = cut if rcond is None else _fraction(rcond, "rcond", 1.0)
-    with blas_single_thread():  # the same bits for any number of threads
-        p, s, wt = np.linalg.svd(matrix)
-        high = s.max(initial=0.0)
-        size = s**2 + extra * high**2
-        gain = np.divide(s, size, out=np.zeros_like(s), where=s > cut * high)
-        return np.asarray((wt.T * gain) @ p.T)
-
-
-def _start_scale(matrix: Array) -> float:
-    """Return ``|M|_1 |M|_inf``, at least ``s_1^2``; 1 for a zero matrix."""
-    size = np.abs(matrix)
-    scale = size.sum(axis=0).max(initial=0.0) * size.sum(axis=1).max(initial=0.0)
-    return float(scale) if scale > 0 else 1.0
-
-
-def _square(m: ArrayLike) -> Array:
-    matrix = np.ascontiguousarray(as_array(m, "m"), dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"m must be a square matrix, got shape {matrix.shape}; pass (r, r)")
-    check_finite(matrix, "m")
-    return matrix
-
-
-def _count(iterations: object) -> int:
-    if isinstance(iterations, bool | np.bool_) or not isinstance(iterations, numbers.Integral):
-        raise TypeError(
-            f"iterations must be an integer or None, got {type(iterations).__name__}; the paper "
-            f"takes 6, None is the exact pseudo-inverse"
-        )
-    if int(iterations) < 0:
-        raise ValueError(f"iterations must be at least 0, got {int(iterations)}; the paper takes 6")
-    return int(iterations)
-
-
-def _fraction(value: object, label: str, below: float) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{label} must be a real number, got {type(value).__name__}; 0 is none")
-    number = float(value)
-    if not 0 <= number < below:
-        raise ValueError(
-            f"{label} must be finite and in [0, {below:g}), got {number}; 0 switches it off"
-        )
-    return number
-
-
-# --- landmarks ----------------------------------------------------------------------------------
-
-
-def _centers(x: Array, r: int, seed: int) -> Array:
-    """Return r centroids, float64 (r, d); equal rows may leave fewer, which are then repeated."""
-    centers = kmeans(x, r, seed, steps=KMEANS_STEPS).centers
-    return centers[np.arange(r) % len(centers)]
-
-
-def small_softmax(queries: Array, keys: Array, scale: float, counts: Array | None = None) -> Array:
-    """Return ``rowsoftmax(scale Qc Kc^T + 1 log(c)^T)`` (m_q, m_k) in float64.
-
-    A core is small, and a pseudo-inverse of it needs digits.  ``counts`` (m_k,) are positive.
-    """
-    from ..kernels._threads import blas_single_thread
-
-    with blas_single_thread(), np.errstate(over="ignore", invalid="ignore"):
-        logits = scale * (queries.astype(np.float64) @ keys.astype(np.float64).T)
-    check_finite(logits, "scale * landmark queries @ landmark keys.T")
-    if counts is not None:
-        logits += np.log(counts)
-    logits -= logits.max(axis=1, keepdims=True)
-    weights: Array = np.exp(logits)
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
-
-
-# --- rows that sum to one -----------------------------------------------------------------------
-
-
-class RenormalizedAttention(FactoredAttention):
-    """Represent ``diag(1/w) U S P``: w is the row sum where it exceeds 0.1, and 1 elsewhere.
-
-    Parameters
-    ----------
-    u, s, p, effective_rank, remake
-        As for `FactoredAttention`; rows of ``p`` sum to one.
-
-    Attributes
-    ----------
-    sums : ndarray (n_q,)
-        Row sums of ``U S P``.
-    divisor : ndarray (n_q,)
-        ``w``.
-    """
-
-    def __init__(
-        self,
-        u: Array | AttentionOperator,
-        s: Array,
-        p: Array | AttentionOperator,
-        effective_rank: int | None = None,
-        *,
-        remake: Any = None,
-    ) -> None:
-        super().__init__(u, s, p, effective_rank, remake=remake)
-        self.sums = np.asarray(self.u @ s.sum(axis=1, dtype=np.float64).astype(self.dtype))
-        self.divisor = np.where(self.sums > LEAST_ROW_SUM, self.sums, self.dtype.type(1))
-
-    def _matmat(self, x: Array) -> Array:
-        return super()._matmat(x) / self.divisor[:, None]
-
-    def _rmatmat(self, y: Array) -> Array:
-        return super()._rmatmat(self._cast(y) / self.divisor[:, None])
-
-    def rows(self, index: Index) -> Array:
-        """Return chosen rows as a dense array (len(index), n_k)."""
-        chosen = pick(self.shape[0], index)
-        return super().rows(chosen) / self.divisor[chosen, None]
 
 
 class NystromDetails(NamedTuple):
@@ -329,9 +60,6 @@ class NystromDetails(NamedTuple):
     least_sum: float
     largest_sum: float
     not_renormalized: int
-
-
-# --- the method ---------------------------------------------------------------------------------
 
 
 @register("nystromformer")
@@ -397,6 +125,9 @@ class Nystromformer(Method):
     >>> ahat = sa.Nystromformer(rank=4).approximate(problem)
     >>> ahat.rank_bound, (ahat @ problem.v).shape
     (4, (16, 4))
+    >>> more = sa.Nystromformer(rank=4, convolution=[0.0, 1.0, 0.0]).attend(problem)
+    >>> bool(abs(more - (ahat @ problem.v + problem.v)).max() < 1e-5)
+    True
     """
 
     def __init__(
@@ -459,11 +190,7 @@ class Nystromformer(Method):
 
     def _check_parameters(self) -> None:
         check_preset(self, Core(), PRESETS, whole=True)
-        if not isinstance(self.renormalize, bool | np.bool_):
-            raise TypeError(
-                f"renormalize must be a bool, got {type(self.renormalize).__name__}; "
-                f"pass True or False"
-            )
+        check_flag(self.renormalize, "renormalize")
         if self.convolution is not None:
             weights = as_array(self.convolution, "convolution")
             float_dtype(weights, "convolution")
@@ -473,27 +200,20 @@ class Nystromformer(Method):
                     f"weight for each neighbour and one for the token itself"
                 )
             check_finite(weights, "convolution")
-        if isinstance(self.landmarks, str) and self.landmarks not in LANDMARKS:
-            raise ValueError(
-                f"landmarks must be one of {', '.join(LANDMARKS)}, or an array (2, r, d), got "
-                f"{self.landmarks!r}{closest(self.landmarks, LANDMARKS)}"
-            )
+        if isinstance(self.landmarks, str):
+            check_choice(self.landmarks, "landmarks", LANDMARKS, ", or an array (2, r, d)")
         if self.iterations is not None:
-            _count(self.iterations)
-        ridge = _fraction(self.ridge, "ridge", math.inf)
+            check_iterations(self.iterations)
+        ridge = check_fraction(self.ridge, "ridge", math.inf)
         if self.rcond is not None:
-            _fraction(self.rcond, "rcond", 1.0)
+            check_fraction(self.rcond, "rcond", 1.0)
         for label, used in (("ridge", ridge > 0), ("rcond", self.rcond is not None)):
             if used and self.iterations is not None:
                 raise ValueError(
                     f"{label} must be left out with iterations = {self.iterations}, which do not "
                     f"use it, got {getattr(self, label)!r}; pass iterations=None"
                 )
-        if self.masking not in MASKING:
-            raise ValueError(
-                f"masking must be one of {', '.join(MASKING)}, got {self.masking!r}"
-                f"{closest(str(self.masking), MASKING)}"
-            )
+        check_choice(self.masking, "masking", MASKING)
         if self.masking == "zero" and not (
             isinstance(self.landmarks, str) and self.landmarks == "segment_means"
         ):
@@ -598,37 +318,10 @@ class Nystromformer(Method):
         kind = RenormalizedAttention if renormalize else FactoredAttention
         return kind(left.exact, z, right.exact, budget, remake=remake)
 
-    def attend(
-        self,
-        problem: AttentionProblem,
-        rng: Rng = None,
-        *,
-        draw: Mapping[str, Any] | None = None,
-    ) -> Array:
-        """Return ``Ohat = Ahat V``, with the convolution of V added where there is one.
-
-        Parameters
-        ----------
-        problem : AttentionProblem
-            With values.
-        rng, draw
-            As for `approximate`.
-
-        Returns
-        -------
-        ndarray (n_q, d_v)
-
-        Examples
-        --------
-        >>> import sketchattn as sa
-        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
-        >>> plain = sa.Nystromformer(rank=4).attend(problem)
-        >>> more = sa.Nystromformer(rank=4, convolution=[0.0, 1.0, 0.0]).attend(problem)
-        >>> bool(np.allclose(more - plain, problem.v))
-        True
-        """
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ahat V``, with the convolution of V added where there is one."""
         if self.convolution is None:
-            return super().attend(problem, rng, draw=draw)
+            return super()._attend(problem, rng, draw)
         from scipy.ndimage import correlate1d
 
         made = self._checked(problem, rng, draw)
@@ -671,3 +364,9 @@ class Nystromformer(Method):
         sums = self._factored(problem, made, False).row_sums()
         low, high = (float(f(sums)) if len(sums) else math.nan for f in (np.min, np.max))
         return NystromDetails(low, high, int((sums <= LEAST_ROW_SUM).sum()))
+
+
+def _centers(x: Array, r: int, seed: int) -> Array:
+    """Return r centroids, float64 (r, d); equal rows may leave fewer, which are then repeated."""
+    centers = kmeans(x, r, seed, steps=KMEANS_STEPS).centers
+    return centers[np.arange(r) % len(centers)]

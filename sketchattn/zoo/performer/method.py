@@ -11,193 +11,31 @@ features, so that nothing overflows and no small constant is needed.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from ..base.arguments import as_array, check_finite, closest, float_dtype
-from ..base.draws import Draw, Rng, as_generator, check_draw
-from ..operators.base import AttentionOperator
-from ..operators.factored import FactoredAttention, zero_attention
-from ..operators.softmax import SoftmaxAttention
-from ..operators.solve import solution
-from ..problem import AttentionProblem
-from .base import Method, Traits, check_preset, in_force, register
+from ...base.arguments import (
+    check_choice,
+    check_finite,
+    check_flag,
+    check_not_negative,
+    float_dtype,
+)
+from ...base.draws import Draw, Rng, check_draw
+from ...operators.base import AttentionOperator
+from ...operators.factored import FactoredAttention, zero_attention
+from ...operators.softmax import SoftmaxAttention
+from ...operators.solve import solution
+from ...problem import AttentionProblem
+from ..base import Method, Traits, check_preset, in_force, register
+from .choices import PRESETS, Form, claims_of
+from .features import FEATURES, gaussian_directions
+from .prefix import PrefixAttention
 
 Array = NDArray[Any]
-
-FEATURES = ("positive", "hyperbolic", "trigonometric")
-
-
-class Form(NamedTuple):
-    """Name the choices that make one estimator; defaults are those of the paper, without eps."""
-
-    features: str = "positive"
-    orthogonal: bool = True
-    sign_fix: bool = True
-    eps: float = 0.0
-
-
-# Mean squared errors are at most exp(3 (|x|^2 + |y|^2)), or exp(|x|^2 + |y|^2); float64 ends here.
-LARGEST_EXPONENT = 700.0
-
-# What each released variant sets.
-PRESETS: dict[str, dict[str, Any]] = {
-    "google": {"sign_fix": False, "eps": 1e-6},
-    "performer-pytorch": {"sign_fix": False, "eps": 1e-4},
-}
-
-
-def _claims(form: Form) -> tuple[str, ...]:
-    """Return the ids of the claims of ``sketchattn.theory`` about one estimator."""
-    named = [f"mse_{form.features}" + ("_orthogonal" if form.orthogonal else "")]
-    if form.orthogonal:
-        named.append("signed_unbiased" if form.sign_fix else "unsigned_unbiased")
-        named.append("unsigned_entry")
-        if form.features != "trigonometric":
-            named.append("orthogonal_gain")
-    if form.features == "trigonometric":
-        named += ["fourier_tail", "uniform_convergence"]
-        named += ["orthogonal_trigonometric"] if form.orthogonal else []
-    else:
-        named += ["eps_mixture", "eps_released"] if form.eps != 0 else []
-        named += [] if form.eps != 0 else ["favor_factors", "favor_stochastic"]
-        named += ["hyperbolic"] if form.features == "hyperbolic" else ["chebyshev", "rank_floor"]
-    if form.features == "positive" and form.orthogonal:
-        named += ["theorem2", "theorem2_coefficients", "theorem2_camera_ready"]
-    return tuple(f"lowrank_baselines.{name}" for name in named)
-
-
-# --- the random matrix --------------------------------------------------------------------------
-
-
-def gaussian_directions(
-    r: int, d: int, rng: Rng = None, *, orthogonal: bool = True, sign_fix: bool = True
-) -> Array:
-    """Draw omega (r, d): rows that are N(0, I), orthogonal within blocks of d rows.
-
-    For each block ``G = Qm Rm`` with G (d, d) Gaussian, ``Qm <- Qm diag(sign Rm_ii)``, and row l of
-    ``Qm^T`` is multiplied by the norm of a fresh Gaussian vector.
-
-    Parameters
-    ----------
-    r, d : int
-        At least 1.
-    rng : None, int or numpy.random.Generator
-    orthogonal : bool, default True
-        False: independent rows.
-    sign_fix : bool, default True
-        Without it Qm is not Haar distributed (Householder QR makes its first entry negative or
-        zero) and estimates are biased; released codes leave it out.
-
-    Returns
-    -------
-    ndarray (r, d), float64
-        A larger r with the same seed extends a smaller one.
-
-    Examples
-    --------
-    >>> w = gaussian_directions(3, 4, rng=0)
-    >>> bool(abs(w[0] @ w[1]) < 1e-12), w.shape
-    (True, (3, 4))
-    """
-    from ..kernels._threads import blas_single_thread
-
-    for label, value in (("r", r), ("d", d)):
-        if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{label} must be an integer, got {type(value).__name__}; at least 1")
-        if value < 1:
-            raise ValueError(f"{label} must be at least 1, got {value}; raise it")
-    generator = as_generator(rng)
-    if not orthogonal:
-        return generator.standard_normal((r, d))
-    # G and then the vectors whose norms are taken, block by block.
-    drawn = generator.standard_normal((-(-r // d), 2, d, d))
-    with blas_single_thread():  # the same bits for any number of threads
-        basis, upper = np.linalg.qr(drawn[:, 0])
-    if sign_fix:
-        signs = np.where(np.diagonal(upper, axis1=1, axis2=2) < 0, -1.0, 1.0)
-        basis = basis * signs[:, None, :]
-    norms = np.linalg.norm(drawn[:, 1], axis=2)
-    blocks = norms[:, :, None] * basis.transpose(0, 2, 1)
-    return np.ascontiguousarray(blocks.reshape(-1, d)[:r])
-
-
-# --- exact mean squared errors of one entry -----------------------------------------------------
-
-
-def feature_mse(
-    x: ArrayLike, y: ArrayLike, r: int, features: str = "positive", *, orthogonal: bool = True
-) -> float:
-    """Return the mean squared error of the estimate of ``SM = exp(x . y)`` from r directions.
-
-    With ``s = |x + y|^2``, ``t = |x - y|^2``, ``n2 = |x|^2 + |y|^2``, for independent directions:
-    positive ``SM^2 (e^s - 1)/r``, hyperbolic ``SM^2 (cosh s - 1)/r``, trigonometric
-    ``e^n2 (1 - e^-t)^2 / (2r)``.  Orthogonal blocks of sizes r_b lower it by
-    ``g sum_b r_b (r_b - 1) / r^2``, ``g = e^-n2 (e^s - 1F1(d; d/2; s/2))``, for trigonometric
-    features ``e^n2 (e^-t - 1F1(d; d/2; -t/2))``.
-
-    Parameters
-    ----------
-    x, y : array (d,)
-        With the scale: ``x = sqrt(scale) q``.
-    r : int
-    features : {"positive", "hyperbolic", "trigonometric"}
-    orthogonal : bool, default True
-
-    Returns
-    -------
-    float
-        Of one unnormalised entry; the normalised ``Ahat`` is a ratio and has no such formula.
-
-    Raises
-    ------
-    ValueError
-        For shapes that differ, unknown features, and ``|x|^2 + |y|^2`` so large that the error
-        exceeds float64.
-
-    Examples
-    --------
-    >>> round(feature_mse([0.5], [0.5], 4, orthogonal=False), 6)
-    0.708242
-    """
-    from scipy.special import hyp1f1
-
-    a, b = (np.asarray(as_array(z, label), np.float64) for z, label in ((x, "x"), (y, "y")))
-    if a.ndim != 1 or a.shape != b.shape or not len(a):
-        raise ValueError(
-            f"x and y must have one shape (d,), got {a.shape} and {b.shape}; pass rows"
-        )
-    if features not in FEATURES:
-        raise ValueError(
-            f"features must be one of {', '.join(FEATURES)}, got {features!r}"
-            f"{closest(str(features), FEATURES)}"
-        )
-    d = len(a)
-    s, t, n2 = float((a + b) @ (a + b)), float((a - b) @ (a - b)), float(a @ a + b @ b)
-    most = LARGEST_EXPONENT / (1 if features == "trigonometric" else 3)
-    if not n2 < most:
-        raise ValueError(
-            f"x and y must have |x|^2 + |y|^2 below {most:g} for {features} features, got {n2:g}; "
-            f"the error of larger ones exceeds float64"
-        )
-    sm2 = math.exp(2 * float(a @ b))
-    if features == "trigonometric":
-        mse = math.exp(n2) * math.expm1(-t) ** 2 / (2 * r)
-        gain = math.exp(n2) * (math.exp(-t) - float(hyp1f1(d, d / 2, -t / 2)))
-    else:
-        # cosh s - 1 = 2 sinh(s/2)^2 keeps its digits where s is small.
-        spread = math.expm1(s) if features == "positive" else 2 * math.sinh(s / 2) ** 2
-        mse = sm2 * spread / r
-        gain = math.exp(-n2) * (math.exp(s) - float(hyp1f1(d, d / 2, s / 2)))
-    if not orthogonal:
-        return mse
-    whole, rest = divmod(r, d)
-    pairs = whole * d * (d - 1) + rest * (rest - 1)
-    return mse - gain * pairs / r**2
 
 
 class FeatureDetails(NamedTuple):
@@ -216,60 +54,6 @@ class FeatureDetails(NamedTuple):
     nonpositive: int
     largest_sum: float
     relative_variance: float
-
-
-# --- the causal operator ------------------------------------------------------------------------
-
-
-class PrefixAttention(AttentionOperator):
-    """Represent ``Ahat_ij = sum_l U_il exp(N_jl - a_(e_i)l)`` over keys up to e_i by prefix sums.
-
-    Parameters
-    ----------
-    t : ndarray (n_q, R)
-        ``omega_l . x_i``.
-    n : ndarray (n_k, R)
-        ``omega_l . y_j - |y_j|^2 / 2``.
-    keep : bool ndarray (n_k,)
-    offset : int
-        Query i sees the keys ``j <= i + offset``.
-    effective_rank : int
-    remake : callable
-        Returns the same operator in float64.
-
-    Notes
-    -----
-    Holds U (n_q, R) and the steps ``beta_jl = exp(N_jl - a_jl)`` (n_k, R), both in [0, 1]; a
-    product carries one state (R, m) through the tokens.  Rows do not read what lies behind them.
-    """
-
-    def __init__(
-        self, t: Array, n: Array, keep: Array, offset: int, effective_rank: int, remake: Any
-    ) -> None:
-        from ..kernels.features import prefix_factors
-
-        super().__init__((len(t), len(n)), t.dtype, effective_rank)
-        self.u, self.beta = prefix_factors(t, n, keep, offset)
-        self.offset = offset
-        self._remake = remake
-
-    def wide(self) -> AttentionOperator:
-        """Return the same estimator of the same problem and draw in float64."""
-        made: AttentionOperator = self._remake()
-        return made
-
-    def _matmat(self, x: Array) -> Array:
-        from ..kernels.features import prefix_product
-
-        return prefix_product(self.u, self.beta, self.offset, self._cast(x))
-
-    def _rmatmat(self, y: Array) -> Array:
-        from ..kernels.features import prefix_transposed
-
-        return prefix_transposed(self.u, self.beta, self.offset, self._cast(y))
-
-
-# --- the method ---------------------------------------------------------------------------------
 
 
 @register("performer")
@@ -317,7 +101,8 @@ class Performer(Method):
     for unit Gaussian queries and keys of width 64 it is 9e6/r.  See `feature_mse`.
 
     Cost ``O((n_q + n_k) r (d + d_v))``; the factors are not held unless the problem is causal,
-    features are trigonometric or eps > 0.
+    features are trigonometric or eps > 0.  `attend` passes over the keys once in place of twice,
+    and holds no features for eps > 0 either.
 
     Examples
     --------
@@ -363,7 +148,7 @@ class Performer(Method):
             key_mask=True,
             row_stochastic=not signed,
             nonnegative=not signed,
-            claims=_claims(form),
+            claims=claims_of(form),
         )
 
     # --- arguments --------------------------------------------------------------------------
@@ -381,21 +166,10 @@ class Performer(Method):
 
     def _check_parameters(self) -> None:
         check_preset(self, Form(), PRESETS, whole=True)
-        if self.features not in FEATURES:
-            raise ValueError(
-                f"features must be one of {', '.join(FEATURES)}, got {self.features!r}"
-                f"{closest(str(self.features), FEATURES)}"
-            )
+        check_choice(self.features, "features", FEATURES)
         for label in ("orthogonal", "sign_fix", "center_keys"):
-            value = getattr(self, label)
-            if not isinstance(value, bool | np.bool_):
-                raise TypeError(
-                    f"{label} must be a bool, got {type(value).__name__}; pass True or False"
-                )
-        if isinstance(self.eps, bool | np.bool_) or not isinstance(self.eps, numbers.Real):
-            raise TypeError(f"eps must be a real number, got {type(self.eps).__name__}; 0 is none")
-        if not 0 <= float(self.eps) < math.inf:
-            raise ValueError(f"eps must be finite and at least 0, got {self.eps}; 0 is none")
+            check_flag(getattr(self, label), label)
+        check_not_negative(self.eps, "eps", "0 is none")
         form = self.form
         if form.eps > 0 and form.features != "positive":
             raise ValueError(
@@ -488,7 +262,7 @@ class Performer(Method):
             u = left * np.where(np.isfinite(inverse), inverse, 0)[:, None]
             return FactoredAttention(u, None, right, budget, remake=remake)
         if problem.causal:
-            from ..kernels.sketching import dense_product
+            from ...kernels.sketching import dense_product
 
             x, y = self._scaled(problem)
             across = np.ascontiguousarray(self._omega(problem, draw).T)
@@ -506,7 +280,7 @@ class Performer(Method):
 
     def _dense(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         """Return features of queries (n_q, R) and keys (R, n_k), up to a factor a query and one."""
-        from ..kernels.sketching import dense_product
+        from ...kernels.sketching import dense_product
 
         x, y = self._scaled(problem)
         omega = self._omega(problem, draw)
@@ -536,7 +310,7 @@ class Performer(Method):
         Those of keys are ``exp(N_jl - m) + eps``, ``m = max_jl omega_l . y_j``, so that their sum
         is ``sum_j exp(N_jl - m) + eps n``, and that of their products with V alike.
         """
-        from ..kernels.features import feature_means, feature_sums
+        from ...kernels.features import feature_means, feature_sums
 
         (x, y), omega = self._scaled(problem), self._omega(problem, draw)
         _ = problem.values  # refuses a problem without
@@ -551,26 +325,8 @@ class Performer(Method):
         check_finite(highest, "features @ q.T")
         return out
 
-    def attend(
-        self,
-        problem: AttentionProblem,
-        rng: Rng = None,
-        *,
-        draw: Mapping[str, Any] | None = None,
-    ) -> Array:
-        """Return ``Ohat = Ahat V`` with one pass over the keys in place of two.
-
-        Parameters
-        ----------
-        problem : AttentionProblem
-            With values.
-        rng, draw
-            As for `approximate`.
-
-        Returns
-        -------
-        ndarray (n_q, d_v)
-        """
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ahat V`` with one pass over the keys in place of two."""
         self.check(problem)
         values = problem.values
         if self.form.eps > 0 and len(problem.kept_keys) and problem.n_q:

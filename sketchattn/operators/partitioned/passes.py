@@ -1,0 +1,141 @@
+"""Passes over slots that layouts share: what kernels need, rows in tiles, and their sums."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...partitions.ragged import Ragged
+
+Array = NDArray[Any]
+
+LOG2E = float(np.log2(np.e))
+EMPTY = np.zeros(0, np.int64)
+
+
+class Data(NamedTuple):
+    """What kernels need beside a layout: queries, keys, widened queries, summaries in bits."""
+
+    q: Array
+    k: Array
+    f: Array
+    keys: Array
+    bits: Array
+    scale: float
+
+
+class Near(NamedTuple):
+    """Tiles of rows that share a region as direct keys; see `kernels.partitioned.near`."""
+
+    order: Array
+    first: Array
+    last: Array
+    region: Array
+    groups: Array
+    ends: Array
+    skip: Array
+
+
+class RowRanges(NamedTuple):
+    """Ranges of slots: ``items[lo[t] : hi[t]]``, or positions themselves."""
+
+    lo: Array
+    hi: Array
+    items: Array
+
+
+def near_of(region_of_row: Array, ends: Array = EMPTY, skip: Array = EMPTY) -> Near:
+    """Return the tiles of rows with the same region; rows of region -1 have none."""
+    from ...kernels.partitioned import ROW_TILE
+
+    order = np.argsort(region_of_row, kind="stable")
+    order = order[np.searchsorted(region_of_row[order], 0) :]
+    names, starts = np.unique(region_of_row[order], return_index=True)
+    stops = np.append(starts, len(order))[1:]
+    tiles = -(-(stops - starts) // ROW_TILE)
+    groups = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
+    within = np.arange(groups[-1]) - np.repeat(groups[:-1], tiles)
+    first = np.repeat(starts, tiles) + within * ROW_TILE
+    last = np.minimum(first + ROW_TILE, np.repeat(stops, tiles))
+    region = np.repeat(names, tiles).astype(np.int64)
+    return Near(order, first, last, region, groups, ends, skip)
+
+
+class Totals:
+    """Hold what passes over slots leave for each row, and run them.
+
+    ``top``, ``total`` and ``out`` are those of `kernels.partitioned`.
+    """
+
+    def __init__(self, n_q: int, width: int, dtype: Any) -> None:
+        self.out = np.zeros((n_q, width), dtype)
+        self.top = np.full(n_q, -np.inf, dtype)
+        self.total = np.zeros(n_q, dtype)
+
+    def fold(
+        self,
+        stage: Near,
+        q: Array,
+        k: Array,
+        x: Array,
+        bias: Array,
+        ranges: RowRanges,
+        scale: float,
+    ) -> None:
+        """Fold the slots of one stage into its rows."""
+        from ...kernels.partitioned import KEY_TILE, ROW_TILE, all_threads, near
+
+        all_threads(
+            near, q, k, x, bias, stage.order, stage.first, stage.last, stage.region, ranges.lo,
+            ranges.hi, ranges.items, stage.ends, stage.skip, scale, ROW_TILE, KEY_TILE, None,
+            self.top, self.total, self.out,
+        )  # fmt: skip
+
+    def finish(self) -> tuple[Array, Array]:
+        """Divide, and return the product and log Zhat."""
+        from ...kernels.partitioned import ROW_TILE, all_threads, finish
+
+        lse = np.empty(len(self.out), self.out.dtype)
+        all_threads(finish, self.top, self.total, ROW_TILE, None, self.out, lse)
+        return self.out, lse
+
+
+def fold_back(
+    stage: Near,
+    q: Array,
+    k: Array,
+    y: Array,
+    lse: Array,
+    bias: Array,
+    ranges: RowRanges,
+    scale: float,
+    out: Array,
+) -> None:
+    """Add what the rows of one stage give back to its slots."""
+    from ...kernels.partitioned import KEY_TILE, ROW_TILE, all_threads, near_transposed
+
+    all_threads(
+        near_transposed, q, k, y, lse, bias, stage.order, stage.first, stage.last, stage.groups,
+        stage.region, ranges.lo, ranges.hi, ranges.items, stage.ends, stage.skip, scale,
+        ROW_TILE, KEY_TILE, None, out,
+    )  # fmt: skip
+
+
+def slot_logits(
+    data: Data, rows: Array, direct: Ragged, regions: Ragged
+) -> tuple[Array, Array, Array]:
+    """Return the base-2 logits of direct keys and of regions of rows (s,), and log Zhat (s,)."""
+    from ...kernels.partitioned import ROW_TILE, all_threads
+    from ...kernels.partitioned import slot_logits as compute
+
+    dtype = data.q.dtype
+    d_out, r_out = np.empty(len(direct.items), dtype), np.empty(len(regions.items), dtype)
+    lse = np.empty(len(rows), dtype)
+    all_threads(
+        compute, data.q, data.k, data.f, data.keys, data.bits, rows.astype(np.int64),
+        direct.starts, direct.items, regions.starts, regions.items, data.scale, ROW_TILE, None,
+        d_out, r_out, lse,
+    )  # fmt: skip
+    return d_out, r_out, lse
