@@ -17,7 +17,7 @@ import pytest
 
 import sketchattn as sa
 from sketchattn import cli
-from sketchattn.bench import harness, startup
+from sketchattn.bench import harness, runner, startup
 from sketchattn.cli import main, parse_heads, read_output
 from sketchattn.errors.reports import FIELDS
 from sketchattn.studies import run
@@ -591,11 +591,11 @@ def test_bench_runs_what_is_named(say: Any, monkeypatch: pytest.MonkeyPatch) -> 
         ours, theirs = [1.0] * rounds, [2.0] * rounds
         yield harness.make_row("tiny", "nothing", ours, against="air", theirs=theirs, target=1.0)
 
-    monkeypatch.setitem(harness.BENCHMARKS, "tiny", harness.Benchmark("tiny", "A tiny one.", tiny))
+    monkeypatch.setitem(runner.BENCHMARKS, "tiny", harness.Benchmark("tiny", "A tiny one.", tiny))
     said = say("bench", "--list")
     assert (said.code, said.err) == (0, "")
     listed = [line.split()[0] for line in said.out.splitlines()]
-    assert listed == ["name", *harness.BENCHMARKS]
+    assert listed == ["name", *runner.BENCHMARKS]
     assert json.loads(say("bench", "--list", "--json").out)[-1] == {
         "name": "tiny",
         "description": "A tiny one.",

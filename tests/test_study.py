@@ -27,7 +27,7 @@ from sketchattn.errors.reports import FIELDS
 from sketchattn.heads.inputs import as_heads
 from sketchattn.operators.base import AttentionOperator
 from sketchattn.problem import AttentionProblem
-from sketchattn.studies import grid
+from sketchattn.studies import grid, measure
 from sketchattn.studies import journal as journal_module
 from sketchattn.studies import run as run_module
 from sketchattn.studies.grid import default_methods, default_ranks, describe_method
@@ -251,8 +251,7 @@ def test_files_hold_the_rows(tmp_path: Path) -> None:
     assert settings["ranks"] == RANKS
     assert settings["seeds"] == [0, 1]
     assert settings["methods"] == {
-        "uniform": "sketchattn.zoo.baselines.UniformColumns(estimator='self-normalized', "
-        "rank=2)",
+        "uniform": "sketchattn.zoo.baselines.UniformColumns(estimator='self-normalized', rank=2)",
         "exact": "sketchattn.zoo.baselines.Exact()",
     }
     assert [h["digest"] for h in settings["heads"]] == [p.digest for p in small_heads(2)]
@@ -627,9 +626,9 @@ def test_a_worker_stops_when_its_study_lost_the_folder(tmp_path: Path) -> None:
         assert journal_module.is_held(lock, token)
         assert not journal_module.is_held(lock, "f" * 32)
         with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-            run_module._run_head(run_module._Task(problem, cells, journal, lock, "f" * 32, 1))
+            measure.run_head(measure.HeadTask(problem, cells, journal, lock, "f" * 32, 1))
         assert not journal.exists()
-        name, found = run_module._run_head(run_module._Task(problem, cells, journal, lock, token, 1))
+        name, found = measure.run_head(measure.HeadTask(problem, cells, journal, lock, token, 1))
         assert (name, len(found)) == (problem.name, 1)
         assert journal.read_bytes().count(b"\n") == 1
         text = lock.read_text()
@@ -643,8 +642,8 @@ def test_a_worker_that_cannot_see_the_folder_still_computes(tmp_path: Path) -> N
     variant = grid.Variant.of("uniform", sa.UniformColumns(rank=2))
     cells = grid.make_cells([variant], [2], [0, 1])
     elsewhere = tmp_path / "not" / "here"
-    task = run_module._Task(problem, cells, elsewhere / "a.jsonl", elsewhere / ".lock", "f" * 32, 1)
-    assert len(run_module._run_head(task)[1]) == 2
+    task = measure.HeadTask(problem, cells, elsewhere / "a.jsonl", elsewhere / ".lock", "f" * 32, 1)
+    assert len(measure.run_head(task)[1]) == 2
     assert not elsewhere.exists()
 
 
@@ -904,7 +903,7 @@ def test_refusals(
     def work(*_: object) -> None:
         raise AssertionError("work began before the refusal")
 
-    monkeypatch.setattr(run_module, "_run_head", work)
+    monkeypatch.setattr(run_module, "run_head", work)
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         call()
 

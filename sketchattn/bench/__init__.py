@@ -1,4 +1,5 @@
-"""Benchmarks against the real competitor: a harness, and a file a family.
+"""Benchmarks against the real competitor: a harness, a file a family, and what runs them all.
 
-Imports everything but ``studies`` and the command line.
+Imports everything but ``studies`` and the command line.  Methods and competitors are imported
+where they are measured, so that listing the benchmarks is quick.
 """

@@ -6,25 +6,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from ..functional.batched import attention
 from ..problem import AttentionProblem
-from .harness import Row, child, make_row, normal, register, rounding_row, time_interleaved
-from .skeinformer import SKEINFORMER_MEMORY
-
-_COMBINER_MEMORY = (
-    SKEINFORMER_MEMORY.partition("attention(q[:2048]")[0]
-    + """
-options = {"pattern": sys.argv[2], "block": int(sys.argv[3])}
-attention(q[:2048], k[:2048], v[:2048], "combiner", causal=True, **options)
-before = peak()
-out = attention(q, k, v, "combiner", causal=True, **options)
-print(peak() - before - out.nbytes)
-"""
-)
+from .harness import Row, benchmark, make_row, memory_row, normal, rounding_row, time_interleaved
 
 
-@register("combiner", "combiner against exact attention: time, growth to 1M, memory, error")
+@benchmark("combiner", "combiner against exact attention: time, growth to 1M, memory, error")
 def _combiner(quick: bool, rounds: int) -> Iterator[Row]:
-    from ..functional.batched import attention
     from ..zoo.combiner.method import Combiner
 
     n, block = (2048, 64) if quick else (16384, 128)
@@ -73,13 +61,6 @@ def _combiner(quick: bool, rounds: int) -> Iterator[Row]:
             theirs=seconds["short"],
             target=target,
         )
-        extra = float(child(_COMBINER_MEMORY, str(4 * m), pattern, str(blocks[1]))) / 2**20
-        yield make_row(
-            "combiner",
-            f"{name}, n={4 * m}: growth beyond inputs and output",
-            [max(extra, 0.0)],
-            against="limit",
-            theirs=[1000.0],
-            target=1.0,
-            unit="MB",
+        yield memory_row(
+            "combiner", f"{name}, n={4 * m}", 4 * m, 1000.0, method="combiner", **options[1]
         )

@@ -8,25 +8,24 @@ from typing import Any
 
 import numpy as np
 
+from ..functional.batched import attention
 from .harness import (
     Row,
-    child,
+    benchmark,
     gemm_rate,
     import_torch,
     make_row,
+    memory_row,
     normal,
     plain_numpy,
-    register,
     relative_error,
     sdpa,
     time_interleaved,
 )
 
 
-@register("exact", "exact attention, one head and many, against torch SDPA and plain NumPy")
+@benchmark("exact", "exact attention, one head and many, against torch SDPA and plain NumPy")
 def _exact(quick: bool, rounds: int) -> Iterator[Row]:
-    from ..functional.batched import attention
-
     torch = import_torch()
     gemm = gemm_rate(rounds, 1024 if quick else 4096)
     n = 2048 if quick else 16384
@@ -76,34 +75,7 @@ def _exact(quick: bool, rounds: int) -> Iterator[Row]:
                 )
 
 
-_MEMORY = """
-import resource, sys
-import numpy as np
-from sketchattn import attention
-n = int(sys.argv[1])
-small = np.ones((64, 64), np.float32)
-attention(small, small, small)
-rng = np.random.default_rng(0)
-q, k, v = (rng.standard_normal((n, 64), np.float32) for _ in range(3))
-attention(q[:2048], k[:2048], v[:2048])
-unit = 1 if sys.platform == "darwin" else 1024
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-out = attention(q, k, v)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-print(after - before - out.nbytes)
-"""
-
-
-@register("memory", "peak memory of exact attention beyond its inputs and output")
+@benchmark("memory", "peak memory of exact attention beyond its inputs and output")
 def _memory(quick: bool, rounds: int) -> Iterator[Row]:
     n = 4096 if quick else 32768
-    extra = float(child(_MEMORY, str(n))) / 2**20
-    yield make_row(
-        "memory",
-        f"1 head, n={n}, d=64: growth beyond inputs and output",
-        [max(extra, 0.0)],
-        against="limit",
-        theirs=[64.0],
-        target=1.0,
-        unit="MB",
-    )
+    yield memory_row("memory", f"1 head, n={n}, d=64", n, 64.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -9,11 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..functional.batched import attention
+from ..kernels._threads import thread_count
 from ..problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -29,18 +33,11 @@ class Benchmark:
     run: Callable[[bool, int], Iterator[Row]]
 
 
-BENCHMARKS: dict[str, Benchmark] = {}
-
-
-def register(name: str, description: str) -> Callable[[Any], Any]:
-    def add(function: Callable[[bool, int], Iterator[Row]]) -> Any:
-        BENCHMARKS[name] = Benchmark(name, description, function)
-        return function
-
-    return add
-
-
-# --- measuring ------------------------------------------------------------------------------
+def benchmark(
+    name: str, description: str
+) -> Callable[[Callable[[bool, int], Iterator[Row]]], Benchmark]:
+    """Make a benchmark of a function that yields its rows, given ``quick`` and ``rounds``."""
+    return partial(Benchmark, name, description)
 
 
 BRIEF = 0.05  # seconds; shorter calls are repeated untimed for so long before the timed one
@@ -108,12 +105,14 @@ def make_row(
 
 
 def normal(heads: int, n: int, d: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """Return normal q, k and v (heads, n, d) in float32."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((heads, n, d), np.float32) for _ in range(3))
     return q, k, v
 
 
 def import_torch() -> Any | None:
+    """Return torch with as many threads as this library has, None where it is not installed."""
     try:
         import torch
     except ImportError:
@@ -125,12 +124,12 @@ def import_torch() -> Any | None:
 
 
 def library_threads() -> int:
-    from ..kernels._threads import thread_count
-
+    """Return the number of threads of this library's kernels."""
     return thread_count()
 
 
 def sdpa(torch: Any, arrays: Sequence[Array], causal: bool = False) -> Callable[[], Any]:
+    """Return the call of torch's own attention on these arrays, without gradients."""
     tensors = [torch.from_numpy(x)[None] for x in arrays]
     function = torch.nn.functional.scaled_dot_product_attention
 
@@ -180,6 +179,69 @@ def rounding_row(benchmark: str, case: str, method: Any, problem: AttentionProbl
         theirs=[1e-5],
         target=1.0,
         unit="rel",
+    )
+
+
+def many_heads_row(benchmark: str, method: Any, rounds: int) -> Row:
+    """Return the line of small heads in one call, against the same heads in calls of their own."""
+    q, k, v = normal(12, 512, 64)
+
+    def one_at_a_time() -> None:
+        for head in zip(q, k, v, strict=True):
+            attention(*head, method, rng=0)
+
+    calls: dict[str, Callable[[], object]] = {
+        "together": partial(attention, q, k, v, method, rng=0),
+        "apart": one_at_a_time,
+    }
+    seconds = time_interleaved(calls, rounds)
+    return make_row(
+        benchmark,
+        "12 heads in one call, n=512, d=64, r=64",
+        seconds["together"],
+        against="12 calls",
+        theirs=seconds["apart"],
+        target=None,
+    )
+
+
+# Where Linux tells it, the peak of this program's own memory: the maximum that getrusage gives
+# starts from that of the process which started this one.
+_MEMORY = """
+import json, re, resource, sys
+import numpy as np
+from sketchattn import attention
+def peak():
+    try:
+        with open("/proc/self/status") as file:
+            return int(re.search(r"VmHWM:\\s*(\\d+)", file.read()).group(1)) * 1024
+    except (OSError, AttributeError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+n, options = int(sys.argv[1]), json.loads(sys.argv[2])
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((n, 64), np.float32) for _ in range(3))
+attention(q[:2048], k[:2048], v[:2048], **options)
+before = peak()
+out = attention(q, k, v, **options)
+print(peak() - before - out.nbytes)
+"""
+
+
+def memory_row(benchmark: str, case: str, n: int, limit: float, **options: Any) -> Row:
+    """Return the line of the memory, in MB, that one head of width 64 takes in a new process.
+
+    ``options`` are those of ``attention``; inputs and output do not count.
+    """
+    extra = float(child(_MEMORY, str(n), json.dumps(options))) / 2**20
+    return make_row(
+        benchmark,
+        f"{case}: growth beyond inputs and output",
+        [max(extra, 0.0)],
+        against="limit",
+        theirs=[limit],
+        target=1.0,
+        unit="MB",
     )
 
 

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .harness import Row, make_row, normal, register, time_interleaved
+from ..functional.batched import attention
+from .harness import Row, benchmark, make_row, normal, time_interleaved
 
 Array = NDArray[Any]
 
 
-@register("linformer", "linformer with given E and F, against its products alone")
+@benchmark("linformer", "linformer with given E and F, against its products alone")
 def _linformer(quick: bool, rounds: int) -> Iterator[Row]:
-    from ..functional.batched import attention
-
     n, r = (2048, 64) if quick else (16384, 256)
     q, k, v = (x[0] for x in normal(1, n, 64))
     rng = np.random.default_rng(1)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from ..functional.batched import attention
 from ..problem import AttentionProblem
-from .harness import Row, make_row, normal, register, rounding_row, time_interleaved
+from .harness import Row, benchmark, make_row, normal, rounding_row, time_interleaved
 
 
-@register("nystromformer", "nystromformer against exact attention: time, and error of float32")
+@benchmark("nystromformer", "nystromformer against exact attention: time, and error of float32")
 def _nystromformer(quick: bool, rounds: int) -> Iterator[Row]:
     from ..zoo.nystromformer import Nystromformer
 
@@ -18,7 +19,7 @@ def _nystromformer(quick: bool, rounds: int) -> Iterator[Row]:
     yield from _against_exact("nystromformer", Nystromformer(rank=r), n, rounds, 1 / 8)
 
 
-@register("dba", "dba without training against exact attention: time, and error of float32")
+@benchmark("dba", "dba without training against exact attention: time, and error of float32")
 def _dba(quick: bool, rounds: int) -> Iterator[Row]:
     from ..zoo.dba.method import DBA
 
@@ -26,7 +27,7 @@ def _dba(quick: bool, rounds: int) -> Iterator[Row]:
     yield from _against_exact("dba", DBA(rank=r), n, rounds, 1 / 5)
 
 
-@register("performer", "performer against exact attention: time, and error of float32")
+@benchmark("performer", "performer against exact attention: time, and error of float32")
 def _performer(quick: bool, rounds: int) -> Iterator[Row]:
     from ..zoo.performer import Performer
 
@@ -39,8 +40,6 @@ def _against_exact(
     benchmark: str, method: Any, n: int, rounds: int, target: float | None, *, causal: bool = False
 ) -> Iterator[Row]:
     """Measure a method at one head of width 64: its time, and its rounding in float32."""
-    from ..functional.batched import attention
-
     q, k, v = (x[0] for x in normal(1, n, 64))
     calls: dict[str, Callable[[], object]] = {
         "ours": partial(attention, q, k, v, method, rng=0, causal=causal),

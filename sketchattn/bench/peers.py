@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -9,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .harness import Row, import_torch, make_row, normal, register, time_interleaved
+from ..functional.batched import attention
+from .harness import Row, benchmark, import_torch, make_row, normal, time_interleaved
 
 Array = NDArray[Any]
-
 
 # Packages that compute what a method of ours computes: module and class.
 PEERS = {
@@ -24,9 +26,6 @@ PEERS = {
 
 def _peer(package: str) -> Any | None:
     """Return the class of attention of a package, None where it is not installed."""
-    import importlib
-    import warnings
-
     module, name = PEERS[package]
     try:
         with warnings.catch_warnings():
@@ -96,14 +95,10 @@ def _peer_calls(
         yield "linformer", Linformer(r, "given", E=e, F=f), None, theirs
 
 
-@register("peers", "nystromformer, performer, linformer against packages of the same methods")
+@benchmark("peers", "nystromformer, performer, linformer against packages of the same methods")
 def _peers(quick: bool, rounds: int) -> Iterator[Row]:
-    from ..functional.batched import attention
-
     torch = import_torch()
     if torch is None:
-        import warnings
-
         warnings.warn(
             "torch is not installed, so peers are left out; pip install 'sketchattn[peers]'",
             stacklevel=2,

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 
 from ..problem import AttentionProblem
-from .harness import Row, make_row, normal, register, time_interleaved
+from .harness import Row, benchmark, make_row, normal, time_interleaved
 
 
-@register("report", "error_report by streaming, against one exact product")
+@benchmark("report", "error_report by streaming, against one exact product")
 def _report(quick: bool, rounds: int) -> Iterator[Row]:
     from ..errors.reports import ErrorReport, error_report
     from ..zoo.baselines import UniformColumns
@@ -46,7 +46,7 @@ def _report(quick: bool, rounds: int) -> Iterator[Row]:
         )
 
 
-@register("certify", "certify from 256 exact rows, against one exact product")
+@benchmark("certify", "certify from 256 exact rows, against one exact product")
 def _certify(quick: bool, rounds: int) -> Iterator[Row]:
     from ..errors.certificates import certify
 

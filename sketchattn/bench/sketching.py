@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .harness import Row, make_row, register, time_interleaved
+from .harness import Row, benchmark, make_row, time_interleaved
 
 
-@register("sketch", "applying sketches, against a dense product, SciPy and scikit-learn")
+@benchmark("sketch", "applying sketches, against a dense product, SciPy and scikit-learn")
 def _sketch(quick: bool, rounds: int) -> Iterator[Row]:
     from scipy.linalg import clarkson_woodruff_transform
     from sklearn.random_projection import SparseRandomProjection
@@ -75,7 +75,7 @@ def _sketch(quick: bool, rounds: int) -> Iterator[Row]:
         )
 
 
-@register("leverage", "fast leverage scores at 10 % error, against the exact ones")
+@benchmark("leverage", "fast leverage scores at 10 % error, against the exact ones")
 def _leverage(quick: bool, rounds: int) -> Iterator[Row]:
     from ..sampling.leverage import leverage_scores, leverage_scores_fast
 

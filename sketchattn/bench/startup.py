@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..problem import AttentionProblem
-from .harness import Row, child, make_row, register
+from .harness import Row, benchmark, child, make_row
 
 _FIRST_CALL = """
 import time
@@ -22,7 +22,7 @@ print(time.perf_counter() - start)
 _IMPORT = "import time; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
 
 
-@register("import", "import time beyond NumPy's, and the first kernel call of a warm cache")
+@benchmark("import", "import time beyond NumPy's, and the first kernel call of a warm cache")
 def _import(quick: bool, rounds: int) -> Iterator[Row]:
     scripts = {
         "numpy": _IMPORT.format("numpy"),

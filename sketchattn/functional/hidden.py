@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .call import Terms
+
 Array = NDArray[Any]
 
 
-def _seen(
-    options: dict[str, Any], h: int, rows: Array, n_k: int, keys: Array
-) -> tuple[Array, Array | None]:
+def _seen(terms: Terms, h: int, rows: Array, keys: Array) -> tuple[Array, Array | None]:
     """Return the visible set (rows, keys) of a head, and the bias there."""
-    p = rows[:, None] + int(options["first"][h])
+    p = rows[:, None] + int(terms.first[h])
     seen = np.ones((len(rows), len(keys)), bool)
-    if options["left"] is not None:
-        seen &= keys[None, :] >= p - options["left"]
-    if options["right"] is not None:
-        seen &= keys[None, :] <= p + options["right"]
-    if options["key_mask"] is not None:
-        seen &= options["key_mask"][options["key_slab"][h]][keys]
+    if terms.left is not None:
+        seen &= keys[None, :] >= p - terms.left
+    if terms.right is not None:
+        seen &= keys[None, :] <= p + terms.right
+    if terms.key_mask is not None:
+        seen &= terms.key_mask[terms.key_slab[h]][keys]
     bias = None
-    if options["mask"] is not None:
-        mask = options["mask"][options["mask_slab"][h]]
+    if terms.mask is not None:
+        mask = terms.mask[terms.mask_slab[h]]
         mask = mask[rows if mask.shape[0] > 1 else np.zeros_like(rows)]
         mask = mask[:, keys if mask.shape[1] > 1 else np.zeros_like(keys)]
         seen &= mask if mask.dtype == np.bool_ else mask != -np.inf
@@ -32,32 +32,32 @@ def _seen(
     return seen, bias
 
 
-def _reach(n_q: int, n_k: int, options: dict[str, Any]) -> tuple[Array, Array]:
+def _reach(n_q: int, n_k: int, terms: Terms) -> tuple[Array, Array]:
     """Return which keys every row of a head sees, and which some row may see: both (H, n_k)."""
     key = np.arange(n_k)
-    first = options["first"][:, None]
+    first = terms.first[:, None]
     everyone, someone = np.ones((2, len(first), n_k), bool)
-    if options["left"] is not None:
-        everyone &= key >= first + n_q - 1 - options["left"]
-        someone &= key >= first - options["left"]
-    if options["right"] is not None:
-        everyone &= key <= first + options["right"]
-        someone &= key <= first + n_q - 1 + options["right"]
-    if options["key_mask"] is not None:
-        keep = options["key_mask"][options["key_slab"]]
+    if terms.left is not None:
+        everyone &= key >= first + n_q - 1 - terms.left
+        someone &= key >= first - terms.left
+    if terms.right is not None:
+        everyone &= key <= first + terms.right
+        someone &= key <= first + n_q - 1 + terms.right
+    if terms.key_mask is not None:
+        keep = terms.key_mask[terms.key_slab]
         everyone &= keep
         someone &= keep
-    if options["mask"] is not None:
-        seen = options["mask"] if options["mask"].dtype == np.bool_ else options["mask"] != -np.inf
-        everyone &= seen.all(axis=1)[options["mask_slab"]]
-        someone &= seen.any(axis=1)[options["mask_slab"]]
+    if terms.mask is not None:
+        seen = terms.mask if terms.mask.dtype == np.bool_ else terms.mask != -np.inf
+        everyone &= np.asarray(seen.all(axis=1))[terms.mask_slab]
+        someone &= np.asarray(seen.any(axis=1))[terms.mask_slab]
     return everyone, someone
 
 
-def without_hidden(n_q: int, k: Array, v: Array, options: dict[str, Any]) -> tuple[Array, Array]:
+def without_hidden(n_q: int, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
     """Return k and v with zeros where no query looks; refuse non-finite ones that all see."""
-    grouped = (k.shape[0], options["group"], k.shape[1])
-    everyone, someone = (x.reshape(grouped) for x in _reach(n_q, k.shape[1], options))
+    grouped = (k.shape[0], terms.group, k.shape[1])
+    everyone, someone = (x.reshape(grouped) for x in _reach(n_q, k.shape[1], terms))
     for label, x in (("k", k), ("v", v)):
         wrong = np.argwhere(~np.isfinite(x).all(axis=2) & everyone.all(axis=1))
         if len(wrong):
@@ -74,16 +74,14 @@ def without_hidden(n_q: int, k: Array, v: Array, options: dict[str, Any]) -> tup
 _BLOCK_ENTRIES = 1 << 20
 
 
-def add_non_finite(
-    out: Array, lse: Array, q: Array, k: Array, v: Array, options: dict[str, Any]
-) -> None:
+def add_non_finite(out: Array, lse: Array, q: Array, k: Array, v: Array, terms: Terms) -> None:
     """Add ``A_ij v_jc`` of non-finite values ``v_jc`` to the rows that see key j.
 
     The sum over j is NaN if a value is, if a weight is zero or NaN, or if both infinities meet.
     """
-    n_q, n_k = q.shape[1], k.shape[1]
+    n_q = q.shape[1]
     for h in range(q.shape[0]):
-        k_h, v_h = k[h // options["group"]], v[h // options["group"]]
+        k_h, v_h = k[h // terms.group], v[h // terms.group]
         keys = np.flatnonzero(~(np.isfinite(k_h).all(axis=1) & np.isfinite(v_h).all(axis=1)))
         up, down, nan = (
             x.astype(np.float32)
@@ -92,11 +90,11 @@ def add_non_finite(
         step = max(1, _BLOCK_ENTRIES // max(1, len(keys)))
         for start in range(0, n_q if len(keys) else 0, step):
             block = slice(start, min(start + step, n_q))
-            seen, bias = _seen(options, h, np.arange(n_q)[block], n_k, keys)
+            seen, bias = _seen(terms, h, np.arange(n_q)[block], keys)
             with np.errstate(all="ignore"):
-                logits = options["scale"] * (q[h, block] @ k_h[keys].T)
-                if options["softcap"] > 0:
-                    logits = options["softcap"] * np.tanh(logits / options["softcap"])
+                logits = terms.scale * (q[h, block] @ k_h[keys].T)
+                if terms.softcap > 0:
+                    logits = terms.softcap * np.tanh(logits / terms.softcap)
                 if bias is not None:
                     logits = logits + bias
                 weight = np.exp(logits - lse[h, block, None])

@@ -14,8 +14,6 @@ from ..base.arguments import closest
 from ..base.draws import Rng, as_generator
 from .container import Heads, Triple
 
-# --- heads that are made ------------------------------------------------------------------------
-
 # name -> recipe(rng, heads, n, d, *, parameters) that returns q, k, v in float64
 FAMILIES: dict[str, Callable[..., Triple]] = {}
 
@@ -88,8 +86,8 @@ def make_heads(
 
     Notes
     -----
-    The recipes themselves are in ``sketchattn.heads.families.FAMILIES``; their docstrings say in which
-    order the numbers are drawn.
+    The recipes themselves are in ``sketchattn.heads.families.FAMILIES``; their docstrings say in
+    which order the numbers are drawn.
 
     Examples
     --------

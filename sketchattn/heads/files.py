@@ -1,4 +1,4 @@
-"""Attention heads: read, write and make (q, k, v) triples, and measure how hard they are.
+"""Files of heads, read and written without loss, and the heads that are bundled.
 
 A file holds the tensors ``q``, ``k`` and ``v`` of shape (heads, n, d), optionally ``key_mask``
 (heads, n_k), and the metadata ``scale`` (a number, or "1/sqrt(d)"), ``causal`` ("true", "false",
@@ -8,7 +8,10 @@ A file holds the tensors ``q``, ``k`` and ``v`` of shape (heads, n, d), optional
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import Causal, check_scale, closest
+from ..base.files import write_bytes
 from ..problem import AttentionProblem
 from .container import ENTRIES, TENSORS, Heads
 
@@ -27,9 +31,6 @@ BUNDLED = {"minilm": "minilm_n512.safetensors"}
 
 _DATA = Path(__file__).parent / "data"
 _DEFAULT_SCALE = "1/sqrt(d)"
-
-
-# --- files --------------------------------------------------------------------------------------
 
 
 def load_heads(name: str = "minilm") -> Heads:
@@ -145,8 +146,6 @@ def write_heads(
     ...     sa.read_heads(path).dtype
     dtype('float16')
     """
-    from ..base.files import write_bytes
-
     target = _check_path(path)
     if not target.parent.is_dir():
         raise ValueError(
@@ -200,6 +199,7 @@ def _unreadable(error: Exception, kind: str) -> ValueError:
 
 
 def from_safetensors(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
+    """Return the tensors of a ``.safetensors`` file and its metadata; bfloat16 as float32."""
     from safetensors import SafetensorError, deserialize
 
     parse: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
@@ -225,10 +225,6 @@ def from_safetensors(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 def _from_npz(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
-    import zipfile
-    import zlib
-    from io import BytesIO
-
     try:
         with zipfile.ZipFile(BytesIO(raw)):
             pass
@@ -335,8 +331,6 @@ def _to_safetensors(
 
 
 def _to_npz(tensors: dict[str, Array], entries: dict[str, str], metadata: dict[str, str]) -> bytes:
-    from io import BytesIO
-
     buffer = BytesIO()
     # Free names could be those of tensors, so they share one entry.
     texts = {**entries, "metadata": json.dumps(metadata)}

@@ -13,9 +13,6 @@ from ..problem import AttentionProblem
 
 Array = NDArray[Any]
 
-
-# --- how hard a problem is ----------------------------------------------------------------------
-
 # Singular values that a report keeps.
 _LEADING = 16
 # Entries of a block of rows: 8 MB in float64.

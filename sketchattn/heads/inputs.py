@@ -71,6 +71,7 @@ def as_heads(heads: Any) -> list[AttentionProblem]:
 
 
 def renamed(problem: AttentionProblem, name: str) -> AttentionProblem:
+    """Return a problem of the same arrays under a name; exact quantities are not taken along."""
     return AttentionProblem(
         *problem.arrays,
         scale=problem.scale,

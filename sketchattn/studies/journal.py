@@ -21,8 +21,6 @@ from ..problem import AttentionProblem
 from .grid import Cell
 from .summary import COLUMNS, Key, Values
 
-# --- journals -----------------------------------------------------------------------------------
-
 
 def journal_name(problem: AttentionProblem) -> str:
     """Return a file name that heads share only if both their name and their content are equal."""
@@ -32,6 +30,7 @@ def journal_name(problem: AttentionProblem) -> str:
 
 
 def format_line(digest: str, cell: Cell, values: Values) -> bytes:
+    """Return the line of a finished cell: the head that it is about, its key, and its values."""
     record = {
         "problem": digest,
         "method": cell.key[0],

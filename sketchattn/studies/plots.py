@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -143,8 +144,6 @@ def plot_study(
     >>> paths[0].name, len(paths)
     ('output_fro_rel.png', 10)
     """
-    from io import BytesIO
-
     paths = []
     for field in FIELDS:
         figure = study_figure(frame, references, field, bounds)

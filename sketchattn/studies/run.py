@@ -7,198 +7,25 @@ and a study that is started again with the same folder takes what it finds there
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from .. import __version__
-from ..base.files import as_folder, write_text
-from ..errors.reports import FIELDS, error_report
-from ..heads.inputs import as_heads, renamed
+from ..base.parallel import in_parallel
+from ..heads.inputs import renamed
 from ..problem import AttentionProblem
-from ..zoo.base import Method
-from .grid import (
-    Cell,
-    MethodsLike,
-    Variant,
-    as_bounds,
-    as_flag,
-    as_integer,
-    as_methods,
-    as_ranks,
-    as_seeds,
-    by_name,
-    describe_method,
-    make_cells,
-)
-from .journal import (
-    append_line,
-    format_line,
-    is_held,
-    journal_name,
-    lock_folder,
-    read_journal,
-)
-from .summary import COLUMNS, REFERENCES, Key, StudyResult, Values, is_missing
+from .journal import journal_name, lock_folder, read_journal
+from .measure import HeadTask, run_head
+from .plan import MethodsLike, Plan, make_plan
+from .progress import Progress
+from .results import tabulate, write_results
+from .summary import Key, StudyResult, Values
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ..heads.container import Heads
-
-# A cell is timed again while all its runs took less than this, three times at most.
-TIMED_SECONDS = 0.05
-
-
-def _measure(problem: AttentionProblem, cell: Cell, *, warm: bool) -> Values:
-    """Return the values of one cell: what the error report says, and what it cost."""
-    values = problem.values
-    linear = cell.method.traits.matrix
-
-    def run(method: Method) -> Any:
-        """Return what is measured, Ahat or the output itself, after the output was computed."""
-        if not linear:
-            return method.attend(problem, rng=cell.seed)
-        ahat = method.approximate(problem, rng=cell.seed)
-        _ = ahat @ values
-        return ahat
-
-    if not warm:  # the first run of a method may compile kernels or decompose the exact matrix
-        run(cell.first)
-    times: list[float] = []
-    while not times or (len(times) < 3 and sum(times) < TIMED_SECONDS):
-        start = time.perf_counter()
-        found = run(cell.method)
-        times.append(time.perf_counter() - start)
-    report = error_report(problem, found) if linear else error_report(problem, output=found)
-    rank = found.effective_rank if linear else None
-    return {
-        **report.as_dict(),
-        "seconds": statistics.median(times),
-        "bytes": int(found.nbytes) if linear else None,
-        "effective_rank": None if rank is None else int(rank),
-    }
-
-
-# --- work ---------------------------------------------------------------------------------------
-
-
-class _Task(NamedTuple):
-    problem: AttentionProblem
-    cells: list[Cell]
-    journal: Path
-    lock: Path
-    token: str
-    jobs: int
-
-
-def _run_head(task: _Task) -> tuple[str, dict[Key, Values]]:
-    """Compute the cells of one head, append each to its journal, and return them."""
-    from ..kernels._threads import blas_single_thread, cpu_count, limit_threads
-
-    problem = task.problem
-    found: dict[Key, Values] = {}
-    warmed: set[str] = set()
-    shared = task.lock.exists()  # a worker on another machine may not see the folder
-    with ExitStack() as stack:
-        if task.jobs > 1:
-            stack.enter_context(limit_threads(max(1, cpu_count() // task.jobs)))
-        # Decompositions round differently with another number of BLAS threads, and results must
-        # not depend on ``jobs``.
-        stack.enter_context(blas_single_thread())
-        for cell in task.cells:
-            if shared and not is_held(task.lock, task.token):
-                raise RuntimeError(
-                    f"study must hold its folder {str(task.lock.parent.parent)!r} while it runs, "
-                    f"got a lock that is lost; start it again to continue"
-                )
-            try:
-                values = _measure(problem, cell, warm=cell.label in warmed)
-            except Exception as error:
-                at = "" if cell.rank is None else f", rank {cell.rank}"
-                raise RuntimeError(
-                    f"method {cell.label!r} failed on head {problem.name!r}{at}, seed "
-                    f"{cell.seed}: {type(error).__name__}: {error}"
-                ) from error
-            warmed.add(cell.label)
-            found[cell.key] = values
-            if shared:
-                append_line(task.journal, format_line(problem.digest, cell, values))
-    return str(problem.name), found
-
-
-class _Progress:
-    """Show finished cells and the time left on stderr, by watching journals grow."""
-
-    def __init__(self, journals: Sequence[Path], total: int, done: int, show: bool) -> None:
-        self._sizes = {path: path.stat().st_size if path.exists() else 0 for path in journals}
-        self._lines = 0
-        self._returned = 0
-        self._shown = 0
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._bar: Any = None
-        self._thread: threading.Thread | None = None
-        if show:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total,
-                initial=done,
-                desc="study",
-                unit="cell",
-                file=sys.stderr,
-                dynamic_ncols=True,
-                smoothing=0.05,
-            )
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> _Progress:
-        if self._thread is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self._bar is not None:
-            self._show()
-            self._bar.close()
-
-    def returned(self, cells: int) -> None:
-        """Count the cells of a finished head, whose journal may be on another machine."""
-        with self._lock:
-            self._returned += cells
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.2):
-            self._show()
-
-    def _show(self) -> None:
-        for path, size in self._sizes.items():
-            try:
-                with path.open("rb") as file:
-                    file.seek(size)
-                    fresh = file.read()
-            except FileNotFoundError:
-                continue
-            self._lines += fresh.count(b"\n")
-            self._sizes[path] = size + len(fresh)
-        with self._lock:
-            done = max(self._lines, self._returned)
-        self._bar.update(done - self._shown)
-        self._shown = done
 
 
 def study(
@@ -286,165 +113,83 @@ def study(
     >>> float(result.frame["output_fro_rel"].median()) < 1
     True
     """
-    problems = as_heads(heads)
-    chosen_ranks = as_ranks(ranks, problems)
-    chosen_seeds = as_seeds(seeds)
-    workers = as_integer(jobs, "jobs", 1, "jobs=1 computes one head after the other")
-    folder = as_folder(out)
-    resume = as_flag(resume, "resume")
-    pictures = as_flag(pictures, "pictures")
-    show = (
-        sys.stderr is not None and sys.stderr.isatty()
-        if progress is None
-        else as_flag(progress, "progress")
+    plan = make_plan(
+        heads,
+        methods=methods,
+        ranks=ranks,
+        seeds=seeds,
+        jobs=jobs,
+        out=out,
+        resume=resume,
+        pictures=pictures,
+        progress=progress,
+        bounds=bounds,
     )
-    variants, left_out = as_methods(methods, problems, chosen_ranks)
-    limits = as_bounds(bounds, problems, variants, chosen_ranks)
-    references = [Variant.of(name, by_name(name, chosen_ranks[0])) for name in REFERENCES]
-    cells = make_cells(references, chosen_ranks, chosen_seeds[:1])
-    taken = {cell.key for cell in cells}
-    cells += [c for c in make_cells(variants, chosen_ranks, chosen_seeds) if c.key not in taken]
-
-    with ExitStack() as stack:
-        if folder is None:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sketchattn-")))
-        else:
-            work = folder
-        journals = work / "cells"
-        journals.mkdir(parents=True, exist_ok=True)
-        token = stack.enter_context(lock_folder(journals / ".lock", work))
-        paths = {str(p.name): journals / journal_name(p) for p in problems}
-        if not resume:
-            for path in paths.values():
-                path.unlink(missing_ok=True)
-        found = {str(p.name): read_journal(paths[str(p.name)], p.digest) for p in problems}
-        pending = {
-            name: [cell for cell in cells if cell.key not in done] for name, done in found.items()
-        }
-        total = len(problems) * len(cells)
-        computed = sum(map(len, pending.values()))
-        busy = [p for p in problems if pending[str(p.name)]]
-        workers = min(workers, max(1, len(busy)))
-        tasks = (
-            # A copy leaves the exact quantities of one head behind when its cells are done.
-            _Task(
-                renamed(p, str(p.name)),
-                pending[str(p.name)],
-                paths[str(p.name)],
-                journals / ".lock",
-                token,
-                workers,
-            )
-            for p in busy
-        )
-        with _Progress(list(paths.values()), total, total - computed, show) as bar:
-            for name, fresh in _in_parallel(tasks, workers):
-                found[name].update(fresh)
-                bar.returned(len(fresh))
-        frame = _frame(problems, variants, chosen_ranks, chosen_seeds, found)
-        beside = _frame(problems, references, chosen_ranks, chosen_seeds[:1], found)
+    with _journals(plan.folder) as (journals, token):
+        found, computed = _compute(plan, journals, token)
+        frame, beside = tabulate(plan, found)
         drawn: list[Path] = []
-        if folder is not None:
-            _write_csv(folder / "results.csv", frame)
-            _write_csv(folder / "references.csv", beside)
-            if len(limits):
-                _write_csv(folder / "bounds.csv", limits)
-            else:  # of an earlier study
-                (folder / "bounds.csv").unlink(missing_ok=True)
-            if pictures:
-                from .plots import plot_study
+        if plan.folder is not None:
+            write_results(plan, plan.folder, frame, beside)
+            if plan.pictures:
+                from .plots import plot_study  # loads matplotlib
 
-                drawn = plot_study(frame, beside, folder, limits)
-            settings = {
-                "version": __version__,
-                "heads": [_describe_head(p) for p in problems],
-                "methods": {v.label: describe_method(v.method) for v in variants},
-                "left_out": left_out,
-                "ranks": chosen_ranks,
-                "seeds": chosen_seeds,
-                "bounds": list(dict.fromkeys(limits["claim"])),
-                "jobs": int(jobs),
-                "machine": _machine(),
-            }
-            write_text(folder / "study.json", json.dumps(settings, indent=2) + "\n")
-        return StudyResult(
-            frame, beside, left_out, folder, tuple(drawn), computed, total - computed, limits
-        )
+                drawn = plot_study(frame, beside, plan.folder, plan.bounds)
+    return StudyResult(
+        frame,
+        beside,
+        plan.left_out,
+        plan.folder,
+        tuple(drawn),
+        computed,
+        len(plan.problems) * len(plan.cells) - computed,
+        plan.bounds,
+    )
 
 
-def _in_parallel(tasks: Iterator[_Task], workers: int) -> Iterator[tuple[str, dict[Key, Values]]]:
-    """Yield the results of heads as they are finished."""
-    from joblib import Parallel, delayed
-
-    # Heads travel whole: memory-mapped files of the parent would not reach other machines.
-    parallel = Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes=None)
-    results = parallel(delayed(_run_head)(task) for task in tasks)
-    try:
-        yield from results
-    finally:
-        results.close()  # an interruption ends the workers too
-
-
-def _frame(
-    problems: Sequence[AttentionProblem],
-    variants: Sequence[Variant],
-    ranks: Sequence[int],
-    seeds: Sequence[int],
-    found: Mapping[str, Mapping[Key, Values]],
-) -> pd.DataFrame:
-    """Return the full grid in order: head, method, rank, seed."""
-    import pandas as pd
-
-    rows: list[list[Any]] = []
-    keys = {(v.label, rank): describe_method(v.at(rank)) for v in variants for rank in ranks}
-    for problem in problems:
-        done = found[str(problem.name)]
-        for variant in variants:
-            for rank in ranks:
-                for seed in seeds:
-                    own = seed if variant.randomized else None
-                    values = done[keys[variant.label, rank], own]
-                    rows.append(
-                        [problem.name, variant.label, rank, seed]
-                        + [values[name] for name in COLUMNS[4:]]
-                    )
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    kinds: dict[str, Any] = dict.fromkeys(FIELDS, np.float64)
-    kinds["effective_rank"] = "Int64"
-    if frame["bytes"].isna().any():
-        kinds["bytes"] = "Int64"
-    return frame.astype(kinds)
+@contextmanager
+def _journals(folder: Path | None) -> Iterator[tuple[Path, str]]:
+    """Hold the folder of a study, a temporary one without any; yield that of the journals."""
+    if folder is None:
+        with (
+            tempfile.TemporaryDirectory(prefix="sketchattn-") as temporary,
+            _journals(Path(temporary)) as held,
+        ):
+            yield held
+        return
+    journals = folder / "cells"
+    journals.mkdir(parents=True, exist_ok=True)
+    with lock_folder(journals / ".lock", folder) as token:
+        yield journals, token
 
 
-def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Write a frame so that reading gives the same numbers: "inf", "nan", or empty for no rank."""
-    import csv
-    import io
-
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(frame.columns)
-    for row in frame.itertuples(index=False):
-        writer.writerow("" if is_missing(x) else x for x in row)
-    write_text(path, buffer.getvalue())
-
-
-def _describe_head(problem: AttentionProblem) -> dict[str, Any]:
-    return {
-        "name": problem.name,
-        "n_q": problem.n_q,
-        "n_k": problem.n_k,
-        "d": problem.d,
-        "d_v": problem.d_v,
-        "dtype": problem.dtype.name,
-        "scale": problem.scale,
-        "causal": problem.causal,
-        "kept_keys": len(problem.kept_keys),
-        "digest": problem.digest,
+def _compute(plan: Plan, journals: Path, token: str) -> tuple[dict[str, dict[Key, Values]], int]:
+    """Return all cells of each head, by its name, and how many had to be computed."""
+    paths = {str(p.name): journals / journal_name(p) for p in plan.problems}
+    if not plan.resume:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+    found = {str(p.name): read_journal(paths[str(p.name)], p.digest) for p in plan.problems}
+    pending = {
+        name: [cell for cell in plan.cells if cell.key not in done] for name, done in found.items()
     }
-
-
-def _machine() -> dict[str, Any]:
-    from ..base.machine import machine
-
-    return machine()
+    total, computed = len(plan.problems) * len(plan.cells), sum(map(len, pending.values()))
+    busy = [p for p in plan.problems if pending[str(p.name)]]
+    workers = min(plan.jobs, max(1, len(busy)))
+    tasks = (
+        HeadTask(
+            # A copy leaves the exact quantities of one head behind when its cells are done.
+            renamed(p, str(p.name)),
+            pending[str(p.name)],
+            paths[str(p.name)],
+            journals / ".lock",
+            token,
+            workers,
+        )
+        for p in busy
+    )
+    with Progress(list(paths.values()), total, total - computed, plan.progress) as bar:
+        for name, fresh in in_parallel(run_head, tasks, workers):
+            found[name].update(fresh)
+            bar.returned(len(fresh))
+    return found, computed

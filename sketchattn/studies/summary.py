@@ -30,9 +30,6 @@ BOUND_COLUMNS = ("claim", "method", "head", "rank", "field", "what", "bound")
 MAIN_FIELDS = ("output_fro_rel", "matrix_fro_rel", "row_tv_mean", "skill")
 
 
-# --- what a study returns -----------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class StudyResult:
     """Hold the rows of a study and where they were written.
@@ -183,6 +180,7 @@ def _table_lines(table: pd.DataFrame) -> list[str]:
 
 
 def is_missing(x: object) -> bool:
+    """Say whether a cell of a frame holds no number, which is not the same as NaN."""
     import pandas as pd
 
     return x is None or x is pd.NA

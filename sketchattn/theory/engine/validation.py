@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ...base.arguments import closest
 from ...base.draws import Rng, entropy_of
 from ...base.files import write_bytes
+from ...base.parallel import check_jobs, check_progress, in_parallel
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import check_confidence, check_trials, run, sample
@@ -245,7 +246,7 @@ class ValidationResult:
         list of Path
             In the order of the rows.
         """
-        workers, show = _check_jobs(jobs), _check_progress(progress)
+        workers, show = check_jobs(jobs, "claim"), check_progress(progress)
         folder = Path(out)
         by_claim: dict[str, list[Verdict]] = {}
         for row in self.rows:
@@ -504,22 +505,6 @@ def _bundled() -> set[tuple[str | None, str]]:
     return {(problem.name, problem.digest) for name in BUNDLED for problem in load_heads(name)}
 
 
-def _check_jobs(jobs: object) -> int:
-    if isinstance(jobs, bool) or not isinstance(jobs, int | np.integer):
-        raise TypeError(f"jobs must be an integer, got {type(jobs).__name__}; jobs=1 is one")
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}; jobs=1 is one after the other")
-    return int(jobs)
-
-
-def _check_progress(progress: object) -> bool:
-    if progress is None:
-        return sys.stderr is not None and sys.stderr.isatty()
-    if not isinstance(progress, bool | np.bool_):
-        raise TypeError(f"progress must be a bool, got {type(progress).__name__}; give True, False")
-    return bool(progress)
-
-
 def validate(
     claims: str | Sequence[str] | None = None,
     heads: Any = None,
@@ -577,7 +562,7 @@ def validate(
 
     chosen = _chosen(claims)
     count, level = check_trials(trials), check_confidence(confidence)
-    workers, show = _check_jobs(jobs), _check_progress(progress)
+    workers, show = check_jobs(jobs, "problem"), check_progress(progress)
     problems = {str(p.name): p for p in as_heads("minilm" if heads is None else heads)}
     entropy = entropy_of(rng)
     bundled = _bundled()
@@ -620,18 +605,13 @@ def validate(
 def _in_parallel(
     work: Callable[[T], R], tasks: Sequence[T], jobs: int, show: bool, what: str, unit: str
 ) -> Iterator[R]:
-    """Yield the results of tasks as they are finished."""
-    from joblib import Parallel, delayed
-
-    parallel = Parallel(
-        n_jobs=min(jobs, max(1, len(tasks))), return_as="generator_unordered", max_nbytes=None
-    )
-    results = parallel(delayed(work)(task) for task in tasks)
+    """Yield the results of tasks as they are finished, counted by a bar."""
     bar: Any = None
     if show:
         from tqdm import tqdm
 
         bar = tqdm(total=len(tasks), desc=what, unit=unit, file=sys.stderr)
+    results = in_parallel(work, tasks, min(jobs, max(1, len(tasks))))
     try:
         for found in results:
             if bar is not None:

@@ -1,0 +1,88 @@
+"""Approximate attention of a call: its heads as problems, given to a method a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..base.arguments import check_finite
+from ..base.draws import Rng, entropy_of, head_generator
+from ..problem import AttentionProblem
+from .call import Call
+
+if TYPE_CHECKING:
+    from ..zoo.base import Method
+
+Array = NDArray[Any]
+
+# Entries of the arrays of heads that a method is given at a time; copies of them are made.
+_HEADS_ENTRIES = 1 << 22
+
+
+def approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+    """Return the output of a method for every head, in the layout and dtype of the call.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options and masks that the method cannot honour, keys and values that are not finite,
+        ``rng`` beside ``draw``, and what the method itself refuses.
+    """
+    for name, neutral, given in call.exact_only:
+        raise ValueError(
+            f"{name} must be {neutral!r} for method {method.name!r}, which cannot honour it, "
+            f"got {given}; use method='exact'"
+        )
+    layout, keys = call.layout, call.key_mask
+    for label, x in (("k", call.k), ("v", call.v)):
+        check_finite(x if keys is None else layout.keep(x, keys), label)
+    if draw is not None and rng is not None:
+        raise ValueError("rng must be None when draw is given, got both; pass one of them")
+    out = np.zeros((layout.entries * layout.h, layout.n_q, layout.d_v), call.computing)
+    problem_of = _problems(call)
+    some = layout.n_q > 0 and layout.n_k > 0
+    if call.causal and not method.traits.causal:
+        if some and len(out):
+            method.check(problem_of(0))  # a method says better why, and what to do
+        raise ValueError(
+            f"causal must be False for method {method.name!r}, which sees all keys, got "
+            f"{call.causal!r}; use a method whose traits.causal is True"
+        )
+    if some:
+        rng_of = _streams(call, rng, draw is not None)
+        numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
+        step = max(1, _HEADS_ENTRIES // max(numbers, 1))
+        for start in range(0, len(out), step):
+            heads = range(start, min(start + step, len(out)))
+            out[start : start + step] = method.attend_heads(
+                [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=draw
+            )
+    return layout.output(out, call.q.dtype)
+
+
+def _problems(call: Call) -> Callable[[int], AttentionProblem]:
+    """Return the function that makes the problem of a flat head."""
+    layout, terms = call.layout, call.terms
+    q, k, v = call.flat()
+
+    def problem_of(flat: int) -> AttentionProblem:
+        head = (q[flat], k[flat // layout.group], v[flat // layout.group])
+        if terms.key_mask is None:
+            # Checked already, and nobody changes them during this call.
+            return AttentionProblem.adopt(*head, scale=terms.scale, causal=call.causal)
+        kept = terms.key_mask[terms.key_slab[flat]]
+        return AttentionProblem(*head, scale=terms.scale, causal=call.causal, key_mask=kept)
+
+    return problem_of
+
+
+def _streams(call: Call, rng: Rng, drawn: bool) -> Callable[[int], Rng]:
+    """Return the function that makes the randomness of a flat head."""
+    # One head alone is the same call as the method's own: the same rng, the same bits.
+    if drawn or not call.layout.lead:
+        return lambda _: rng
+    entropy = entropy_of(rng)
+    return lambda flat: head_generator(entropy, *divmod(flat, call.layout.h))

@@ -1,0 +1,72 @@
+"""Exact attention of a call: the kernel, or the reference, and values that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..base.arguments import check_logits
+from ..base.draws import Rng, as_generator
+from ..operators.reference import reference_attention
+from .call import Call
+from .hidden import add_non_finite, without_hidden
+
+if TYPE_CHECKING:
+    from ..zoo.base import Method
+
+Array = NDArray[Any]
+
+
+def is_exact(method: object) -> bool:
+    """Say whether a method, by name or as an object, is the exact one."""
+    if isinstance(method, str):
+        return method == "exact"
+    return type(method).__name__ == "Exact" and getattr(method, "name", None) == "exact"
+
+
+def check_exact(
+    method: str | Method, parameters: Mapping[str, Any], rng: Rng, draw: Mapping[str, Any] | None
+) -> None:
+    """Refuse what the exact method has no use for: parameters, a draw, and a wrong ``rng``."""
+    if parameters:
+        from ..zoo.base import make_method  # loads scikit-learn
+
+        make_method(method, parameters)
+    if draw is not None:
+        raise ValueError("draw must be None for method 'exact', got a draw; it draws nothing")
+    if rng is not None:
+        as_generator(rng)  # unused, but a wrong one would fail with any other method
+
+
+def exact(call: Call) -> tuple[Array, Array]:
+    """Return the output (H, n_q, d_v) of flat heads and their logsumexp (H, n_q).
+
+    Keys and values that are not finite reach the rows that see them, and no others.
+    """
+    from ..kernels.softmax import softmax_product  # loads the compiler, which refusals do without
+
+    q, k, v = call.flat()
+    options = vars(call.terms)
+    clean = _finite(k, v)
+    if not clean:
+        k, v = without_hidden(q.shape[1], k, v, call.terms)
+        clean = _finite(k, v)
+    product = reference_attention if call.reference else softmax_product
+    if clean:
+        out, lse = product(q, k, v, **options)
+        check_logits(lse)
+        return out, lse
+    if call.reference:
+        return product(q, k, v, **options)
+    # 0 times NaN is NaN: the product runs on finite values, and what the others contribute is
+    # added where their keys are seen.
+    out, lse = product(q, k, np.where(np.isfinite(v), v, v.dtype.type(0)), **options)
+    add_non_finite(out, lse, q, k, v, call.terms)
+    return out, lse
+
+
+def _finite(k: Array, v: Array) -> bool:
+    return bool(np.isfinite(k).all() and np.isfinite(v).all())

@@ -1,0 +1,104 @@
+"""The rows of a study as frames, and the files that hold them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import __version__
+from ..base.files import write_text
+from ..base.machine import machine
+from ..errors.reports import FIELDS
+from ..problem import AttentionProblem
+from .grid import Variant, describe_method
+from .plan import Plan
+from .summary import COLUMNS, Key, Values, is_missing
+
+Found = Mapping[str, Mapping[Key, Values]]
+
+
+def tabulate(plan: Plan, found: Found) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of the methods at all seeds, and of the references at one."""
+    return (
+        _frame(plan, plan.variants, plan.seeds, found),
+        _frame(plan, plan.references, plan.seeds[:1], found),
+    )
+
+
+def write_results(plan: Plan, folder: Path, frame: pd.DataFrame, beside: pd.DataFrame) -> None:
+    """Write the rows, the bounds and the settings of a study into its folder."""
+    _write_csv(folder / "results.csv", frame)
+    _write_csv(folder / "references.csv", beside)
+    if len(plan.bounds):
+        _write_csv(folder / "bounds.csv", plan.bounds)
+    else:  # of an earlier study
+        (folder / "bounds.csv").unlink(missing_ok=True)
+    settings = {
+        "version": __version__,
+        "heads": [_describe_head(p) for p in plan.problems],
+        "methods": {v.label: describe_method(v.method) for v in plan.variants},
+        "left_out": plan.left_out,
+        "ranks": plan.ranks,
+        "seeds": plan.seeds,
+        "bounds": list(dict.fromkeys(plan.bounds["claim"])),
+        "jobs": plan.jobs,
+        "machine": machine(),
+    }
+    write_text(folder / "study.json", json.dumps(settings, indent=2) + "\n")
+
+
+def _frame(
+    plan: Plan, variants: Sequence[Variant], seeds: Sequence[int], found: Found
+) -> pd.DataFrame:
+    """Return the full grid in order: head, method, rank, seed."""
+    rows: list[list[Any]] = []
+    keys = {(v.label, rank): describe_method(v.at(rank)) for v in variants for rank in plan.ranks}
+    for problem in plan.problems:
+        done = found[str(problem.name)]
+        for variant in variants:
+            for rank in plan.ranks:
+                for seed in seeds:
+                    own = seed if variant.randomized else None
+                    values = done[keys[variant.label, rank], own]
+                    rows.append(
+                        [problem.name, variant.label, rank, seed]
+                        + [values[name] for name in COLUMNS[4:]]
+                    )
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    kinds: dict[str, Any] = dict.fromkeys(FIELDS, np.float64)
+    kinds["effective_rank"] = "Int64"
+    if frame["bytes"].isna().any():
+        kinds["bytes"] = "Int64"
+    return frame.astype(kinds)
+
+
+def _write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a frame so that reading gives the same numbers: "inf", "nan", or empty for no rank."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(frame.columns)
+    for row in frame.itertuples(index=False):
+        writer.writerow("" if is_missing(x) else x for x in row)
+    write_text(path, buffer.getvalue())
+
+
+def _describe_head(problem: AttentionProblem) -> dict[str, Any]:
+    return {
+        "name": problem.name,
+        "n_q": problem.n_q,
+        "n_k": problem.n_k,
+        "d": problem.d,
+        "d_v": problem.d_v,
+        "dtype": problem.dtype.name,
+        "scale": problem.scale,
+        "causal": problem.causal,
+        "kept_keys": len(problem.kept_keys),
+        "digest": problem.digest,
+    }
