@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -436,9 +438,7 @@ def test_the_library_keeps_the_rule(rule: Rule) -> None:
     problems = [
         problem
         for path in sources()
-        for problem in rule(
-            path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).as_posix()
-        )
+        for problem in rule(path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).as_posix())
     ]
     assert problems == []
 
@@ -531,3 +531,32 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
 
 def test_a_heavy_import_is_reported(tmp_path: Path) -> None:
     assert loaded("import sketchattn, numba, scipy.stats", tmp_path) >= {"numba", "scipy.stats"}
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def shadowed(room: ModuleType, modules: Iterable[str]) -> list[str]:
+    """Return promised names of a room that the import of a module would replace by the module."""
+    promised = {
+        f"{room.__name__}.{name}"
+        for name in room.__all__
+        if not isinstance(getattr(room, name), ModuleType)
+    }
+    return sorted(promised & set(modules))
+
+
+def all_modules() -> list[str]:
+    return [x.name for x in pkgutil.walk_packages(sketchattn.__path__, "sketchattn.")]
+
+
+@pytest.mark.parametrize("room", [sketchattn, sketchattn.theory], ids=lambda x: x.__name__)
+def test_no_module_has_the_name_of_a_promised_function(room: ModuleType) -> None:
+    modules = all_modules()
+    assert "sketchattn.theory.engine.checking" in modules
+    assert shadowed(room, modules) == []
+
+
+def test_a_module_with_the_name_of_a_function_is_reported() -> None:
+    assert shadowed(sketchattn, [*all_modules(), "sketchattn.methods"]) == ["sketchattn.methods"]
+    assert shadowed(sketchattn.theory, ["sketchattn.theory.check"]) == ["sketchattn.theory.check"]
