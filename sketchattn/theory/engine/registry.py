@@ -105,6 +105,8 @@ class Context:
 
 Observer = Callable[..., Observations]
 
+# --- registering and finding --------------------------------------------------------------------
+
 
 class Entry(NamedTuple):
     """Hold a registered claim with what the engine needs beside its text."""

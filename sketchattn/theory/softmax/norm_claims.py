@@ -59,7 +59,6 @@ def _two_by_two() -> AttentionProblem:
 
 # --- what observers share ----------------------------------------------------------------------
 
-
 MATRIX = (DENSE, STOCHASTIC)
 
 # Where norms are compared: instances at both ends of their range among others.
