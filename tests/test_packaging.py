@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import os
+import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,7 +32,6 @@ from packaging_checks import (
     numba_config_assigned,
     numba_outside_jit,
     requirements,
-    rooms,
     run_commands,
     script_commands,
     stub_names,
@@ -752,16 +753,6 @@ def test_no_submodule_takes_the_place_of_a_public_name(order: str, tmp_path: Pat
     python(code, tmp_path)
 
 
-def test_no_room_has_the_name_of_a_promised_function() -> None:
-    functions = {
-        name
-        for name in stub_names(stub("sketchattn"))
-        if callable(getattr(sketchattn, name)) and name.islower()
-    }
-    assert {"attention", "methods", "study"} <= functions
-    assert functions.isdisjoint(rooms())
-
-
 def test_functions_that_use_the_package_go_to_other_processes(tmp_path: Path) -> None:
     # A module pickles by reference only while its class is that of modules.
     script = tmp_path / "script.py"
@@ -779,3 +770,29 @@ def test_functions_that_use_the_package_go_to_other_processes(tmp_path: Path) ->
     )
     code = f"import runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')"
     assert python(code, tmp_path) == "[(8, 'module'), (8, 'module')]\n"
+
+
+def shadowed(room: ModuleType, modules: Iterable[str]) -> list[str]:
+    """Return promised names of a room that the import of a module would replace by the module."""
+    promised = {
+        f"{room.__name__}.{name}"
+        for name in room.__all__
+        if not isinstance(getattr(room, name), ModuleType)
+    }
+    return sorted(promised & set(modules))
+
+
+def all_modules() -> list[str]:
+    return [x.name for x in pkgutil.walk_packages(sketchattn.__path__, "sketchattn.")]
+
+
+@pytest.mark.parametrize("room", [sketchattn, sketchattn.theory], ids=lambda x: x.__name__)
+def test_no_module_has_the_name_of_a_promised_function(room: ModuleType) -> None:
+    modules = all_modules()
+    assert "sketchattn.theory.engine.checking" in modules
+    assert shadowed(room, modules) == []
+
+
+def test_a_module_with_the_name_of_a_function_is_reported() -> None:
+    assert shadowed(sketchattn, [*all_modules(), "sketchattn.methods"]) == ["sketchattn.methods"]
+    assert shadowed(sketchattn.theory, ["sketchattn.theory.check"]) == ["sketchattn.theory.check"]

@@ -27,7 +27,7 @@ from sketchattn.errors.perturbation import (
     tv_bound,
     value_diameter,
 )
-from sketchattn.theory.linformer.formulas import perturbation_bound
+from sketchattn.theory.softmax.formulas import perturbation_bound
 
 Array = NDArray[Any]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ from sketchattn.theory.engine.records import (
     Verdict,
 )
 from sketchattn.theory.engine.registry import Assumption, Context, Entry, claim, get_entry
-from sketchattn.theory.engine.validation import COLUMNS, Row, ValidationResult, validate
+from sketchattn.theory.engine.table import COLUMNS, Row
+from sketchattn.theory.engine.validation import ValidationResult, validate
 
 Array = NDArray[Any]
 Observer = Callable[..., Observations]
@@ -702,13 +706,49 @@ def test_pictures_show_values_bound_and_trivial_predictor() -> None:
     from matplotlib.figure import Figure
 
     from sketchattn.theory.engine.instances import get_instance
-    from sketchattn.theory.engine.validation import _draw, _steps
+    from sketchattn.theory.engine.pictures import draw, steps_of
 
     record = theory.claims()["sketching.amm_jl_moment"]
-    steps = _steps(record, get_instance("clusters"), 0)
+    steps = steps_of(record, get_instance("clusters"), 0)
     assert [step.rank for step in steps] == [32, 64, 128, 256]
     axes = Figure().add_subplot()
-    _draw(axes, record, steps)
+    draw(axes, record, steps)
     lines: Mapping[str, Any] = {str(line.get_label()): line for line in axes.get_lines()}
     assert np.allclose(lines["bound"].get_ydata(), [2 / r for r in (32, 64, 128, 256)])
     assert "trivial predictor" in lines
+
+
+# --- topics -------------------------------------------------------------------------------------
+
+THEORY = Path(theory.__file__).parent
+TOPICS = sorted(
+    x.name for x in THEORY.iterdir() if (x / "__init__.py").is_file() and x.name != "engine"
+)
+
+
+def test_the_stub_lists_exactly_the_topics() -> None:
+    listed = re.findall(
+        r"^from \. import (\w+) as \1$", (THEORY / "__init__.pyi").read_text(), re.M
+    )
+    assert sorted(listed) == TOPICS
+    assert len(TOPICS) >= 8
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_a_topic_is_reached_without_an_import_of_its_own(topic: str) -> None:
+    program = f"import sketchattn as sa; print(sa.theory.{topic}.__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == f"sketchattn.theory.{topic}", done.stderr
+
+
+def test_the_engine_imports_no_topic() -> None:
+    program = (
+        "import pkgutil, sys; from importlib import import_module\n"
+        "import sketchattn.theory.engine as engine\n"
+        "for x in pkgutil.iter_modules(engine.__path__): "
+        "import_module(f'{engine.__name__}.{x.name}')\n"
+        "print(*[x for x in sys.modules if x.startswith('sketchattn.theory.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    loaded = {x.split(".")[2] for x in done.stdout.split()}
+    assert loaded == {"engine"}, done.stderr

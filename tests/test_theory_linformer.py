@@ -20,12 +20,12 @@ from sketchattn.theory.linformer.formulas import (
     linformer_thm1_k,
     linformer_thm2_construction,
     linformer_thm2_k,
-    perturbation_bound,
     pooling_bound,
     regime_flags,
     spectrum,
     unreduced_vs_reduced_gap,
 )
+from sketchattn.theory.softmax.formulas import perturbation_bound
 
 Array = NDArray[Any]
 CLAIMS: dict[str, Claim] = {k: c for k, c in claims().items() if k.startswith("linformer.")}

@@ -19,7 +19,6 @@ from sketchattn.theory.engine.checking import check
 from sketchattn.theory.engine.instances import instances
 from sketchattn.theory.engine.records import Claim
 from sketchattn.theory.engine.registry import claims
-from sketchattn.theory.lowrank_baselines.clustered_claims import floor_errors
 from sketchattn.theory.lowrank_baselines.features import (
     chebyshev_features,
     feature_kurtosis,
@@ -27,7 +26,11 @@ from sketchattn.theory.lowrank_baselines.features import (
     theorem2_gain,
     uniform_convergence_scale,
 )
-from sketchattn.theory.lowrank_baselines.nystrom_claims import median_errors, residual_after
+from sketchattn.theory.lowrank_baselines.residuals import (
+    floor_errors,
+    median_errors,
+    residual_after,
+)
 from sketchattn.zoo.nystromformer import iterate_inverse, pseudo_inverse
 from sketchattn.zoo.performer import FEATURES, feature_mse, gaussian_directions
 

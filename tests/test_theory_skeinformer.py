@@ -33,7 +33,7 @@ from sketchattn.theory.skeinformer.column_bounds import (
     sampled_sqerr,
     sampling_inflation,
 )
-from sketchattn.theory.skeinformer.column_claims import proposition1_scope, structural_facts
+from sketchattn.theory.skeinformer.scope import proposition1_scope, structural_facts
 from sketchattn.zoo.skeinformer.components import PRESETS
 
 Array = NDArray[Any]

@@ -16,6 +16,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+import sketchattn as sa
 from sketchattn import theory
 from sketchattn.base.files import write_bytes, write_text
 from sketchattn.kernels._threads import limit_threads
@@ -96,6 +99,21 @@ def number(x: float, digits: int = 3) -> str:
     if abs(x) < ROUNDING:
         return "0"
     return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{x:.{digits}g}").replace("e+", "e")
+
+
+# --- problems -----------------------------------------------------------------------------------
+
+
+def heads(step: int = 1) -> list[sa.AttentionProblem]:
+    """Return bundled heads in float64."""
+    return [problem.astype(np.float64) for problem in sa.load_heads("minilm")[::step]]
+
+
+def worked_example() -> sa.AttentionProblem:
+    """Return the instance "worked", three queries and keys whose numbers can be checked by hand."""
+    problem = theory.instances()["worked"].problem
+    assert problem is not None  # it is made of queries and keys
+    return problem
 
 
 # --- broken variants ----------------------------------------------------------------------------

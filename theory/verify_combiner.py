@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _chapter import Chapter, Checks, Factory, Table, new_figure, number
+from _chapter import Chapter, Checks, Factory, Table, heads, new_figure, number
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -215,11 +215,6 @@ for _group, _claims in GROUPS.items():
     CHAPTER.verdicts(_group, _claims, controls=CONTROLS)
 
 # --- what tables share ----------------------------------------------------------------------------
-
-
-def heads(step: int = 1) -> list[sa.AttentionProblem]:
-    """Return bundled heads in float64."""
-    return [problem.astype(np.float64) for problem in sa.load_heads("minilm")[::step]]
 
 
 def made(kind: str, size: float, seed: int = 0, eps: float = 0.3) -> sa.AttentionProblem:

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _chapter import Chapter, Checks, Factory, Table, curves, number
+from _chapter import Chapter, Checks, Factory, Table, curves, heads, number
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -232,11 +232,6 @@ def floor(sigma: Array, r: int) -> float:
 def values_of(a: Array) -> Array:
     """Return singular values."""
     return np.asarray(np.linalg.svd(a, compute_uv=False))
-
-
-def heads() -> list[sa.AttentionProblem]:
-    """Return bundled heads in float64."""
-    return [problem.astype(np.float64) for problem in sa.load_heads("minilm")]
 
 
 def variation(a: Array, b: Array) -> Array:

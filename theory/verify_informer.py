@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _chapter import Chapter, Checks, Factory, Table, curves, number
+from _chapter import Chapter, Checks, Factory, Table, curves, heads, number, worked_example
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -157,11 +157,6 @@ CHAPTER.verdicts(
 # --- what tables share --------------------------------------------------------------------------
 
 
-def heads(step: int = 1) -> list[sa.AttentionProblem]:
-    """Return bundled heads in float64."""
-    return [problem.astype(np.float64) for problem in sa.load_heads("minilm")[::step]]
-
-
 def top(found: Array, r: int) -> Array:
     """Return the r rows of largest statistic, ties by index."""
     out: Array = np.argsort(-found, kind="stable")[:r]
@@ -191,8 +186,7 @@ def sampled(problem: sa.AttentionProblem, seed: int, **parameters: Any) -> Array
 @CHAPTER.table("worked")
 def worked(checks: Checks) -> Table:
     """Tabulate the statistics of the three rows of `worked`, and the regret of one exact row."""
-    problem = theory.instances()["worked"].problem
-    assert problem is not None
+    problem = worked_example()
     known = {
         "m": (1.2527630, 1.0986123, 1.2432338),
         "max_mean": (0.6931472, 0.0, 0.7324082),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _chapter import Chapter, Checks, Factory, Table, curves, number
+from _chapter import Chapter, Checks, Factory, Table, curves, heads, number
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -251,11 +251,6 @@ verdicts(
 )
 
 # --- Nystromformer ------------------------------------------------------------------------------
-
-
-def heads() -> list[sa.AttentionProblem]:
-    """Return the bundled heads in float64."""
-    return [problem.astype(np.float64) for problem in sa.load_heads("minilm")]
 
 
 @CHAPTER.table("filter")

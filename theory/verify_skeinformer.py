@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _chapter import Chapter, Checks, Factory, Table, curves, number
+from _chapter import Chapter, Checks, Factory, Table, curves, heads, number, worked_example
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -176,11 +176,6 @@ CHAPTER.verdicts(
 )
 
 # --- what tables share --------------------------------------------------------------------------
-
-
-def heads(step: int = 1) -> list[sa.AttentionProblem]:
-    """Return bundled heads in float64."""
-    return [problem.astype(np.float64) for problem in sa.load_heads("minilm")[::step]]
 
 
 def square(x: Any) -> float:
@@ -433,8 +428,7 @@ def beta(checks: Checks) -> Table:
 @CHAPTER.table("worked")
 def worked(checks: Checks) -> Table:
     """Tabulate the error of row 0 of `worked` for J = {1, 2}."""
-    problem = theory.instances()["worked"].problem
-    assert problem is not None
+    problem = worked_example()
     draw = {"columns": np.array([1, 2]), "pilot_rows": np.array([0])}
     exact = float(problem.output[0, 0])
     tau = float(problem.exact.to_dense()[0, 0])

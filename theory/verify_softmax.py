@@ -13,7 +13,7 @@ from _chapter import Chapter, Checks, Factory, Table, new_figure, number
 import sketchattn as sa
 from sketchattn import theory
 from sketchattn.operators.spectra import dense_spectral_norm
-from sketchattn.theory.linformer.formulas import perturbation_bound
+from sketchattn.theory.softmax.formulas import perturbation_bound
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

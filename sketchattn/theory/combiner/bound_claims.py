@@ -1,9 +1,9 @@
-"""Claims about certificates, outputs, floors, oracles and the algebra of plans."""
+"""Claims: certificates, outputs, floors, oracles and the algebra of plans."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -16,13 +16,14 @@ from ...partitions.plans import Plan
 from ...problem import AttentionProblem
 from ...zoo.combiner.method import Combiner
 from ..engine.arguments import Array
+from ..engine.assumptions import VALUES
 from ..engine.curves import curve
-from ..engine.observers import VALUES
-from ..engine.of_methods import few, implemented, is_default, largest, problem_of
+from ..engine.observers import few, implemented, is_default, largest, problem_of
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
-from .cases import DERIVED, EVERYWHERE, ON, cases, largest_ratio, names_of, ratios
-from .formulas import Case, blocks, diameter, divergence, log_sum, structural_floor
+from ..softmax.formulas import diameter
+from .cases import DERIVED, EVERYWHERE, ON, cases, largest_ratio, names_of, over_cases, ratios
+from .formulas import Case, blocks, divergence, log_sum, structural_floor
 
 # --- T7: certificates -----------------------------------------------------------------------------
 
@@ -67,13 +68,12 @@ def _certificate(name: str, title: str, statement: str, source: str) -> None:
         recorded={**EVERYWHERE, "near-pair": "holds", "one-part": "holds"},
     )
     def observe(context: Context, *, constant: float = 1.0) -> Observations:
-        some = cases(context)
-        values = []
-        for case in some:
+        def quotients(case: Case) -> Iterator[float]:
             limit = np.asarray(_bounds(context, case)[name])
             # A certificate is a root of a divergence, which is known up to rounding.
-            values.append(largest_ratio(case.tv, limit, 1e3 * case.nothing))
-        return ratios(values, constant, names_of(some))
+            yield largest_ratio(case.tv, limit, 1e3 * case.nothing)
+
+        return over_cases(cases(context), constant, quotients)
 
 
 _certificate(
@@ -130,16 +130,13 @@ _certificate(
     recorded={**EVERYWHERE, "near-pair": "holds"},
 )
 def _certificate_order(context: Context, *, constant: float = 1.0) -> Observations:
-    some = cases(context)
-    values = []
-    for case in some:
+    def quotients(case: Case) -> Iterator[float]:
         found = _bounds(context, case)
-        values += [
-            largest_ratio(found["gap"], found[name], 1e3 * case.nothing)
-            for name in ("hoeffding", "bennett")
-        ]
-        values.append(largest_ratio(case.kl, found["kl"], case.nothing))
-    return ratios(values, constant, names_of(some))
+        for name in ("hoeffding", "bennett"):
+            yield largest_ratio(found["gap"], found[name], 1e3 * case.nothing)
+        yield largest_ratio(case.kl, found["kl"], case.nothing)
+
+    return over_cases(cases(context), constant, quotients)
 
 
 @claim(
@@ -157,14 +154,13 @@ def _certificate_order(context: Context, *, constant: float = 1.0) -> Observatio
     recorded={**EVERYWHERE, "near-pair": "holds"},
 )
 def _certificate_output(context: Context, *, constant: float = 1.0) -> Observations:
-    some = cases(context)
-    values = []
-    for case in some:
+    def quotients(case: Case) -> Iterator[float]:
         v = case.problem.values
         error = np.linalg.norm(case.ahat @ v - case.a @ v, axis=1)
         nothing = 1e3 * case.nothing * (1 + largest(v))
-        values.append(largest_ratio(error, _bounds(context, case)["output"], nothing))
-    return ratios(values, constant, names_of(some))
+        yield largest_ratio(error, _bounds(context, case)["output"], nothing)
+
+    return over_cases(cases(context), constant, quotients)
 
 
 @claim(
@@ -222,13 +218,13 @@ def _mean_certificate(context: Context, *, rank: int | None = None) -> Observati
     recorded={**EVERYWHERE, "tilted-pair": "holds"},
 )
 def _output(context: Context, *, constant: float = 1.0) -> Observations:
-    some = cases(context)
-    values = []
-    for case in some:
+    def quotients(case: Case) -> Iterator[float]:
         error, first, second = output_bounds(case)
         nothing = case.nothing * (1 + largest(case.problem.values))
-        values += [largest_ratio(error, bound, nothing) for bound in (first, second)]
-    return ratios(values, constant, names_of(some))
+        for bound in (first, second):
+            yield largest_ratio(error, bound, nothing)
+
+    return over_cases(cases(context), constant, quotients)
 
 
 def output_bounds(case: Case) -> tuple[Array, Array, Array]:

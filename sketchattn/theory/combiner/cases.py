@@ -1,4 +1,4 @@
-"""Claims about the rows of structured attention: what an error is made of, and its sharp bounds."""
+"""What the claims of this topic share: instances, and the plans that are looked at on each."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ...partitions.patterns import make_plan
 from ...partitions.plans import Plan
 from ...problem import AttentionProblem
 from ..engine.arguments import Array
+from ..engine.assumptions import DENSE, ROWS
 from ..engine.instances import instance
-from ..engine.observers import DENSE
-from ..engine.of_methods import ROWS, implemented, is_default, problem_of
+from ..engine.observers import implemented, is_default, problem_of
 from ..engine.records import Observations
 from ..engine.registry import Context
 from .formulas import Case, Setting, merged_spans, one_region, other_rules, settings, zero
@@ -23,6 +23,12 @@ from .formulas import Case, Setting, merged_spans, one_region, other_rules, sett
 PAPER = "Ren et al., arXiv 2107.05768"
 DERIVED = "derived: see the chapter on Combiner"
 ON = (DENSE, ROWS)
+EVERYWHERE = {
+    "golden-spans": "holds",
+    "causal": "holds",
+    "clusters": "holds",
+    "heads": "holds",
+}
 
 # --- instances ------------------------------------------------------------------------------------
 
@@ -69,6 +75,11 @@ def _three_logits() -> AttentionProblem:
 @instance("one-part", "two rows, a direct key and a region of two that is tilted: B is attained")
 def _one_part() -> AttentionProblem:
     return _from_logits([row.logits for row in _extremal_rows()])
+
+
+@instance("checkerboard", "logits (1, -1) and (-1, 1), one region: as far from rank 1 as can be")
+def _checkerboard() -> AttentionProblem:
+    return AttentionProblem(np.array([[1.0], [-1.0]]), np.array([[1.0], [-1.0]]), scale=1.0)
 
 
 @instance("separable", "24 keys, spans of 4 along a, queries with q.a constant: blocks of rank 1")
@@ -227,6 +238,7 @@ SPECIAL: dict[str, Callable[[AttentionProblem], list[Setting]]] = {
     "equal-keys": _spans(8),
     "no-queries": _spans(8),
     "tight-spans": _spans(8),
+    "checkerboard": _whole,
 }
 
 # --- what observers share -------------------------------------------------------------------------
@@ -305,20 +317,17 @@ def ratios(found: Iterable[float], constant: float, names: Iterable[str] = ()) -
     return Observations(list(found), float(constant), notes=f"plans: {listed}" if listed else "")
 
 
+def over_cases(
+    some: Iterable[Case], constant: float, compare: Callable[[Case], Iterable[float]]
+) -> Observations:
+    """Return the quotients of all cases, as `ratios`, with the names of their plans."""
+    some = list(some)
+    return ratios([x for case in some for x in compare(case)], constant, names_of(some))
+
+
 def names_of(some: Iterable[Case]) -> list[str]:
     """Return the names of plans."""
     return [case.setting.name for case in some]
-
-
-EVERYWHERE = {
-    "golden-spans": "holds",
-    "causal": "holds",
-    "clusters": "holds",
-    "heads": "holds",
-}
-
-
-SPECIAL["checkerboard"] = _whole
 
 
 def query_distances(case: Case) -> Array:

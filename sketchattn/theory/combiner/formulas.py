@@ -140,13 +140,6 @@ def pair_span(block: Array) -> float:
     return worst
 
 
-def diameter(points: Array) -> float:
-    """Return the largest distance of two rows."""
-    x = points - points.mean(axis=0)
-    squares = np.einsum("ij,ij->i", x, x)
-    return math.sqrt(max(float((squares[:, None] + squares - 2 * x @ x.T).max()), 0.0))
-
-
 # --- one problem, one plan ------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
-"""Claims about rows of Combiner: what is lost, when nothing is, and bounds a row."""
+"""Claims: what a row of Combiner loses, when it loses nothing, and what bounds it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -8,11 +10,10 @@ from ...operators.partitioned.summaries import Reference, Rule
 from ...partitions.plans import Plan
 from ...problem import AttentionProblem
 from ..engine.arguments import Array
-from ..engine.instances import instance
-from ..engine.observers import on_heads
-from ..engine.of_methods import few, problem_of
+from ..engine.observers import few, on_heads, problem_of
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
+from ..softmax.formulas import diameter
 from .cases import (
     DERIVED,
     EVERYWHERE,
@@ -24,6 +25,7 @@ from .cases import (
     names_of,
     observed,
     other_cases,
+    over_cases,
     query_distances,
     ranges,
     ratios,
@@ -49,13 +51,12 @@ from .formulas import Case, Setting, blocks, pair_span, row_bounds, specht_log, 
     recorded={**EVERYWHERE, "tilted-pair": "holds", "one-part": "holds"},
 )
 def _sandwich(context: Context, *, constant: float = 1.0) -> Observations:
-    some = [*cases(context), *other_cases(context)]
-    values = []
-    for case in some:
+    def quotients(case: Case) -> Iterator[float]:
         l1 = 2 * case.tv
-        values.append(largest_ratio(case.mass, l1, case.nothing))
-        values.append(largest_ratio(l1, case.mass + case.local.sum(axis=1), case.nothing))
-    return ratios(values, constant, names_of(some))
+        yield largest_ratio(case.mass, l1, case.nothing)
+        yield largest_ratio(l1, case.mass + case.local.sum(axis=1), case.nothing)
+
+    return over_cases([*cases(context), *other_cases(context)], constant, quotients)
 
 
 def _kl(p: Array, q: Array) -> Array:
@@ -186,11 +187,6 @@ def _exactness_necessary(context: Context, *, constant: float = 1.0) -> Observat
     return ratios(values, constant, names_of(some))
 
 
-@instance("checkerboard", "logits (1, -1) and (-1, 1), one region: as far from rank 1 as can be")
-def _checkerboard() -> AttentionProblem:
-    return AttentionProblem(np.array([[1.0], [-1.0]]), np.array([[1.0], [-1.0]]), scale=1.0)
-
-
 def _equal_in_regions(context: Context) -> Setting:
     """Return spans in which keys are equal, or end."""
     problem = problem_of(context.instance)
@@ -311,14 +307,12 @@ def _lost_lower_bound(context: Context) -> Observations:
     recorded={**EVERYWHERE, "near-pair": "holds"},
 )
 def _kl_row_bound(context: Context, *, constant: float = 1.0) -> Observations:
-    some = cases(context)
-    values = []
-    for case in some:
+    def quotients(case: Case) -> Iterator[float]:
         # The identity loses the digits of a small divergence to the size of the normalisers.
         kl = np.maximum(case.log_z - case.log_zhat, 0.0) + case.nothing
-        bound = np.sqrt(np.minimum(kl / 2, -np.expm1(-kl)))
-        values.append(largest_ratio(case.tv, bound, case.nothing))
-    return ratios(values, constant, names_of(some))
+        yield largest_ratio(case.tv, np.sqrt(np.minimum(kl / 2, -np.expm1(-kl))), case.nothing)
+
+    return over_cases(cases(context), constant, quotients)
 
 
 @claim(
@@ -340,19 +334,15 @@ def _kl_row_bound(context: Context, *, constant: float = 1.0) -> Observations:
 def _direct_weights(context: Context, *, constant: float = 1.0) -> Observations:
     some = [case for case in cases(context) if len(case.plan.direct.items)]
     context.require(bool(some), "no plan has direct keys")
-    values = []
-    for case in some:
+
+    def quotients(case: Case) -> Iterator[float]:
         direct = case.region == -1
-        values.append(largest_ratio(case.a[direct], case.ahat[direct], 1e-13))
-    return ratios(values, constant, names_of(some))
+        yield largest_ratio(case.a[direct], case.ahat[direct], 1e-13)
+
+    return over_cases(some, constant, quotients)
 
 
 # --- T4, T5: the sharp bounds ---------------------------------------------------------------------
-
-
-def _row_claim(name: str, some: list[Case], constant: float) -> Observations:
-    values = [largest_ratio(case.tv, row_bounds(case)[name], case.nothing) for case in some]
-    return ratios(values, constant, names_of(some))
 
 
 @claim(
@@ -368,7 +358,10 @@ def _row_claim(name: str, some: list[Case], constant: float) -> Observations:
     recorded={**EVERYWHERE, "tilted-pair": "holds"},
 )
 def _tanh_bound(context: Context, *, constant: float = 1.0) -> Observations:
-    return _row_claim("tanh", [*cases(context), *other_cases(context)], constant)
+    def quotients(case: Case) -> Iterator[float]:
+        yield largest_ratio(case.tv, row_bounds(case)["tanh"], case.nothing)
+
+    return over_cases([*cases(context), *other_cases(context)], constant, quotients)
 
 
 @claim(
@@ -385,14 +378,13 @@ def _tanh_bound(context: Context, *, constant: float = 1.0) -> Observations:
     recorded={**EVERYWHERE, "one-part": "holds", "tilted-pair": "holds"},
 )
 def _mass_aware(context: Context, *, constant: float = 1.0) -> Observations:
-    some = [*cases(context), *other_cases(context)]
-    values = []
-    for case in some:
+    def quotients(case: Case) -> Iterator[float]:
         bounds = row_bounds(case)
         for name in ("mass-aware", "mass-aware, a posteriori"):
-            values.append(largest_ratio(case.tv, bounds[name], case.nothing))
-            values.append(constant * largest_ratio(bounds[name], bounds["tanh"], case.nothing))
-    return ratios(values, constant, names_of(some))
+            yield largest_ratio(case.tv, bounds[name], case.nothing)
+            yield constant * largest_ratio(bounds[name], bounds["tanh"], case.nothing)
+
+    return over_cases([*cases(context), *other_cases(context)], constant, quotients)
 
 
 @claim(
@@ -408,16 +400,15 @@ def _mass_aware(context: Context, *, constant: float = 1.0) -> Observations:
     recorded={**EVERYWHERE, "extreme-pair": "holds"},
 )
 def _log_ratio(context: Context, *, constant: float = 1.0) -> Observations:
-    some = [*cases(context), *other_cases(context)]
-    values = []
-    for case in some:
+    def quotients(case: Case) -> Iterator[float]:
         away = np.abs(case.log_ratio).max(axis=1)
-        values.append(largest_ratio(away, case.width, case.nothing))
+        yield largest_ratio(away, case.width, case.nothing)
         with np.errstate(over="ignore"):
             limit = np.expm1(np.array([case.width.max()])) * np.linalg.norm(case.a)
         error = np.array([np.linalg.norm(case.ahat - case.a)])
-        values.append(largest_ratio(error, limit, case.nothing))
-    return ratios(values, constant, names_of(some))
+        yield largest_ratio(error, limit, case.nothing)
+
+    return over_cases([*cases(context), *other_cases(context)], constant, quotients)
 
 
 @claim(
@@ -465,17 +456,14 @@ def _bilinear(context: Context) -> Observations:
     recorded={**EVERYWHERE, "near-pair": "holds"},
 )
 def _spread(context: Context, *, constant: float = 1.0) -> Observations:
-    some = cases(context)
-    values = []
-    for case in some:
-        radius = np.array(
-            [np.linalg.norm(case.problem.k[x] - y, axis=1).max() for x, y in
-             zip(case.plan.regions, case.kappa, strict=True)]
-        )  # fmt: skip
+    def quotients(case: Case) -> Iterator[float]:
+        keys = zip(case.plan.regions, case.kappa, strict=True)
+        radius = np.array([np.linalg.norm(case.problem.k[x] - y, axis=1).max() for x, y in keys])
         reach = query_distances(case) * radius
         dist = np.where(np.isfinite(case.g), reach, 0.0).max(axis=1, initial=0.0)
-        values.append(largest_ratio(case.tv, np.tanh(dist / 2), case.nothing))
-    return ratios(values, constant, names_of(some))
+        yield largest_ratio(case.tv, np.tanh(dist / 2), case.nothing)
+
+    return over_cases(cases(context), constant, quotients)
 
 
 # --- T6: the mass of a region ---------------------------------------------------------------------
@@ -496,14 +484,15 @@ def _spread(context: Context, *, constant: float = 1.0) -> Observations:
 def _mass_gap(context: Context, *, constant: float = 1.0) -> Observations:
     some = [x for x in cases(context) if not x.q0.any()]
     context.require(bool(some), "no plan with the reference zero")
-    values = []
-    for case in some:
+
+    def quotients(case: Case) -> Iterator[float]:
         wide = ranges(case)
         top = np.asarray(specht_log(wide))
         # A gap is a difference of normalisers, and known up to their rounding.
-        values.append(largest_ratio(case.gap, top, case.nothing))
-        values.append(constant * largest_ratio(top, wide**2 / 8, case.nothing))
-    return ratios(values, constant, names_of(some))
+        yield largest_ratio(case.gap, top, case.nothing)
+        yield constant * largest_ratio(top, wide**2 / 8, case.nothing)
+
+    return over_cases(some, constant, quotients)
 
 
 @claim(
@@ -519,12 +508,9 @@ def _mass_gap(context: Context, *, constant: float = 1.0) -> Observations:
     recorded={**EVERYWHERE, "near-pair": "holds"},
 )
 def _mass_gap_general(context: Context, *, constant: float = 1.0) -> Observations:
-    from .formulas import diameter
-
-    some = cases(context)
-    values = []
-    for case in some:
+    def quotients(case: Case) -> Iterator[float]:
         sizes = np.array([diameter(case.problem.k[keys]) for keys in case.plan.regions])
         limit = (query_distances(case) * sizes) ** 2 / 8
-        values.append(largest_ratio(case.gap, limit, case.nothing))
-    return ratios(values, constant, names_of(some))
+        yield largest_ratio(case.gap, limit, case.nothing)
+
+    return over_cases(cases(context), constant, quotients)

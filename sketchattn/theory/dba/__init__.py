@@ -4,7 +4,8 @@ Pack-core-unpack attention compresses the sequence, the hidden width, or both.  
 rows as the logits have rank loses nothing of the *logits*, and nothing like it is true of
 attention: the softmax makes new rank.  The claims of this topic say what holds in its place: when
 ``U S P`` is A exactly, which floors bind, what an error of the logits costs (with
-`sketchattn.errors.perturbation`), how many hidden dimensions the logits need, and what pivots guarantee.
+`sketchattn.errors.perturbation`), how many hidden dimensions the logits need, and what pivots
+guarantee.
 
 To check another implementation, hand it in as ``sketch``.  It is called as
 ``sketch(kind, r, n_k, rng, **given)``, by kind:

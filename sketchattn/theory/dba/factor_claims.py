@@ -1,4 +1,4 @@
-"""Claims about ``Ahat = U S P``: when it is A, what no such matrix can do, and what logits cost."""
+"""Claims: when ``U S P`` is A, what no such matrix can do, and what an error of logits costs."""
 
 from __future__ import annotations
 
@@ -26,18 +26,31 @@ from ...zoo.base import methods
 from ...zoo.compressed import Compressed
 from ...zoo.dba.method import DBA
 from ..engine.arguments import Array, real, whole
+from ..engine.assumptions import DENSE, KEYS, STOCHASTIC, VALUES
 from ..engine.instances import Instance, instance
-from ..engine.observers import DENSE, RANKS, VALUES, on_heads
-from ..engine.of_methods import ROUNDING, few, implemented, is_default, largest, problem_of
+from ..engine.observers import (
+    RANKS,
+    ROUNDING,
+    few,
+    implemented,
+    is_default,
+    largest,
+    on_heads,
+    problem_of,
+    quotient,
+    softmax_of,
+)
 from ..engine.records import Observations
 from ..engine.registry import Assumption, Context, claim
 from ..sketching.lowrank import eckart_young_floor
-from ..softmax.norm_claims import KEYS, STOCHASTIC
 from .formulas import output_factors
-from .logit_claims import DERIVED, ON, width_of
+from .shared import DERIVED, ON, width_of
 
 # Methods of rank r whose matrices are compared with floors.
 FACTORED = ("clustered", "dba", "linformer", "nystromformer", "performer")
+
+# Errors up to this, relative to what is approximated, count as none beside a floor.
+ROUNDED = 1e-12
 
 # --- instances -----------------------------------------------------------------------------------
 
@@ -115,14 +128,6 @@ def _approximations(context: Context, r: int) -> list[tuple[str, Array, int]]:
         ahat = methods()[name](rank=min(r, problem.n_k)).approximate(problem, rng=rng)
         found.append((name, ahat.to_dense(), int(ahat.rank_bound)))
     return found
-
-
-def _over(least: float, found: float, size: float) -> float:
-    """Return a floor over an error, where errors up to rounding count as none."""
-    nothing = 1e-12 * size
-    if found > nothing:
-        return least / found
-    return 1.0 if least <= nothing else math.inf
 
 
 def _least_rank(context: Context, rank: int | None) -> int:
@@ -239,7 +244,9 @@ def _matrix_floor(context: Context, *, rank: int | None = None) -> Observations:
         if a.size <= 1 << 16:
             pairs.append(("spectral", float(np.linalg.norm(left, 2))))
         for norm, found in pairs:
-            value = _over(float(np.asarray(eckart_young_floor(sigma, bound, norm))), found, size)
+            value = quotient(
+                float(np.asarray(eckart_young_floor(sigma, bound, norm))), found, ROUNDED * size
+            )
             nearest = name if not values or value > max(values) else nearest
             values.append(value)
     return Observations(values, 1.0, rank=r, rounding=1e-9, notes=f"nearest: {nearest}")
@@ -271,7 +278,7 @@ def _output_floor(context: Context, *, rank: int | None = None) -> Observations:
     size, nearest = float(np.linalg.norm(sigma)), ""
     for name, ahat, bound in _approximations(context, r):
         found = float(np.linalg.norm(seen.product - ahat @ seen.v))
-        value = _over(float(np.asarray(eckart_young_floor(sigma, bound))), found, size)
+        value = quotient(float(np.asarray(eckart_young_floor(sigma, bound))), found, ROUNDED * size)
         nearest = name if not values or value > max(values) else nearest
         values.append(value)
     return Observations(values, 1.0, rank=r, rounding=1e-9, notes=f"nearest: {nearest}")
@@ -329,7 +336,9 @@ def _svd_output_floor(context: Context, *, rank: int | None = None) -> Observati
     truncated = float(np.linalg.norm(seen.product - (u[:, :r] * sigma[:r]) @ (vt[:r] @ seen.v)))
     best = output_factors(seen.product, seen.v, r)
     found = float(np.linalg.norm(seen.product - best.unpack @ (best.pack @ seen.v)))
-    return Observations([_over(truncated, found, float(output))], 1.0, rank=r, rounding=1e-9)
+    return Observations(
+        [quotient(truncated, found, ROUNDED * float(output))], 1.0, rank=r, rounding=1e-9
+    )
 
 
 @claim(
@@ -359,21 +368,11 @@ def _compressed_floor(context: Context, *, rank: int | None = None) -> Observati
     ahat = Compressed(r).approximate(problem, rng=0).to_dense()
     floor, error = float(np.asarray(eckart_young_floor(sigma, r))), float(np.linalg.norm(a - ahat))
     return Observations(
-        [_over(floor, error, float(np.linalg.norm(sigma)))], 1.0, rank=r, rounding=1e-9
+        [quotient(floor, error, ROUNDED * float(np.linalg.norm(sigma)))], 1.0, rank=r, rounding=1e-9
     )
 
 
 # --- T5: from an error of logits to one of attention ---------------------------------------------
-
-
-def _softmax(context: Context, logits: Array, rng: np.random.Generator) -> Array:
-    if not is_default(context):
-        rows, columns = logits.shape
-        return np.asarray(
-            context.operator("softmax", rows, columns, rng, logits=logits), np.float64
-        )
-    weights: Array = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
 def _changes(a: Array, eta: float, rng: np.random.Generator) -> list[Array]:
@@ -415,9 +414,9 @@ def _logit_error(context: Context, *, eta: float = 1.0) -> Observations:
         picked = (8 * trial + np.arange(min(8, seen.m))) % seen.m
         with np.errstate(divide="ignore"):
             logits = np.log(seen.a[picked])
-        a = _softmax(context, logits, rng)
+        a = softmax_of(context, logits, rng)
         for change in _changes(seen.a[picked], half, rng):
-            b = _softmax(context, logits + change, rng)
+            b = softmax_of(context, logits + change, rng)
             most = logit_eta(change, keep=seen.a[picked] > 0)
             tv = _variation(a, b)
             kept = (a > 1e-290) & (b > 1e-290)  # subnormal weights have few digits

@@ -1,4 +1,4 @@
-"""Formulas about packing, compressing and selecting: decoders, projectors, widths, pivots."""
+"""Formulas: decoders, maps and widths, total positivity, skeletons and their volumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims about logits: which packs and widths keep them, and what a softmax then does."""
+"""Claims: which packs and widths keep the logits, and what a softmax then does."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from ...problem import AttentionProblem
 from ...sampling.landmarks import pivoted_rows, segment_means
 from ...sketches.compression import compress
 from ..engine.arguments import Array, whole
-from ..engine.checking import default_factory
+from ..engine.assumptions import DENSE, KEYS
 from ..engine.instances import Instance, instance
-from ..engine.observers import DENSE
-from ..engine.of_methods import few, implemented, is_default, largest, problem_of
+from ..engine.observers import few, implemented, is_default, largest, problem_of, softmax_of
 from ..engine.records import Observations, Series
 from ..engine.registry import Assumption, Context, claim
 from ..sketching.lowrank import eckart_young_floor
-from ..softmax.norm_claims import KEYS
 from .formulas import (
     Oblique,
     exact_projector,
@@ -28,10 +26,7 @@ from .formulas import (
     numerical_rank,
     oblique_maps,
 )
-
-PAPER = "Qin et al., Dynamic Bilinear Low-Rank Attention, TNNLS (2025)"
-DERIVED = "derived: see the chapter on DBA"
-EPS = float(np.finfo(np.float64).eps)
+from .shared import DERIVED, EPS, ON, PAPER, factors_of, product_sigma, width_of
 
 # --- instances -----------------------------------------------------------------------------------
 
@@ -83,47 +78,13 @@ def _wide_rows() -> AttentionProblem:
 # --- what observers share ------------------------------------------------------------------------
 
 
-def _test_rank(seen: Instance) -> str | None:
-    return None if seen.m and seen.n and _factors(seen).rank else "has logits that are all zero"
-
-
-LOGITS = Assumption("the logits are not all zero", _test_rank)
-ON = (DENSE, KEYS, LOGITS)
-
-
-class _Factors:
-    """Hold Q, K, scale, L and its singular values, in float64 and without masked keys."""
-
-    def __init__(self, seen: Instance) -> None:
-        problem = problem_of(seen)
-        self.q, self.k, self.scale = problem.q, problem.k, float(problem.scale)
-        self.sigma = abs(self.scale) * _product_sigma(self.q, self.k)
-        size = max(self.q.shape + self.k.shape)
-        self.rank = int((self.sigma > 4 * size * EPS * self.sigma.max(initial=0.0)).sum())
-
-    @property
-    def fro(self) -> float:
-        """``|L|_F``."""
-        return float(np.linalg.norm(self.sigma))
-
-
-def _factors(seen: Instance) -> _Factors:
-    return seen.cached("dba factors", lambda: _Factors(seen))
-
-
-def _product_sigma(x: Array, y: Array) -> Array:
-    """Return the singular values of ``X Y^T`` from the triangles of X and Y."""
-    left, right = (np.asarray(np.linalg.qr(z, mode="r")) for z in (x, y))
-    return np.asarray(np.linalg.svd(left @ right.T, compute_uv=False))
-
-
 def _first(context: Context) -> np.random.Generator:
     return np.random.default_rng(context.entropy)
 
 
 def _packs(context: Context, r: int, rng: np.random.Generator) -> list[tuple[str, Array]]:
     """Return P K of several packs with r rows each, or of the pack that was handed in."""
-    k = _factors(context.instance).k
+    k = factors_of(context.instance).k
     if not is_default(context):
         p = implemented(context, "pack", r, rng, keys=k)
         return [("handed in", p @ k)]
@@ -135,7 +96,7 @@ def _packs(context: Context, r: int, rng: np.random.Generator) -> list[tuple[str
 
 
 def _decoder(context: Context, packed: Array, rng: np.random.Generator) -> Array:
-    k = _factors(context.instance).k
+    k = factors_of(context.instance).k
     if is_default(context):
         return logit_decoder(k, packed)
     return implemented(context, "decoder", len(packed), rng, keys=k, packed=packed)
@@ -158,7 +119,7 @@ def _decoder(context: Context, packed: Array, rng: np.random.Generator) -> Array
     recorded={"circle": "holds", "oblique": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _lossless_logits(context: Context, *, rank: int | None = None) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     full = numerical_rank(f.k)
     r = full if rank is None else int(whole(rank, "rank"))
     context.require(full <= r <= len(f.k), f"r = {r} rows for keys of rank {full}")
@@ -198,14 +159,14 @@ def _lossless_logits(context: Context, *, rank: int | None = None) -> Observatio
     recorded={"circle": "holds", "oblique": "holds", "heads": "holds"},
 )
 def _logit_rank(context: Context, *, rank: int | None = None) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     r = f.rank - 1 if rank is None else int(whole(rank, "rank"))
     context.require(1 <= r < f.rank, f"r = {r} of rank {f.rank}")
     floor, values = float(f.sigma[r]), []
     for rng in few(context, 3):
         for _, packed in _packs(context, r, rng):
             left = f.k - _decoder(context, packed, rng) @ packed
-            found = abs(f.scale) * float(_product_sigma(f.q, left)[0])
+            found = abs(f.scale) * float(product_sigma(f.q, left)[0])
             # What is not there up to rounding counts as nothing.
             found = found if found > 1e-12 * float(f.sigma[0]) else 0.0
             values.append(floor / found if found > 0 else math.inf)
@@ -228,7 +189,7 @@ def _logit_rank(context: Context, *, rank: int | None = None) -> Observations:
     recorded={"three-keys": "violated", "heads": "violated"},
 )
 def _pivoted_decoder(context: Context) -> Observations:
-    k = _factors(context.instance).k
+    k = factors_of(context.instance).k
     r = numerical_rank(k)
     chosen = k[pivoted_rows(k, r, _first(context))]
     return Observations([largest(logit_decoder(k, chosen))], 1.0, rank=r, rounding=1e-9)
@@ -239,11 +200,8 @@ def _pivoted_decoder(context: Context) -> Observations:
 
 def _weights(context: Context, logits: Array) -> Array:
     """Return the softmax of the rows, by the implementation that was handed in if any."""
-    if context.factory is not default_factory:
-        rows, columns = logits.shape
-        return np.asarray(
-            context.operator("softmax", rows, columns, _first(context), logits=logits), np.float64
-        )
+    if not is_default(context):
+        return softmax_of(context, logits, _first(context))
     one = np.eye(logits.shape[1])
     # The library's own: logits as queries, unit vectors as keys.
     return AttentionProblem(logits, one, scale=1.0).exact.to_dense()
@@ -277,7 +235,7 @@ LINE = Assumption("d = 1, queries increase, keys are evenly spaced and increase"
     recorded={"line-4": "holds", "line-6": "holds"},
 )
 def _vandermonde(context: Context) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     logits = f.scale * f.q @ f.k.T
     a = _weights(context, logits)
     top = logits.max(axis=1)
@@ -307,7 +265,7 @@ def _vandermonde(context: Context) -> Observations:
     recorded={"line-4": "holds", "line-6": "holds"},
 )
 def _total_positivity(context: Context) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     a = _weights(context, f.scale * f.q @ f.k.T)
     worst = max(-float(x.min()) / float(np.abs(x).max()) for x in minors(a))
     return Observations([max(worst, 0.0)], 0.0, rounding=1e-13)
@@ -341,7 +299,7 @@ CIRCLE = Assumption("queries are keys, evenly spaced on the unit circle", _test_
     recorded={"circle": "holds"},
 )
 def _on_circle(context: Context, *, rank: int = 2) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     n, r = len(f.q), int(whole(rank, "rank"))
     a = _weights(context, f.scale * f.q @ f.k.T)
     rest = float(np.exp(-f.scale * (1 - np.cos(2 * np.pi * np.arange(1, n) / n))).sum())
@@ -368,7 +326,7 @@ def _on_circle(context: Context, *, rank: int = 2) -> Observations:
     recorded={"line-4": "violated", "circle": "violated", "heads": "violated"},
 )
 def _softmax_commutes(context: Context) -> Observations:
-    f, a = _factors(context.instance), context.instance.a
+    f, a = factors_of(context.instance), context.instance.a
     rng = _first(context)
     rows, columns = (pivoted_rows(x, numerical_rank(x), rng) for x in (f.q, f.k))
     core = _weights(context, f.scale * f.q[rows] @ f.k[columns].T)
@@ -393,7 +351,7 @@ def _softmax_commutes(context: Context) -> Observations:
     recorded={"line-4": "violated", "circle": "violated", "heads": "violated"},
 )
 def _lossless_attention(context: Context) -> Observations:
-    f, sigma = _factors(context.instance), context.instance.svd[1]
+    f, sigma = factors_of(context.instance), context.instance.svd[1]
     d = f.k.shape[1]
     floor = float(np.asarray(eckart_young_floor(sigma, d))) / float(np.linalg.norm(sigma))
     note = f"rank of the logits {f.rank}, of A {int((sigma > 1e-12 * sigma[0]).sum())}"
@@ -422,7 +380,7 @@ def _size(x: Array) -> float:
     recorded={"oblique": "holds", "circle": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _oblique_maps(context: Context) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     if is_default(context):
         maps = oblique_maps(f.q, f.k)
     else:
@@ -447,7 +405,7 @@ def _oblique_maps(context: Context) -> Observations:
     recorded={"oblique": "holds", "circle": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _projector(context: Context) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     w = _projection(context)
     context.require(w.shape[1] <= f.rank, f"a projector of rank {w.shape[1]} for rank {f.rank}")
     off = f.q @ (w @ (w.T @ f.k.T)) - f.q @ f.k.T
@@ -455,7 +413,7 @@ def _projector(context: Context) -> Observations:
 
 
 def _projection(context: Context) -> Array:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     if is_default(context):
         return exact_projector(f.q, f.k)
     return implemented(context, "projector", f.rank, _first(context), q=f.q, k=f.k)
@@ -477,7 +435,7 @@ def _projection(context: Context) -> Array:
     recorded={"oblique": "violated", "heads": "not applicable"},
 )
 def _projector_needs_more(context: Context) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     needed = min(numerical_rank(x) for x in (f.q, f.k))
     context.require(f.rank < needed, "the logits have the rank of Q or K")
     w = _projection(context)
@@ -488,19 +446,11 @@ def _projector_needs_more(context: Context) -> Observations:
 
 def _compressed(context: Context, d_in: int, kind: str, rng: np.random.Generator) -> list[Array]:
     """Return Qh and Kh, by the implementation that was handed in if any."""
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     if is_default(context):
         return list(compress(f.q, f.k, d_in, kind, rng))
     found = context.operator("compress", d_in, len(f.k), rng, q=f.q, k=f.k, how=kind)
     return [np.asarray(x, np.float64) for x in found]
-
-
-def width_of(context: Context, rank: int | None) -> int:
-    """Return d_in, half of d by default."""
-    d = problem_of(context.instance).d
-    width = max(1, d // 2) if rank is None else int(whole(rank, "rank"))
-    context.require(width <= d, f"d_in = {width} of d = {d}")
-    return width
 
 
 @claim(
@@ -517,9 +467,9 @@ def width_of(context: Context, rank: int | None) -> int:
     recorded={"circle": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _svd_width(context: Context, *, rank: int | None = None) -> Observations:
-    f, width = _factors(context.instance), width_of(context, rank)
+    f, width = factors_of(context.instance), width_of(context, rank)
     centred = f.k - f.k.mean(axis=0)
-    sigma = _product_sigma(f.q, centred)
+    sigma = product_sigma(f.q, centred)
     floor = float(sigma[width]) if width < len(sigma) else 0.0
     context.require(floor > 1e-9 * sigma[0], f"nothing is lost at d_in = {width}")
     values = []
@@ -528,7 +478,7 @@ def _svd_width(context: Context, *, rank: int | None = None) -> Observations:
             qh, kh = _compressed(context, width, how, rng)
             kh = kh - kh.mean(axis=0)  # a row of logits may be shifted
             left, right = np.concatenate([f.q, -qh], axis=1), np.concatenate([centred, kh], axis=1)
-            error = float(_product_sigma(left, right)[0])
+            error = float(product_sigma(left, right)[0])
             values.append(abs(error / floor - 1) if how == "svd" else floor / error - 1)
     return Observations(values, 0.0, rank=width, rounding=1e-8)
 
@@ -546,7 +496,7 @@ def _svd_width(context: Context, *, rank: int | None = None) -> Observations:
     recorded={"oblique": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _jl_variance(context: Context, *, rank: int | None = None) -> Observations:
-    f, width = _factors(context.instance), width_of(context, rank)
+    f, width = factors_of(context.instance), width_of(context, rank)
     m, d = min(8, len(f.q), len(f.k)), f.k.shape[1]
     rows = np.linspace(0, len(f.q) - 1, m).astype(int)
     columns = np.linspace(0, len(f.k) - 1, m).astype(int)
@@ -580,7 +530,7 @@ def _jl_variance(context: Context, *, rank: int | None = None) -> Observations:
     recorded={"wide-rows": "holds", "clusters": "vacuous", "heads": "vacuous"},
 )
 def _jl_logits(context: Context, *, eps: float = 0.5, delta: float = 0.1) -> Observations:
-    f = _factors(context.instance)
+    f = factors_of(context.instance)
     d = f.k.shape[1]
     width = int(np.asarray(jl_logit_width(len(f.q), len(f.k), eps, delta)))
     context.below(width, d, eps, delta)

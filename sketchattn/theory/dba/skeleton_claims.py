@@ -1,4 +1,4 @@
-"""Claims about pivots: skeletons of largest volume, volume sampling, strong rank-revealing QR."""
+"""Claims: pivots, by skeletons of largest volume, volume sampling and strong rank-revealing QR."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from itertools import islice
 import numpy as np
 
 from ..engine.arguments import Array, real, whole
-from ..engine.observers import DENSE
-from ..engine.of_methods import implemented, is_default, largest
+from ..engine.assumptions import DENSE, STOCHASTIC
+from ..engine.observers import implemented, is_default, largest
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
-from ..softmax.norm_claims import STOCHASTIC
 from .formulas import (
     largest_volume,
     rrqr_factor,
@@ -20,11 +19,11 @@ from .formulas import (
     strong_rrqr,
     volume_sampling,
 )
+from .shared import DERIVED
 
 GOREINOV = "Goreinov and Tyrtyshnikov, Contemporary Mathematics 280 (2001), with its proof"
 DESHPANDE = "Deshpande, Rademacher, Vempala and Wang, Theory of Computing 2 (2006)"
 GU = "Gu and Eisenstat, SIAM J. Sci. Comput. 17 (1996), Theorem 3.2"
-DERIVED = "derived: see the chapter on DBA"
 
 ON = (DENSE, STOCHASTIC)
 EVERYWHERE = {"reference": "holds", "gauss": "holds", "ten-clusters": "holds", "heads": "holds"}

@@ -60,6 +60,7 @@ def whole(value: ArrayLike, name: str, low: int = 1, high: int | None = None) ->
 
 
 def floats(x: Array) -> Float:
+    """Return an array as it is, one without axes as a number."""
     out: Float = x.item() if x.ndim == 0 else x
     return out
 
@@ -75,6 +76,7 @@ def ceil(x: ArrayLike) -> Int:
 
 
 def matrix_of(x: object, name: str) -> Array:
+    """Return a finite real matrix as float64."""
     array = as_array(x, name)
     if array.dtype.kind not in "iuf":
         raise TypeError(f"{name} must be real, got dtype {array.dtype}; convert it")
@@ -86,6 +88,7 @@ def matrix_of(x: object, name: str) -> Array:
 
 
 def product_of(A: object, V: object) -> tuple[Array, Array]:
+    """Return the factors of one product, A (m, n) and V (n, d_v), as float64."""
     a, v = matrix_of(A, "A"), matrix_of(V, "V")
     if a.shape[1] != v.shape[0]:
         raise ValueError(
@@ -96,6 +99,7 @@ def product_of(A: object, V: object) -> tuple[Array, Array]:
 
 
 def spectrum_of(sigma: object) -> Array:
+    """Return singular values, descending and not negative, as float64."""
     s = as_array(sigma, "sigma")
     if s.ndim != 1 or s.dtype.kind not in "iuf":
         raise TypeError(
@@ -111,6 +115,7 @@ def spectrum_of(sigma: object) -> Array:
 
 
 def choice(value: object, name: str, known: tuple[str, ...]) -> str:
+    """Return ``value``, one of the known strings."""
     if not isinstance(value, str):
         raise TypeError(
             f"{name} must be a string, got {type(value).__name__}; choose one of {', '.join(known)}"

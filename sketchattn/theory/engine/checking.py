@@ -1,7 +1,6 @@
-"""Claims and verdicts: what a theorem says, what is observed, and how the two are compared.
+"""Checking: one claim on one problem, with seeded trials, or its bound alone.
 
-A claim is registered with the function that observes it.  ``check`` evaluates its assumptions,
-lets it observe seeded independent trials, and decides:
+``check`` evaluates the assumptions of a claim, lets it observe independent trials, and decides:
 
 - *tail* (``P(observed > bound) <= delta``): failures are counted and the Clopper-Pearson limits of
   the rate of failure are compared with delta;
@@ -39,8 +38,6 @@ from .registry import (
     Vacuous,
     get_entry,
 )
-
-# --- checking -----------------------------------------------------------------------------------
 
 
 def check_trials(trials: object) -> int:

@@ -178,6 +178,7 @@ def _vacuous(bound: float, trivial: float | None) -> str:
 
 
 def decide(claim: Claim, seen: Observations, confidence: float) -> Verdict:
+    """Return the verdict on what was observed, by the kind of the claim; see `check`."""
     values = np.asarray(seen.values, np.float64)
     if claim.kind == "tail":
         return _decide_tail(claim, seen, values, confidence)

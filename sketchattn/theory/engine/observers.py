@@ -1,173 +1,97 @@
-"""What observers share: assumptions, audited operators, and the record of the bundled heads."""
+"""What observers of all topics share: the problem, what is handed in, sizes, steps and records.
+
+To check another implementation, hand it in as ``sketch``: each topic says how it is called.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ...operators.solve import row_softmax
+from ...problem import AttentionProblem
+from .arguments import Array
+from .checking import default_factory
 from .instances import Instance
-from .registry import Assumption, Context
+from .registry import Context
 
-Array = NDArray[Any]
-Parameters = Mapping[str, Any]
-
-NLALIB = "NLAlib (Lean library tchen-research/NLAlib)"
-HMT = "Halko, Martinsson and Tropp, SIAM Review 53 (2011)"
-DERIVED = "derived: see the chapter on sketching"
-
-# Steps of the pictures of claims that are about an accuracy.
-EPS_LADDER = tuple({"eps": e} for e in (0.9, 0.7, 0.5, 0.35))
+# Identities are observed up to this, relative to the size of the values: rounding of sums and
+# exponentials of up to 2048 numbers, with room.
+ROUNDING = 1e-10
 
 # Rows of the pictures of claims that are about an error.
 RANKS = tuple({"rank": r} for r in (8, 16, 32, 64))
 TAIL_RANKS = tuple({"rank": r} for r in (32, 64, 128, 256))
 
-# Bounds of products beside the trivial predictors: |A V| is small on attention.
-AMM_RECORD = {"clusters": "holds", "reference": "vacuous", "heads": "vacuous"}
-
-# Probes of every operator: the vector of ones, which sees missing signs, and Gaussian ones.
-PROBES = 4
-
-# --- assumptions ----------------------------------------------------------------------------
+# --- the problem, and the implementation that is observed ---------------------------------------
 
 
-def _test_dense(instance: Instance) -> str | None:
-    if instance.is_dense:
-        return None
-    return f"needs the dense matrix, at most 2^22 entries, got {instance.m} x {instance.n}"
+def problem_of(instance: Instance) -> AttentionProblem:
+    """Return the problem of an instance in float64; of a pair (A, V) one with logits ``ln A``."""
+
+    def make() -> AttentionProblem:
+        problem = instance.problem
+        if problem is None:
+            return AttentionProblem(np.log(instance.a), np.eye(instance.n), instance.v, scale=1.0)
+        if problem.causal or problem.key_mask is None:
+            return problem.astype(np.float64)
+        # Masked keys might as well not exist; positions are those of the instance's columns.
+        kept = problem.kept_keys
+        q, k, v = (np.asarray(x, np.float64) for x in (problem.q, problem.k, problem.values))
+        return AttentionProblem(q, k[kept], v[kept], scale=problem.scale)
+
+    return instance.cached("float64 problem", make)
 
 
-def _test_values(instance: Instance) -> str | None:
-    return None if instance.has_values else "needs values V"
+def is_default(context: Context) -> bool:
+    """Return whether no other implementation was handed in."""
+    return context.factory is default_factory
 
 
-def _test_product(instance: Instance) -> str | None:
-    return None if instance.fro > 0 else "needs A and V that are not zero"
+def implemented(
+    context: Context, kind: str, r: int, rng: np.random.Generator, **parameters: Any
+) -> Array:
+    """Return what the implementation that was handed in makes, as float64."""
+    found = context.operator(kind, r, context.instance.n, rng, **parameters)
+    return np.asarray(found, np.float64)
 
 
-DENSE = Assumption("A is not empty and small enough to be formed", _test_dense)
-VALUES = Assumption("there are values V", _test_values)
-NONZERO = Assumption("neither A nor V is zero", _test_product)
-PRODUCT = (DENSE, VALUES, NONZERO)
+def softmax_of(context: Context, logits: Array, rng: np.random.Generator) -> Array:
+    """Return ``rowsoftmax(logits)``, by the softmax that was handed in where one was."""
+    if not is_default(context):
+        rows, columns = logits.shape
+        found = context.operator("softmax", rows, columns, rng, logits=logits)
+        return np.asarray(found, np.float64)
+    return row_softmax(logits.copy())
 
 
-# --- the record -----------------------------------------------------------------------------
+def few(context: Context, most: int = 20) -> Iterator[np.random.Generator]:
+    """Yield the generators of some trials: a deterministic statement needs few, if they are dear.
 
-
-def on_heads(default: str, **others: str) -> dict[str, str]:
-    """Return the record of the bundled heads: a verdict, and others on heads "layer.head"."""
-    record = {"heads": default}
-    for verdict, heads in others.items():
-        for head in heads.split():
-            layer, number = head.split(".")
-            record[f"minilm/layer{layer}.head{number}"] = verdict
-    return record
-
-
-# --- random operators and their audit -------------------------------------------------------
-
-
-def _probes(n: int) -> Array:
-    """Return the vector of ones and fixed Gaussian vectors, each of norm one, (n, 1 + PROBES)."""
-    rng = np.random.default_rng(n)
-    columns = np.concatenate([np.ones((n, 1)), rng.standard_normal((n, PROBES))], axis=1)
-    out: Array = columns / np.linalg.norm(columns, axis=0)
-    return out
-
-
-def applied(operator: Any, x: Array) -> Array:
-    return np.asarray(operator.apply(x) if hasattr(operator, "apply") else operator @ x, np.float64)
-
-
-def _likeliest(kind: str, r: int, n: int, parameters: Parameters) -> float:
-    """Return an upper bound of the probability of the likeliest outcome of a draw."""
-    if kind == "sample_poisson":
-        from ...sampling.draws import inclusion_probabilities
-
-        keep = inclusion_probabilities(parameters["p"], r)
-        return float(np.prod(np.maximum(keep, 1 - keep)))
-    if kind.startswith("sample_"):  # without replacement the order is random
-        top = float(np.max(parameters["p"]))
-        return top ** (r if kind == "sample_wr" else 1)
-    if kind == "sparse":
-        return float(max(0.5, 1 - 1 / parameters["s"]) ** (r * n))
-    return 0.5**n  # all others have a sign for each column at least
-
-
-def _differ(context: Context, likeliest: float) -> bool:
-    """Return whether independent trials of a draw are not all equal, but with chance 1e-9."""
-    return bool(likeliest ** max(context.trials - 1, 0) < 1e-9)
-
-
-def sketched(
-    context: Context, kind: str, r: int, x: Array, key: object, **parameters: Any
-) -> Iterator[Array]:
-    """Yield S X for one random S a trial, and audit ``E |S w|^2 = |w|^2`` on the way.
-
-    X (n, c) is cached with the probes beside it under ``key``.
+    At most ``most``, and three where A has more than 10^4 entries.
     """
-    n, c = x.shape
-    wide = context.instance.cached(
-        ("wide", key), lambda: np.ascontiguousarray(np.concatenate([x, _probes(n)], axis=1))
-    )
-    told_apart = _differ(context, _likeliest(kind, r, n, parameters))
-    for rng in context.generators():
-        image = applied(context.operator(kind, r, n, rng, **parameters), wide)
-        ones, others = image[:, c], image[:, c + 1 :]
-        context.audit("|S 1|^2/n", float(ones @ ones), 1.0)
-        context.audit("|S w|^2/|w|^2", float(np.sum(others * others)) / PROBES, 1.0)
-        if told_apart:
-            context.fingerprint(float(np.sin(np.arange(1.0, len(image) + 1)) @ image[:, -1]))
-        yield image[:, :c]
+    small = context.instance.m * context.instance.n <= 10**4
+    return islice(context.generators(), most if small else min(most, 3))
 
 
-def sampled(context: Context, kind: str, r: int, x: Array, law: Array) -> Iterator[Array]:
-    """Yield S X for one draw of columns a trial, and audit ``E |S w|^2 = 1`` for ``w^2 = p``.
-
-    With replacement ``|S w|^2`` is exactly one; for other probes its law could be too heavy.
-    """
-    n, c = x.shape
-    parameters = {} if kind == "sample_wor" else {"p": law}
-    # The index beside the root of p tells draws of equal weight from each other.
-    mark = np.sqrt(law) * np.cos(np.arange(n))
-    wide = np.concatenate([x, np.sqrt(law)[:, None], mark[:, None]], axis=1)
-    told_apart = _differ(context, _likeliest(kind, r, n, {"p": law}))
-    for rng in context.generators():
-        image = applied(context.operator(kind, r, n, rng, **parameters), wide)
-        context.audit("sum_j w_j p_j", float(image[:, c] @ image[:, c]), 1.0)
-        if told_apart:
-            context.fingerprint(float(np.sin(np.arange(1.0, len(image) + 1)) @ image[:, c + 1]))
-        yield image[:, :c]
+def default_rank(context: Context, rank: int | None, most: int = 64, multiple: int = 1) -> int:
+    """Return ``rank``, by default a quarter of the columns, at most ``most``."""
+    if rank is not None:
+        return rank
+    r = max(1, min(most, context.instance.n // 4))
+    return max(multiple, r - r % multiple)
 
 
-def law_of(instance: Instance, name: str) -> Array:
-    """Return the probabilities of a law of ``sketchattn.sampling`` (n,)."""
-    from ...sampling.laws import probabilities
-
-    return instance.cached(("law", name), lambda: probabilities(name, (instance.a, instance.v)))
+# --- sizes --------------------------------------------------------------------------------------
 
 
-def factors(instance: Instance) -> Array:
-    """Return ``[A^T | V]`` (n, m + d_v)."""
-    return instance.cached("factors", lambda: np.concatenate([instance.a.T, instance.v], axis=1))
-
-
-def errors(
-    context: Context, kind: str, r: int, law: str | None = None, **parameters: Any
-) -> Iterator[Array]:
-    """Yield ``A S^T S V - A V`` for one random S a trial."""
-    instance = context.instance
-    x, m = factors(instance), instance.m
-    if kind.startswith("sample_"):
-        images = sampled(context, kind, r, x, law_of(instance, law or "uniform"))
-    else:
-        images = sketched(context, kind, r, x, "factors", **parameters)
-    for image in images:
-        yield image[:, :m].T @ image[:, m:] - instance.product
+def largest(x: Array) -> float:
+    """Return the largest absolute value, 0 for none."""
+    return float(np.abs(x).max(initial=0.0))
 
 
 def square(x: Array) -> float:
@@ -180,36 +104,27 @@ def spectral(x: Array) -> float:
     return float(np.linalg.norm(x, 2)) if min(x.shape) > 1 else float(np.linalg.norm(x))
 
 
-def default_rank(context: Context, rank: int | None, most: int = 64, multiple: int = 1) -> int:
-    """Return ``rank``, by default a quarter of the columns, at most ``most``."""
-    if rank is not None:
-        return rank
-    r = max(1, min(most, context.instance.n // 4))
-    return max(multiple, r - r % multiple)
+def quotient(found: float, bound: float, nothing: float = 0.0) -> float:
+    """Return ``found / bound``, 1 where both are at most ``nothing``, and so count as zero."""
+    if bound > nothing:
+        return found / bound
+    return 1.0 if found <= nothing else math.inf
 
 
-def relative_trivial(instance: Instance) -> float:
-    """Return the error of the better trivial predictor over ``|A|_F |V|_F``."""
-    return instance.trivial / instance.fro
+def logit_reach(problem: AttentionProblem) -> float:
+    """Return a bound of the logits, in whose size whatever is made of them is rounded."""
+    norms = [float(np.linalg.norm(x, axis=1).max(initial=0.0)) for x in (problem.q, problem.k)]
+    return abs(problem.scale) * norms[0] * norms[1]
 
 
-def distortion(image: Array) -> float:
-    """Return ``|U^T S^T S U - I|_2`` from S U, exactly, by eigenvalues."""
-    values = np.linalg.eigvalsh(image.T @ image - np.eye(image.shape[1]))
-    return float(max(-values[0], values[-1], 0.0))
+# --- records ------------------------------------------------------------------------------------
 
 
-def listed(parameters: Parameters) -> str:
-    """Return parameters of an operator as a part of a sentence."""
-    return "".join(f", {name} = {value:g}" for name, value in parameters.items())
-
-
-def fro_errors(context: Context, kind: str, r: int, **parameters: Any) -> list[float]:
-    """Return ``|A S^T S V - A V|_F / (|A|_F |V|_F)`` for one random S a trial."""
-    fro = context.instance.fro
-    return [math.sqrt(square(err)) / fro for err in errors(context, kind, r, **parameters)]
-
-
-def subspace_dimension(instance: Instance) -> int:
-    """Return the numerical rank q of V."""
-    return int(instance.value_basis.shape[1])
+def on_heads(default: str, **others: str) -> dict[str, str]:
+    """Return the record of the bundled heads: a verdict, and others on heads "layer.head"."""
+    record = {"heads": default}
+    for verdict, heads in others.items():
+        for head in heads.split():
+            layer, number = head.split(".")
+            record[f"minilm/layer{layer}.head{number}"] = verdict
+    return record

@@ -31,10 +31,12 @@ class Stop(Exception):  # noqa: N818  (control flow, not an error)
 
 
 class NotApplicable(Stop):
-    pass
+    """Say that a condition of the claim fails."""
 
 
 class Vacuous(Stop):
+    """Say that the claim promises nothing here, and what it puts in its place."""
+
     def __init__(self, reason: str, bound: float, rank: int | None, delta: float | None) -> None:
         super().__init__(reason)
         self.bound, self.rank, self.delta = bound, rank, delta
@@ -102,6 +104,8 @@ class Context:
 
 
 Observer = Callable[..., Observations]
+
+# --- registering and finding --------------------------------------------------------------------
 
 
 class Entry(NamedTuple):

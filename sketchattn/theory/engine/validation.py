@@ -1,19 +1,15 @@
-"""Many claims on many problems: one table, its differences from the record, its pictures."""
+"""Many claims on many problems: their verdicts, what differs from the record, the pictures."""
 
 from __future__ import annotations
 
 import fnmatch
-import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ...base.arguments import closest
@@ -22,113 +18,20 @@ from ...base.files import write_bytes
 from ...base.parallel import check_jobs, check_progress, in_parallel
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
-from .checking import check_confidence, check_trials, run, sample
-from .instances import Instance, as_instance
-from .records import HEADS, Claim, Observations, Verdict, plain
+from .checking import check_confidence, check_trials, run
+from .instances import as_instance
+from .pictures import Panel, Picture, picture
+from .records import HEADS, Claim, Verdict, plain
 from .registry import claims as all_claims
 from .registry import get_entry
+from .table import COLUMNS, RECORDED_WITH, Row, render
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
 Array = NDArray[Any]
 T = TypeVar("T")
 R = TypeVar("R")
-
-COLUMNS = (
-    "claim",
-    "instance",
-    "source",
-    "verdict",
-    "recorded",
-    "observed",
-    "bound",
-    "slack",
-    "trials",
-    "failures",
-    "low",
-    "high",
-    "rank",
-    "delta",
-    "z",
-    "notes",
-)
-# Seed, trials and confidence of the recorded verdicts: the defaults.
-RECORDED_WITH = (0, 200, 0.95)
-# Trials of each step of a picture.
-PICTURE_TRIALS = 30
-
-
-@dataclass(frozen=True)
-class Row:
-    """Pair a verdict with its claim and with the verdict that is recorded.
-
-    Attributes
-    ----------
-    claim : Claim
-    verdict : Verdict
-    recorded : str or None
-        None where nothing is recorded, as for a user's head.
-    confidence : float
-        Of the check.
-    repeats : bool
-        Whether seed, trials and confidence are those of the record.
-    """
-
-    claim: Claim
-    verdict: Verdict
-    recorded: str | None
-    confidence: float
-    repeats: bool
-
-    @property
-    def expected(self) -> bool:
-        """Whether the verdict is the recorded one.
-
-        Without a record everything but the violation of a claim that is not refuted is expected.
-        With another seed, or other trials, "inconclusive" and "holds" do not contradict each
-        other.
-        """
-        status = self.verdict.status
-        if self.recorded is None:
-            return status != "violated" or self.claim.status == "refuted"
-        if status == self.recorded:
-            return True
-        return not self.repeats and {status, self.recorded} == {"inconclusive", "holds"}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the verdict with the source, the record and whether it is expected, for JSON."""
-        return {
-            **self.verdict.as_dict(),
-            "source": self.claim.source,
-            "claim_status": self.claim.status,
-            "recorded": self.recorded,
-            "expected": self.expected,
-        }
-
-    def cells(self) -> list[Any]:
-        """Return the values of ``COLUMNS``."""
-        v = self.verdict
-        low, high = v.interval if v.interval is not None else (math.nan, math.nan)
-        return [
-            v.claim,
-            v.instance,
-            self.claim.source,
-            v.status,
-            self.recorded,
-            v.observed,
-            v.bound,
-            v.slack,
-            v.trials,
-            v.failures,
-            low,
-            high,
-            v.rank,
-            v.delta,
-            v.z,
-            v.notes,
-        ]
 
 
 @dataclass(frozen=True)
@@ -173,53 +76,7 @@ class ValidationResult:
 
     def render(self) -> str:
         """Return a table as text: of heads with the same verdict the one with the least slack."""
-        table = [["claim", "on", "source", "verdict", "observed", "bound", "slack", "fail", "rate"]]
-        marks = [" "]
-        for group in _groups(self.rows, self._heads):
-            row = min(group, key=lambda x: x.verdict.slack if x.verdict.slack >= 0 else math.inf)
-            v = row.verdict
-            on = v.instance if len(group) == 1 else f"{len(group)} heads"
-            table.append(
-                [
-                    v.claim,
-                    on,
-                    _short_source(row.claim),
-                    v.status,
-                    _number(v.observed),
-                    _number(v.bound),
-                    _number(v.slack),
-                    "" if v.failures is None else f"{v.failures}/{v.trials}",
-                    _interval(v),
-                ]
-            )
-            marks.append("!" if not all(x.expected for x in group) else " ")
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = []
-        for mark, cells in zip(marks, table, strict=True):
-            parts = [
-                cell.ljust(w) if i < 4 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-            ]
-            lines.append(f"{mark} {'  '.join(parts)}".rstrip())
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row.verdict.status] = counts.get(row.verdict.status, 0) + 1
-        listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        lines += [
-            "",
-            f"{len(self.rows)} checks of {self.trials} trials: {listed}",
-            f"rate: one-sided {100 * self.confidence:g} % limits of the rate of failure; for a "
-            f"mean its interval",
-        ]
-        odd = self.unexpected
-        if odd:
-            lines += ["", f"{len(odd)} verdicts differ from the record:"]
-            for row in odd:
-                recorded = row.recorded or "anything but violated"
-                lines.append(f"! {row.verdict} [recorded: {recorded}]")
-        else:
-            lines.append("all verdicts are the recorded ones")
-        return "\n".join(lines)
+        return render(self.rows, self._heads, self.trials, self.confidence)
 
     def __str__(self) -> str:
         return self.render()
@@ -251,14 +108,14 @@ class ValidationResult:
         by_claim: dict[str, list[Verdict]] = {}
         for row in self.rows:
             by_claim.setdefault(row.claim.id, []).append(row.verdict)
-        tasks = [_Picture(name, self._panels(x), self.entropy) for name, x in by_claim.items()]
+        tasks = [Picture(name, self._panels(x), self.entropy) for name, x in by_claim.items()]
         folder.mkdir(parents=True, exist_ok=True)
         paths = {name: folder / f"{name}.png" for name in by_claim}
-        for name, data in _in_parallel(_picture, tasks, workers, show, "pictures", "claim"):
+        for name, data in _in_parallel(picture, tasks, workers, show, "pictures", "claim"):
             write_bytes(paths[name], data)
         return list(paths.values())
 
-    def _panels(self, verdicts: Sequence[Verdict]) -> tuple[_Panel, ...]:
+    def _panels(self, verdicts: Sequence[Verdict]) -> tuple[Panel, ...]:
         """Return the first named instance and the first head to which a claim applies."""
         named = [v for v in verdicts if v.instance not in self._heads]
         heads = [v for v in verdicts if v.instance in self._heads]
@@ -268,169 +125,11 @@ class ValidationResult:
             if group
         ]
         return tuple(
-            _Panel(self._heads.get(v.instance, v.instance), v.instance, v.status) for v in shown
+            Panel(self._heads.get(v.instance, v.instance), v.instance, v.status) for v in shown
         )
 
 
-def _groups(rows: Sequence[Row], heads: Iterable[str]) -> Iterator[list[Row]]:
-    """Yield rows one by one, but heads of a claim with one verdict together."""
-    known = set(heads)
-    together: dict[tuple[str, str, bool], list[Row]] = {}
-    order: list[list[Row]] = []
-    for row in rows:
-        if row.verdict.instance not in known:
-            order.append([row])
-            continue
-        key = (row.claim.id, row.verdict.status, row.expected)
-        if key not in together:
-            together[key] = []
-            order.append(together[key])
-        together[key].append(row)
-    return iter(order)
-
-
-def _number(x: float) -> str:
-    if math.isnan(x):
-        return "-"
-    return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{x:.3g}").replace("e+", "e")
-
-
-def _interval(verdict: Verdict) -> str:
-    if verdict.interval is None:
-        return ""
-    low, high = verdict.interval
-    return f"{_number(low)}..{_number(high)}"
-
-
-def _short_source(claim: Claim) -> str:
-    text = re.split(r"[:;,(]", claim.source)[0].strip()
-    return text if len(text) <= 24 else f"{text[:21]}..."
-
-
-def _wrap(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))
-
-
-# --- pictures -----------------------------------------------------------------------------------
-
-
-class _Panel(NamedTuple):
-    problem: str | AttentionProblem
-    name: str
-    status: str
-
-
-class _Picture(NamedTuple):
-    claim: str
-    panels: tuple[_Panel, ...]
-    entropy: int
-
-
-def _picture(task: _Picture) -> tuple[str, bytes]:
-    """Return the id of a claim and its picture as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    claim = get_entry(task.claim).claim
-    figure = Figure(figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    with limit_threads(1):
-        for i, panel in enumerate(task.panels):
-            axes = figure.add_subplot(1, len(task.panels), i + 1)
-            _draw(axes, claim, _steps(claim, as_instance(panel.problem), task.entropy))
-            axes.set_title(f"{panel.name}: {panel.status}", fontsize=9)
-    title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
-    figure.suptitle(title, fontsize=10)
-    figure.supylabel(_wrap(claim.observes, 60), fontsize=8)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return task.claim, buffer.getvalue()
-
-
-class _Step(NamedTuple):
-    rank: int
-    seen: Observations
-
-
-def _steps(claim: Claim, instance: Instance, entropy: int) -> list[_Step]:
-    """Observe a claim at the parameters of its ladder that fit the problem."""
-    entry = get_entry(claim.id)
-    steps = []
-    for extra in entry.ladder or ({},):
-        if int(extra.get("rank", 1)) > instance.n:
-            continue
-        parameters = {**entry.parameters, **extra}
-        seen = sample(entry, instance, PICTURE_TRIALS, entropy, parameters)
-        if seen is not None and len(seen.values):
-            steps.append(_Step(1 if seen.rank is None else seen.rank, seen))
-    return sorted(steps, key=lambda step: step.rank)
-
-
-def _draw(axes: Axes, claim: Claim, steps: Sequence[_Step]) -> None:
-    if not steps:
-        axes.text(
-            0.5,
-            0.5,
-            "nothing to draw: not applicable, or r >= n\nfor all parameters of the picture",
-            ha="center",
-            va="center",
-            transform=axes.transAxes,
-            fontsize=9,
-        )
-        axes.set_axis_off()
-        return
-    ranks = [step.rank for step in steps]
-    means = claim.kind in ("equality", "expectation")
-    bounds = [float(np.median(np.asarray(step.seen.bound, np.float64))) for step in steps]
-    middle: list[float] = []
-    low: list[float] = []
-    high: list[float] = []
-    for step in steps:
-        values = np.asarray(step.seen.values, np.float64)
-        if means:
-            spread = 5 * float(values.std(ddof=1)) / math.sqrt(len(values))
-            centre = float(values.mean())
-            triple = (centre, centre - spread, centre + spread)
-        else:
-            centre, below, above = (float(x) for x in np.quantile(values, (0.5, 0.05, 0.95)))
-            triple = (centre, below, above)
-        for kept, x in zip((middle, low, high), triple, strict=True):
-            kept.append(x)
-    what = "mean, 5 standard errors" if means else "median, 5 % to 95 %"
-    errors = np.array([np.subtract(middle, low), np.subtract(high, middle)])
-    axes.errorbar(
-        ranks,
-        middle,
-        yerr=np.maximum(errors, 0.0),
-        fmt="o",
-        color="#0072B2",
-        capsize=3,
-        label=f"observed: {what}",
-        zorder=3,
-    )
-    if not means:
-        for step in steps:
-            values = np.asarray(step.seen.values, np.float64)
-            axes.plot([step.rank] * len(values), values, ".", color="#56B4E9", markersize=2)
-    label = "theory" if claim.kind == "equality" else "bound"
-    axes.plot(ranks, bounds, "-", color="black", marker="_", label=label, zorder=2)
-    trivial = [step.seen.trivial for step in steps if step.seen.trivial is not None]
-    if len(trivial) == len(ranks):
-        axes.plot(ranks, trivial, "--", color="0.45", label="trivial predictor", zorder=1)
-    axes.set_xlabel("r", fontsize=9)
-    axes.set_xscale("log", base=2)
-    shown = [*bounds, *(x for x in middle if math.isfinite(x))]
-    if min(shown) > 0 and max(shown) < math.inf:
-        axes.set_yscale("log", nonpositive="clip")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.grid(True, which="major", color="0.9", linewidth=0.6)
-    axes.tick_params(which="both", labelsize=8)
-    axes.legend(fontsize=7)
-
-
-# --- validating ---------------------------------------------------------------------------------
+# --- running ------------------------------------------------------------------------------------
 
 
 class _Task(NamedTuple):

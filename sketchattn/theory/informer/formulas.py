@@ -1,16 +1,4 @@
-"""Informer: what its statistics say of rows, what its choice of rows leaves, and what is not so.
-
-``Ahat`` has r exact rows I and the mean of V for the others, so that its squared error is exactly
-``sum_{i not in I} e_i``, ``e_i = |A_i V - fill_i|^2``.  No published theorem bounds it; what can
-be proved of a choice of rows goes by the divergence ``KL_i = KL(uniform | A_i)``.
-
-To check another implementation, hand it in as ``sketch``: it is called as
-``sketch("statistic", n_q, n_k, rng, problem=problem, statistic=name, **parameters)`` with the
-arguments of `row_statistic` and returns (n_q,), and as
-``sketch("informer", r, n_k, rng, problem=problem, rows=I)``, which returns Ahat (n_q, n_k);
-``sketch("key_samples", U, n_k, rng, problem=problem)`` draws keys (n_q, U), and
-``sketch("random_rows", r, n_k, rng, problem=problem)`` rows (r,).
-"""
+"""Formulas: distance from uniform, what a choice of rows leaves, how often a sample misses."""
 
 from __future__ import annotations
 
@@ -28,8 +16,6 @@ from ..engine.arguments import Float, floats, real, whole
 
 PAPER = "Zhou et al., arXiv 2012.07436"
 DERIVED = "derived: see the chapter on Informer"
-
-# --- the formulas -------------------------------------------------------------------------------
 
 
 def variation_bound(kl: ArrayLike) -> Float:

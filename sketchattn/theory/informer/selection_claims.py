@@ -1,4 +1,4 @@
-"""Claims about Informer: its lemmas and proposition, and what a choice of rows costs."""
+"""Claims: the lemmas and the proposition of Informer, and what a choice of rows costs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from ...problem import AttentionProblem
 from ...zoo.informer.method import Informer, published_count
 from ...zoo.informer.statistics import row_statistic
 from ..engine.arguments import Array
+from ..engine.assumptions import DENSE, NOT_CAUSAL, ROWS, VALUES
 from ..engine.instances import Instance, instance
-from ..engine.observers import DENSE, RANKS, VALUES, square
-from ..engine.of_methods import (
-    NOT_CAUSAL,
+from ..engine.observers import (
+    RANKS,
     ROUNDING,
-    ROWS,
     few,
     implemented,
     is_default,
     largest,
+    logit_reach,
     problem_of,
+    quotient,
+    square,
 )
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
@@ -138,9 +140,9 @@ def _rows(seen: Instance) -> _Rows:
     return seen.cached("informer rows", compute)
 
 
-def _total(rows: _Rows, problem: AttentionProblem) -> float:
+def _total(errors: Array, problem: AttentionProblem) -> float:
     """Return ``sum_i e_i``, zero where it is the rounding of zero."""
-    total = float(rows.errors.sum())
+    total = float(errors.sum())
     return total if total > problem.n_q * (1e-13 * largest(problem.values)) ** 2 else 0.0
 
 
@@ -152,17 +154,36 @@ def _count(context: Context, rank: int | None) -> int:
     return r
 
 
-def _over(least: float, left: float, nothing: float) -> float:
-    """Return a quotient of two errors, of which those up to ``nothing`` are zero."""
-    if left > nothing:
-        return least / left
-    return 1.0 if least <= nothing else math.inf
+def _top(found: Array, r: int) -> Array:
+    """Return the r rows of largest statistic, ties by index."""
+    return np.argsort(-found, kind="stable")[:r]
 
 
-def _reach(problem: AttentionProblem) -> float:
-    """Return a bound of the logits, in whose size statistics are rounded."""
-    norms = [float(np.linalg.norm(x, axis=1).max(initial=0.0)) for x in (problem.q, problem.k)]
-    return abs(problem.scale) * norms[0] * norms[1]
+class _Selection(NamedTuple):
+    """Hold how many rows are exact, and what the mean of V leaves of every row."""
+
+    problem: AttentionProblem
+    errors: Array
+    total: float
+    rank: int
+
+    @property
+    def least(self) -> float:
+        """What the best choice of rows leaves."""
+        return float(np.sort(self.errors)[: self.problem.n_q - self.rank].sum())
+
+    def left(self, context: Context, rows: Array, rng: np.random.Generator) -> float:
+        """Return ``|A V - Ohat|_F^2`` with the exact rows I."""
+        return square(self.problem.output - _output(context, self.problem, rows, rng))
+
+
+def _selection(context: Context, rank: int | None) -> _Selection:
+    """Return what a choice of rows is about, or end where there is nothing to choose."""
+    problem, errors = problem_of(context.instance), _rows(context.instance).errors
+    r = _count(context, rank)
+    total = _total(errors, problem)
+    context.require(total > 0, "the mean of the values is exact")
+    return _Selection(problem, errors, total, r)
 
 
 # --- statistics of rows --------------------------------------------------------------------------
@@ -190,7 +211,7 @@ def _lemma1(context: Context) -> Observations:
 
 def _not_positive(problem: AttentionProblem, gaps: list[Array]) -> Observations:
     values = [max(float(x.max()), 0.0) if not np.isnan(x).any() else math.nan for x in gaps]
-    return Observations(values, 0.0, rounding=ROUNDING * (1 + _reach(problem)))
+    return Observations(values, 0.0, rounding=ROUNDING * (1 + logit_reach(problem)))
 
 
 @claim(
@@ -243,7 +264,7 @@ def _key_shift(context: Context) -> Observations:
         c = size * rng.standard_normal(problem.d)
         moved = AttentionProblem(problem.q, problem.k + c, scale=problem.scale)
         keys = rng.integers(0, problem.n_k, (problem.n_q, published_count(problem.n_k)))
-        reach = 1 + max(_reach(problem), _reach(moved))
+        reach = 1 + max(logit_reach(problem), logit_reach(moved))
         away = problem.scale * (problem.q @ c)
         want: tuple[tuple[str, dict[str, Any], Array], ...] = (
             ("m", {}, 0 * away),
@@ -306,16 +327,13 @@ def _proposition1(context: Context, *, rank: int | None = None) -> Observations:
     ladder=RANKS,
 )
 def _row_selection(context: Context, *, rank: int | None = None) -> Observations:
-    problem, rows = problem_of(context.instance), _rows(context.instance)
-    r = _count(context, rank)
-    total = _total(rows, problem)
-    context.require(total > 0, "the mean of the values is exact")
+    seen = _selection(context, rank)
     values = []
     for rng in few(context):
-        chosen = rng.permutation(problem.n_q)[:r]
-        error = square(problem.output - _output(context, problem, chosen, rng))
-        values.append(abs(error - float(np.delete(rows.errors, chosen).sum())) / total)
-    return Observations(values, 0.0, rank=r, rounding=ROUNDING)
+        chosen = rng.permutation(seen.problem.n_q)[: seen.rank]
+        known = float(np.delete(seen.errors, chosen).sum())
+        values.append(abs(seen.left(context, chosen, rng) - known) / seen.total)
+    return Observations(values, 0.0, rank=seen.rank, rounding=ROUNDING)
 
 
 @claim(
@@ -332,19 +350,16 @@ def _row_selection(context: Context, *, rank: int | None = None) -> Observations
     ladder=RANKS,
 )
 def _regret(context: Context, *, rank: int | None = None) -> Observations:
-    problem, rows = problem_of(context.instance), _rows(context.instance)
-    r = _count(context, rank)
-    total = _total(rows, problem)
-    context.require(total > 0, "the mean of the values is exact")
-    least = float(np.sort(rows.errors)[: problem.n_q - r].sum())
+    seen = _selection(context, rank)
     rng = np.random.default_rng(context.entropy)
     values, notes = [], []
     for name in ("m", "kl", "max_mean", "row_norm"):
-        chosen = np.argsort(-_statistic(context, problem, name), kind="stable")[:r]
-        left = square(problem.output - _output(context, problem, chosen, rng))
-        values.append(_over(least, left, ROUNDING * total))
-        notes.append(f"{name} {(left - least) / total:.3g}")
-    return Observations(values, 1.0, rank=r, rounding=ROUNDING, notes="regret " + ", ".join(notes))
+        chosen = _top(_statistic(context, seen.problem, name), seen.rank)
+        left = seen.left(context, chosen, rng)
+        values.append(quotient(seen.least, left, ROUNDING * seen.total))
+        notes.append(f"{name} {(left - seen.least) / seen.total:.3g}")
+    note = "regret " + ", ".join(notes)
+    return Observations(values, 1.0, rank=seen.rank, rounding=ROUNDING, notes=note)
 
 
 @claim(
@@ -360,16 +375,11 @@ def _regret(context: Context, *, rank: int | None = None) -> Observations:
     ladder=RANKS,
 )
 def _oracle(context: Context, *, rank: int | None = None) -> Observations:
-    problem, rows = problem_of(context.instance), _rows(context.instance)
-    r = _count(context, rank)
-    total = _total(rows, problem)
-    context.require(total > 0, "the mean of the values is exact")
-    found = _statistic(context, problem, "oracle")
-    chosen = np.argsort(-found, kind="stable")[:r]
-    rng = np.random.default_rng(context.entropy)
-    left = square(problem.output - _output(context, problem, chosen, rng))
-    least = float(np.sort(rows.errors)[: problem.n_q - r].sum())
-    return Observations([abs(left - least) / total], 0.0, rank=r, rounding=ROUNDING)
+    seen = _selection(context, rank)
+    chosen = _top(_statistic(context, seen.problem, "oracle"), seen.rank)
+    left = seen.left(context, chosen, np.random.default_rng(context.entropy))
+    off = abs(left - seen.least) / seen.total
+    return Observations([off], 0.0, rank=seen.rank, rounding=ROUNDING)
 
 
 @claim(
@@ -386,10 +396,8 @@ def _oracle(context: Context, *, rank: int | None = None) -> Observations:
     ladder=RANKS,
 )
 def _random_rows(context: Context, *, rank: int | None = None) -> Observations:
-    problem, rows = problem_of(context.instance), _rows(context.instance)
-    r = _count(context, rank)
-    total = _total(rows, problem)
-    context.require(total > 0, "the mean of the values is exact")
+    seen = _selection(context, rank)
+    problem, r = seen.problem, seen.rank
     fill = "cummean" if problem.causal else "mean"
     method = Informer(r, statistic="random", fill=fill)
     values = []
@@ -398,7 +406,7 @@ def _random_rows(context: Context, *, rank: int | None = None) -> Observations:
             chosen = method.draw(problem, rng)["pilot_rows"]
         else:
             chosen = implemented(context, "random_rows", r, rng, problem=problem).astype(np.int64)
-        values.append(float(np.delete(rows.errors, chosen).sum()) / total)
+        values.append(float(np.delete(seen.errors, chosen).sum()) / seen.total)
     return Observations(values, 1 - r / problem.n_q, rank=r, rounding=1e-12)
 
 
@@ -426,7 +434,7 @@ def _variation(context: Context) -> Observations:
     kl = np.maximum(_statistic(context, problem, "kl"), 0.0)
     limit = np.asarray(variation_bound(kl))
     # Rows that are uniform up to rounding: KL is rounded at 1e-16 times the logits, its root less.
-    noise = math.sqrt(1e-15 * (1 + _reach(problem)))
+    noise = math.sqrt(1e-15 * (1 + logit_reach(problem)))
     values = [
         float((np.sqrt(rows.errors) / np.maximum(variation * diameter, noise * diameter)).max()),
         float((variation / np.maximum(limit, noise)).max()),
@@ -460,7 +468,7 @@ def _register_total(name: str, measure: str, words: str, source: str, close: str
         r = _count(context, rank)
         context.require(problem.n_k <= 4096, f"{problem.n_k} values have too many pairs")
         found = _statistic(context, problem, measure)
-        chosen = np.argsort(-found, kind="stable")[:r]
+        chosen = _top(found, r)
         rng = np.random.default_rng(context.entropy)
         left = square(problem.output - _output(context, problem, chosen, rng))
         if is_default(context):
@@ -469,7 +477,7 @@ def _register_total(name: str, measure: str, words: str, source: str, close: str
             kept = np.delete(np.maximum(found, 0.0), chosen)
             diameter = value_diameter(problem.values[problem.kept_keys])
             bound = diameter**2 * float(np.sum(np.asarray(variation_bound(kept)) ** 2))
-        total = _total(rows, problem)
+        total = _total(rows.errors, problem)
         context.require(total > 0, "the mean of the values is exact")
         return Observations([left], bound, rank=r, trivial=total, rounding=ROUNDING * total)
 
@@ -515,7 +523,7 @@ def _measure_orders_rows(context: Context) -> Observations:
     order = np.argsort(norms, kind="stable")
     before = np.maximum.accumulate(exact[order])[:-1]
     value = max(float((before - exact[order][1:]).max()), 0.0)
-    return Observations([value], 0.0, rounding=1e-9 * (1 + _reach(problem)))
+    return Observations([value], 0.0, rounding=1e-9 * (1 + logit_reach(problem)))
 
 
 @claim(
@@ -542,7 +550,7 @@ def _divisor(context: Context, *, rank: int | None = None, share: float = 0.1) -
         top = []
         for divisor in ("n_samples", "n_keys"):
             found = _statistic(context, problem, "max_mean", key_samples=keys, mean_divisor=divisor)
-            top.append(np.argsort(-found, kind="stable")[:r])
+            top.append(_top(found, r))
         values.append(1 - len(np.intersect1d(top[0], top[1])) / r)
     return Observations(values, share, rank=r)
 

@@ -1,9 +1,4 @@
-"""Linformer: its two theorems as published, what refutes them, and what is true instead.
-
-Two estimators must not be confused.  The *unreduced* ``A S^T S V`` is what random projections say
-something about; the *reduced* ``rowsoftmax(L E^T) F V`` is what Linformer computes.  E and F are
-(r, n) throughout; tails refer to a fixed matrix and a random projection.
-"""
+"""Formulas: the ranks of both theorems, pooling, spectra, and the gap of the two estimators."""
 
 from __future__ import annotations
 
@@ -14,7 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...base.draws import Rng, as_generator
-from ...errors.perturbation import tv_bound
 from ...problem import AttentionProblem
 from ...zoo.linformer.fit import oracle_floor
 from ...zoo.linformer.method import Linformer
@@ -22,14 +16,14 @@ from ...zoo.linformer.projections import ReducedAttention, pool_starts
 from ..engine.arguments import Array, Float, Int, ceil, floats, matrix_of, real, whole
 from ..engine.instances import Instance
 from ..sketching.moments import amm_stats
+from ..softmax.formulas import perturbation_bound
 
 PAPER = "Wang, Li, Khabsa, Fang and Ma, arXiv 2006.04768v3"
 DERIVED = "derived: see the chapter on Linformer"
 
-# --- the formulas -----------------------------------------------------------------------------
-
 
 def rate_of(eps: Array) -> Array:
+    """Return ``(eps^2 - eps^3)/4``, the rate of the tails of Theorem 1 for each row of R."""
     rate: Array = (eps**2 - eps**3) / 4
     return rate
 
@@ -106,28 +100,6 @@ def linformer_thm2_k(n: ArrayLike, d: ArrayLike, eps: ArrayLike) -> Int:
     length, width = whole(n, "n", 2).astype(np.float64), whole(d, "d", 2).astype(np.float64)
     e = real(eps, "eps", 0, 1)
     return ceil(np.minimum(9 * width * np.log(width), 5 * np.log(length)) / e**2)
-
-
-def perturbation_bound(width: ArrayLike) -> Float:
-    """Return ``2 tanh(width/4)``, the most that a softmax can move in the 1-norm.
-
-    Parameters
-    ----------
-    width : float or array
-        ``max_j delta_j - min_j delta_j`` of the change of the logits, at least 0.
-
-    Notes
-    -----
-    The ratio of the two distributions lies in an interval ``[x, x e^W]``; the total variation is
-    at most ``(e^(W/2) - 1)/(e^(W/2) + 1)``.  Attained by two outcomes with probability
-    ``1/(1 + e^(W/2))``.
-
-    Examples
-    --------
-    >>> round(perturbation_bound(1.0), 6)
-    0.489837
-    """
-    return floats(2 * np.asarray(tv_bound(real(width, "width", 0, low_open=False) / 2)))
 
 
 def pooling_bound(problem: AttentionProblem, rank: int) -> tuple[Array, Array]:
@@ -208,6 +180,7 @@ def linformer_thm2_construction(
 
 
 def failure_of(mode: str | float, n: int) -> float:
+    """Return the delta of Theorem 2: ``1/n``, ``2^-n`` or the number that is given."""
     if isinstance(mode, str):
         if mode not in ("1/n", "2^-n"):
             raise ValueError(f"delta_mode must be '1/n', '2^-n' or a number, got {mode!r}")

@@ -1,4 +1,4 @@
-"""Claims about Linformer: its theorems, why they fail, and what holds instead."""
+"""Claims: the theorems of Linformer, why they fail, and what holds of reduced forms."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ...operators.solve import row_softmax
 from ...problem import AttentionProblem
 from ...zoo.linformer.method import Linformer
 from ..engine.arguments import Array, real
+from ..engine.assumptions import DENSE, PRODUCT
+from ..engine.audited import errors, sketched
 from ..engine.curves import curve, root
 from ..engine.instances import Instance, instance
-from ..engine.observers import DENSE, PRODUCT, RANKS, default_rank, errors, sketched, square
+from ..engine.observers import RANKS, default_rank, problem_of, square
 from ..engine.records import Observations
 from ..engine.registry import Assumption, Context, claim
 from ..sketching.lowrank import eckart_young_floor
 from ..sketching.moments import amm_stats
 from ..sketching.products import amm_entrywise_min_dim
+from ..softmax.formulas import perturbation_bound
 from .formulas import (
     DERIVED,
     PAPER,
     failure_of,
     linformer_thm1_failure,
     linformer_thm1_k,
-    perturbation_bound,
     pooling_bound,
     rate_of,
 )
@@ -81,25 +84,9 @@ def _test_problem(seen: Instance) -> str | None:
 REDUCED = Assumption("queries and keys are known, attention is not causal", _test_problem)
 
 
-def _unmasked(context: Context) -> AttentionProblem:
-    """Return the problem in float64 without its masked keys."""
-    problem = context.instance.problem
-    assert problem is not None  # an assumption of every claim that asks
-
-    def make() -> AttentionProblem:
-        kept = problem.kept_keys
-        q, k, v = (np.asarray(x, np.float64) for x in (problem.q, problem.k, problem.values))
-        return AttentionProblem(q, k[kept], v[kept], scale=problem.scale)
-
-    return context.instance.cached("unmasked", make)
-
-
 def _weights(problem: AttentionProblem, e: Array, row: slice = slice(None)) -> Array:
     """Return ``rowsoftmax(scale Q (E K)^T)``."""
-    logits = problem.scale * problem.q[row] @ (e @ problem.k).T
-    weights: Array = np.exp(logits - logits.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
-    return weights
+    return row_softmax(problem.scale * problem.q[row] @ (e @ problem.k).T)
 
 
 def _matrices(context: Context, r: int) -> Iterator[Array]:
@@ -247,7 +234,7 @@ def _thm1_fixed(context: Context, *, eps: float = 0.5, rank: int = 4) -> Observa
     ladder=EPS,
 )
 def _thm2(context: Context, *, eps: float = 0.5, delta_mode: str | float = "1/n") -> Observations:
-    seen, problem = context.instance, _unmasked(context)
+    seen, problem = context.instance, problem_of(context.instance)
     context.require(seen.n >= 2, "needs two keys")
     small = failure_of(delta_mode, seen.n)
     r = int(linformer_thm1_k(seen.n, eps))
@@ -277,7 +264,7 @@ def _thm2(context: Context, *, eps: float = 0.5, delta_mode: str | float = "1/n"
     recorded={"blocks": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _thm2_collapse(context: Context, *, rank: int = 16, step: float = 1e-3) -> Observations:
-    problem = _unmasked(context)
+    problem = problem_of(context.instance)
     values = []
     for matrix in _matrices(context, rank):
         projected = math.exp(-step) * matrix @ problem.values
@@ -384,7 +371,7 @@ def _perturbation(context: Context, *, size: float = 1.0) -> Observations:
     recorded={"blocks": "holds", "clusters": "vacuous", "heads": "vacuous"},
 )
 def _pooling(context: Context, *, rank: int = 8) -> Observations:
-    problem = _unmasked(context)
+    problem = problem_of(context.instance)
     context.require(rank <= problem.n_k, f"r = {rank} blocks of {problem.n_k} keys")
     bounds = pooling_bound(problem, rank)[1]
     out = Linformer(rank, "mean_pool").attend(problem)
@@ -414,7 +401,7 @@ def _pooling(context: Context, *, rank: int = 8) -> Observations:
     recorded={"blocks": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _constant_values(context: Context, *, rank: int = 8) -> Observations:
-    problem = _unmasked(context)
+    problem = problem_of(context.instance)
     context.require(rank <= problem.n_k, f"r = {rank} blocks of {problem.n_k} keys")
     ahat = Linformer(rank, "mean_pool").approximate(problem)
     return Observations([float(np.abs(ahat.row_sums() - 1).max())], 0.0, rank=rank, rounding=1e-12)
@@ -433,7 +420,7 @@ def _constant_values(context: Context, *, rank: int = 8) -> Observations:
     recorded={"blocks": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _oracle(context: Context, *, rank: int = 8) -> Observations:
-    seen, problem = context.instance, _unmasked(context)
+    seen, problem = context.instance, problem_of(context.instance)
     basis = seen.value_basis.shape[1]
     context.require(basis == seen.v.shape[1], f"V has {seen.v.shape[1]} columns of rank {basis}")
     size = float(np.linalg.norm(seen.product))
@@ -467,7 +454,7 @@ def _oracle(context: Context, *, rank: int = 8) -> Observations:
     recorded={"blocks": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _eckart_young(context: Context, *, rank: int = 4) -> Observations:
-    seen, problem = context.instance, _unmasked(context)
+    seen, problem = context.instance, problem_of(context.instance)
     sigma = seen.svd[1]
     context.require(rank < len(sigma), f"r = {rank} of at most {len(sigma)} - 1")
     floor = float(np.asarray(eckart_young_floor(sigma, rank)))

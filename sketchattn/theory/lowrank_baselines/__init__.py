@@ -23,11 +23,12 @@ from __future__ import annotations
 from . import clustered_claims as clustered_claims
 from . import feature_claims as feature_claims
 from . import nystrom_claims as nystrom_claims
-from .clustered_claims import floor_errors as floor_errors
+from . import performer_claims as performer_claims
 from .features import chebyshev_features as chebyshev_features
 from .features import feature_kurtosis as feature_kurtosis
 from .features import smreg_ratio as smreg_ratio
 from .features import theorem2_gain as theorem2_gain
 from .features import uniform_convergence_scale as uniform_convergence_scale
-from .nystrom_claims import median_errors as median_errors
-from .nystrom_claims import residual_after as residual_after
+from .residuals import floor_errors as floor_errors
+from .residuals import median_errors as median_errors
+from .residuals import residual_after as residual_after

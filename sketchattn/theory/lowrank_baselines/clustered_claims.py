@@ -15,18 +15,26 @@ from ...zoo.baselines import TopK
 from ...zoo.clustered import Clustered
 from ...zoo.nystromformer import Nystromformer
 from ...zoo.performer import Performer
-from ..engine.arguments import Array, real
+from ..engine.arguments import Array
 from ..engine.instances import instance
-from ..engine.observers import RANKS, spectral, square
-from ..engine.of_methods import ROUNDING, few, implemented, is_default, largest, problem_of
+from ..engine.observers import (
+    RANKS,
+    ROUNDING,
+    few,
+    implemented,
+    is_default,
+    largest,
+    logit_reach,
+    problem_of,
+    spectral,
+    square,
+)
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
-from ..softmax.norm_claims import KEYS
-from .nystrom_claims import DERIVED, ON
+from .shared import DERIVED, ON, PAIRS
 
 PAPER = "Vyas, Katharopoulos and Fleuret, arXiv 2007.04825"
 
-PAIRS = (*ON, KEYS)
 EVERYWHERE = {
     "clusters": "holds",
     "blocks": "holds",
@@ -113,12 +121,6 @@ def _keys(context: Context) -> Array:
     """Return ``scale (K - mean)``."""
     problem = problem_of(context.instance)
     return np.asarray(problem.scale * (problem.k - problem.k.mean(axis=0)))
-
-
-def _reach(problem: AttentionProblem) -> float:
-    """Return a bound of the logits, in whose size they are rounded."""
-    norms = [float(np.linalg.norm(x, axis=1).max(initial=0.0)) for x in (problem.q, problem.k)]
-    return abs(problem.scale) * norms[0] * norms[1]
 
 
 # --- how far a shared row is ---------------------------------------------------------------------
@@ -242,7 +244,7 @@ def _clustered_geometric(context: Context, *, rank: int | None = None) -> Observ
         place = np.cumsum(counts > 0) - 1
         off = _clustered(context, case) - mean[place[case.labels]]
         values.append(float(np.abs(off).sum(axis=1).max()))
-    return Observations(values, 0.0, rank=used, rounding=ROUNDING * (1 + _reach(problem)))
+    return Observations(values, 0.0, rank=used, rounding=ROUNDING * (1 + logit_reach(problem)))
 
 
 @claim(
@@ -329,7 +331,7 @@ def _clustered_proposition2(context: Context, *, rank: int | None = None) -> Obs
         for count in _counts(case):
             better = np.abs(_clustered(context, case, count) - a).sum(axis=1)
             values.append(max(float((better - plain).max()), 0.0))
-    reach = _reach(problem_of(context.instance))
+    reach = logit_reach(problem_of(context.instance))
     return Observations(values, 0.0, rank=used, rounding=1e-12 * (1 + reach))
 
 
@@ -480,39 +482,3 @@ def _topk_renormalised(context: Context, *, rank: int = 4) -> Observations:
     ratio = math.sqrt(float(found.sum()) / float(raw.sum())) if raw.sum() > 0 else 1.0
     note = f"renormalised over raw {ratio:.3g}"
     return Observations([largest(found - want)], 0.0, rank=rank, rounding=ROUNDING, notes=note)
-
-
-def floor_errors(problem: AttentionProblem, rank: int) -> dict[str, float]:
-    """Return ``|A - Ahat|_F/|A|_F`` of floors, predictors and three methods.
-
-    Parameters
-    ----------
-    problem : AttentionProblem
-    rank : int
-        Keys a row, singular values, landmarks, directions or clusters.
-
-    Returns
-    -------
-    dict
-        Keys "uniform", "svd", "topk, raw", "topk, renormalised", "nystromformer", "performer",
-        "clustered" and "clustered, improved"; draws from seed 0.
-    """
-    wide = problem.astype(np.float64)
-    r = int(real(rank, "rank", 0))
-    a = wide.exact.to_dense()
-    sigma = np.linalg.svd(a, compute_uv=False)
-    size = float(np.linalg.norm(a))
-    made = {
-        "topk, raw": TopK(r, renormalize=False).approximate(wide),
-        "topk, renormalised": TopK(r).approximate(wide),
-        "nystromformer": Nystromformer(r).approximate(wide),
-        "performer": Performer(r).approximate(wide, 0),
-        "clustered": Clustered(r).approximate(wide, 0),
-        "clustered, improved": Clustered(r, improved=True).approximate(wide, 0),
-    }
-    found = {
-        "uniform": float(np.linalg.norm(a - 1 / a.shape[1])) / size,
-        "svd": math.sqrt(float(np.sum(sigma[r:] ** 2))) / size,
-    }
-    found |= {name: float(np.linalg.norm(a - x.to_dense())) / size for name, x in made.items()}
-    return found

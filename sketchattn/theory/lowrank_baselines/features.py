@@ -19,8 +19,6 @@ SMALL = 0.6
 # More features than this are no number that a verdict can hold.
 MOST_FEATURES = 2**62
 
-# --- the formulas -------------------------------------------------------------------------------
-
 
 def _vector_pair(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     a, b = (np.asarray(as_array(z, label), np.float64) for z, label in ((x, "x"), (y, "y")))

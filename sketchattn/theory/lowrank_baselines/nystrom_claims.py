@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ...problem import AttentionProblem
 from ...sampling.landmarks import segment_means
@@ -15,74 +14,39 @@ from ...zoo.nystromformer import (
     Nystromformer,
     filter_inverse,
     iterate_inverse,
-    pseudo_inverse,
     small_softmax,
 )
-from ..engine.arguments import Array, Float, floats, real, whole
+from ..engine.arguments import Array, real
 from ..engine.instances import instance
-from ..engine.observers import DENSE, on_heads, spectral
-from ..engine.of_methods import (
-    NOT_CAUSAL,
+from ..engine.observers import (
     ROUNDING,
-    ROWS,
     few,
     implemented,
     is_default,
     largest,
+    on_heads,
     problem_of,
+    spectral,
 )
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
+from .residuals import residual_after
+from .shared import DERIVED, ON
 
 PAPER = "Xiong et al., arXiv 2102.03902"
 RAZAVI = "Razavi, Kerayechian, Gachpazan and Shateyi, Abstract and Applied Analysis (2014)"
-DERIVED = "derived: see the chapter on low-rank baselines"
 
 # The factor by which a small eigenvalue of M M^T/c grows in one step: f'(1) of the residual.
 GROWTH = 13 / 4
 # Landmark matrices beyond this are not inverted to the digits that exactness is told by.
 CONDITION = 1e8
 
-ON = (DENSE, ROWS, NOT_CAUSAL)
 EVERYWHERE = {
     "clusters": "holds",
     "blocks": "holds",
     "nystrom-gaussian": "holds",
     "heads": "holds",
 }
-
-# --- the formulas -------------------------------------------------------------------------------
-
-
-def residual_after(e: ArrayLike, iterations: int) -> Float:
-    """Return ``f^(j)(e)``, ``f(e) = (3 e^3 + e^4)/4``: a residual after j steps of the iteration.
-
-    Parameters
-    ----------
-    e : float or array
-        Eigenvalues of ``I - M Z_0``, in [0, 1]: ``1 - s^2/c``.
-    iterations : int
-        j, at least 0.
-
-    Returns
-    -------
-    float or ndarray
-
-    Notes
-    -----
-    ``1 - f^(j)(1 - p) <= min(1, (13/4)^j p)``: six steps leave singular values of M below about
-    ``0.03 sqrt(c)`` uninverted.  Derived.
-
-    Examples
-    --------
-    >>> round(residual_after(0.5, 1), 9), round(residual_after(0.9991, 6), 3)
-    (0.109375, 0.351)
-    """
-    x = real(e, "e", 0, 1, low_open=False, high_open=False)
-    for _ in range(int(whole(iterations, "iterations", 0))):
-        x = x**3 * (3 + x) / 4
-    return floats(x)
-
 
 # --- instances -----------------------------------------------------------------------------------
 
@@ -203,14 +167,19 @@ def _tokens(context: Context, rank: int | None, queries: bool, keys: bool) -> It
         yield _Tokens(rng, made, both, _invertible(context, made, both))
 
 
-def _off(context: Context, tokens: _Tokens) -> float:
-    ahat = _nystrom(context, tokens.problem, tokens.landmarks, None, tokens.rng)
-    return largest(ahat - tokens.problem.exact.to_dense())
-
-
 def _spoiled(condition: float) -> float:
     """Return the rounding of ``F M^-1 B``: entries of M^-1 have relative errors of about eps."""
     return ROUNDING + 1e-13 * condition
+
+
+def _repeated(context: Context, rank: int | None, *, keys: bool) -> Observations:
+    """Observe ``max |Ahat - A|``, which must be zero, where queries repeat landmarks."""
+    values, used, condition = [], None, 1.0
+    for x in _tokens(context, rank, True, keys):
+        ahat = _nystrom(context, x.problem, x.landmarks, None, x.rng)
+        values.append(largest(ahat - x.problem.exact.to_dense()))
+        used, condition = len(x.landmarks[0]), max(condition, x.condition)
+    return Observations(values, 0.0, rank=used, rounding=_spoiled(condition))
 
 
 # --- the iteration -------------------------------------------------------------------------------
@@ -360,13 +329,7 @@ def _iteration_norm(context: Context, *, rank: int | None = None) -> Observation
     recorded={"nystrom-gaussian": "holds", "blocks": "holds", "heads": "holds"},
 )
 def _all_landmarks(context: Context, *, rank: int | None = None) -> Observations:
-    found = list(_tokens(context, rank, True, True))
-    return Observations(
-        [_off(context, x) for x in found],
-        0.0,
-        rank=len(found[0].landmarks[0]) if found else None,
-        rounding=_spoiled(max((x.condition for x in found), default=1.0)),
-    )
+    return _repeated(context, rank, keys=True)
 
 
 @claim(
@@ -407,13 +370,7 @@ def _all_landmarks_singular(context: Context) -> Observations:
     recorded=EVERYWHERE,
 )
 def _queries_suffice(context: Context, *, rank: int | None = None) -> Observations:
-    found = list(_tokens(context, rank, True, False))
-    return Observations(
-        [_off(context, x) for x in found],
-        0.0,
-        rank=len(found[0].landmarks[0]) if found else None,
-        rounding=_spoiled(max((x.condition for x in found), default=1.0)),
-    )
+    return _repeated(context, rank, keys=False)
 
 
 @claim(
@@ -561,40 +518,3 @@ def _more_accurate(context: Context, *, rank: int | None = None) -> Observations
     note = f"condition number {condition:.3g}, uniform weights {uniform:.4g}"
     # Errors that agree in nine digits are the same.
     return Observations(found[:1], found[1], rank=r, rounding=1e-9, notes=note)
-
-
-def median_errors(seeds: range) -> dict[str, list[float]]:
-    """Return ``|Ahat - A|_F/|A|_F`` of many ways to invert M, a list over seeds for each.
-
-    n = 128, d = 16, r = 32, Q, K, V in this order iid Gaussian from ``default_rng(seed)``.
-
-    Parameters
-    ----------
-    seeds : range
-
-    Returns
-    -------
-    dict
-        Keys ``"pseudo-inverse"``, ``"2 steps"`` and so on, ``"ridge 1e-06"`` and so on, and
-        ``"uniform"``.
-    """
-    found: dict[str, list[float]] = {}
-    for seed in seeds:
-        rng = np.random.default_rng(seed)
-        q, k, _ = (rng.standard_normal((128, 16)) for _ in range(3))
-        problem = AttentionProblem(q, k)
-        queries, keys = segment_means(q, 32), segment_means(k, 32)
-        a, f, m, b = (
-            small_softmax(x, y, problem.scale)
-            for x, y in ((q, k), (q, keys), (queries, keys), (queries, k))
-        )
-        made = {"pseudo-inverse": pseudo_inverse(m)}
-        made |= {f"{j} steps": filter_inverse(m, j) for j in (2, 4, 6, 8, 10, 14, 20)}
-        made |= {
-            f"ridge {x:.0e}": pseudo_inverse(m, x) for x in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-        }
-        size = float(np.linalg.norm(a))
-        for name, z in made.items():
-            found.setdefault(name, []).append(float(np.linalg.norm(f @ z @ b - a)) / size)
-        found.setdefault("uniform", []).append(float(np.linalg.norm(a - 1 / 128)) / size)
-    return found

@@ -15,10 +15,6 @@ parameters of `Skeinformer` and a draw of it, for Ahat (n_q, n_k).
 
 from __future__ import annotations
 
-import numpy as np
-
-from ...problem import AttentionProblem
-from ..engine.instances import instance
 from . import column_claims as column_claims
 from . import pilot_claims as pilot_claims
 from . import row_claims as row_claims
@@ -35,12 +31,6 @@ from .column_bounds import product_range as product_range
 from .column_bounds import realised_beta as realised_beta
 from .column_bounds import sampled_sqerr as sampled_sqerr
 from .column_bounds import sampling_inflation as sampling_inflation
-from .column_claims import StructuralFacts as StructuralFacts
-from .column_claims import proposition1_scope as proposition1_scope
-from .column_claims import structural_facts as structural_facts
-
-
-@instance("worked", "L = ln [[1,2,4],[1,1,1],[3,1,1]], V = (1, 2, 3): small enough for paper")
-def _worked() -> AttentionProblem:
-    logits = np.log([[1.0, 2.0, 4.0], [1.0, 1.0, 1.0], [3.0, 1.0, 1.0]])
-    return AttentionProblem(logits, np.eye(3), np.arange(1.0, 4.0)[:, None], scale=1.0)
+from .scope import StructuralFacts as StructuralFacts
+from .scope import proposition1_scope as proposition1_scope
+from .scope import structural_facts as structural_facts

@@ -16,21 +16,18 @@ from ...zoo.base import Method
 from ...zoo.column_sampling import ColumnSampling
 from ...zoo.skeinformer.method import Skeinformer
 from ..engine.arguments import Array
+from ..engine.assumptions import PRODUCT, ROWS
+from ..engine.audited import applied, errors, factors, law_of, sampled
 from ..engine.instances import Instance
 from ..engine.observers import (
-    PRODUCT,
     TAIL_RANKS,
-    applied,
     default_rank,
-    errors,
-    factors,
-    law_of,
+    few,
+    is_default,
     on_heads,
-    sampled,
-    spectral,
+    problem_of,
     square,
 )
-from ..engine.of_methods import ROWS, few, implemented, is_default, problem_of
 from ..engine.records import Observations, Series
 from ..engine.registry import Context, claim
 from ..sketching.moments import amm_expected_sqerr
@@ -44,10 +41,10 @@ from .column_bounds import (
     sampled_sqerr,
     sampling_inflation,
 )
+from .scope import proposition1_scope, structural_facts
+from .shared import DERIVED, PAPER, default_pilots, pilot_law_of, pilots_of
 
-PAPER = "Chen et al., arXiv 2112.05359"
 DKM = "Drineas, Kannan and Mahoney, SIAM J. Comput. 36 (2006)"
-DERIVED = "derived: see the chapter on column sampling"
 SQUARES = "|A S^T S V - A V|_F^2/(|A|_F^2 |V|_F^2)"
 DRAWN = """S^T S = sum over r columns j, drawn independently with replacement by p and weighted by
     1/(r p_j); x_j = |A_:j| |V_j|, T = sum_j x_j:"""
@@ -129,11 +126,6 @@ def _law(instance: Instance, name: str) -> Array:
         total = float(p.sum())
         return np.asarray(p / total) if total > 0 else p
     return law_of(instance, name)
-
-
-def default_pilots(instance: Instance) -> int:
-    """Return a quarter of the rows, at most 64."""
-    return max(1, min(64, instance.m // 4))
 
 
 # --- the exact error -----------------------------------------------------------------------------
@@ -221,128 +213,6 @@ def _unbiased(context: Context, *, rank: int | None = None) -> Observations:
 
 
 # --- Proposition 1 --------------------------------------------------------------------------------
-
-
-def proposition1_scope(method: Method) -> str:
-    """Return why Proposition 1 does not cover a method, empty where it does.
-
-    It is about columns drawn independently *with* replacement, weighted by ``1/(r p_j)``, with
-    the exact normalisers of the rows; pilot rows that are put back only lower the error.
-
-    Parameters
-    ----------
-    method : Method
-
-    Examples
-    --------
-    >>> import sketchattn as sa
-    >>> proposition1_scope(sa.ColumnSampling(rank=8))
-    ''
-    >>> proposition1_scope(sa.Skeinformer(rank=8, preset="exact_normalizer"))
-    'columns are drawn without replacement; columns are not weighted by 1/(r p_j)'
-    """
-    if not isinstance(method, Method):
-        raise TypeError(
-            f"method must be a method object, got {type(method).__name__}; "
-            f"make one, as sketchattn.Skeinformer(rank=64)"
-        )
-    if isinstance(method, ColumnSampling):
-        replaced, weighted, normalizer, centred = method.replace, True, method.normalizer, False
-    elif isinstance(method, Skeinformer):
-        c = method.components
-        replaced, weighted, normalizer = c.replace, c.weights == "importance", c.normalizer
-        centred = method.center_values
-    else:
-        return f"{method.name} does not draw columns with weights by a law"
-    reasons = []
-    if not replaced:
-        reasons.append("columns are drawn without replacement")
-    if not weighted:
-        reasons.append("columns are not weighted by 1/(r p_j)")
-    if normalizer == "adaptive":
-        reasons.append("the normaliser D is estimated (adaptive, with a fill)")
-    if normalizer == "sampled":
-        reasons.append("the normaliser D is estimated (the sum over the sample)")
-    if centred and not reasons:
-        reasons.append("values are centred: the proposition is about A (V - 1 vbar^T) there")
-    return "; ".join(reasons)
-
-
-class StructuralFacts(NamedTuple):
-    """Hold what is true of any ``Ahat``, whatever its draw: two facts after the fact.
-
-    Attributes
-    ----------
-    error : float
-        ``|A V - Ahat V|_2``.
-    bound : float
-        ``|A - Ahat|_2 |V - 1 vbar^T|_2``, at least ``error`` where rows of Ahat sum to one; NaN
-        where they do not.
-    distance : float
-        ``|A - Ahat|_2``.
-    floor : float
-        ``sigma_{k+1}(A)`` for rank(Ahat) <= k, at most ``distance``.
-    rank : int
-        k, the columns, one for the fill, and the distinct rows that are exact.
-    """
-
-    error: float
-    bound: float
-    distance: float
-    floor: float
-    rank: int
-
-    def __str__(self) -> str:
-        bound = "none" if math.isnan(self.bound) else f"{self.bound:.4g}"
-        return (
-            f"|A V - Ahat V|_2 = {self.error:.4g}, its bound |A - Ahat|_2 |V - 1 vbar^T|_2 = "
-            f"{bound}; |A - Ahat|_2 = {self.distance:.4g} >= sigma_{self.rank + 1}(A) = "
-            f"{self.floor:.4g}"
-        )
-
-
-def structural_facts(
-    problem: AttentionProblem, method: Method, rng: int | np.random.Generator = 0
-) -> StructuralFacts:
-    """Return what can be said of a method that no theorem covers, for one draw.
-
-    Parameters
-    ----------
-    problem : AttentionProblem
-        With values; A is formed.
-    method : Method
-    rng : int or numpy.random.Generator
-
-    Notes
-    -----
-    Derived: ``(A - Ahat) 1 = 0`` gives ``(A - Ahat) V = (A - Ahat)(V - 1 c^T)`` for every c, and
-    no matrix of rank k is nearer than ``sigma_{k+1}``.
-
-    Examples
-    --------
-    >>> import sketchattn as sa
-    >>> problem = sa.make_heads("gaussian", n=32, d=4, rng=0)[0]
-    >>> facts = structural_facts(problem, sa.Skeinformer(rank=4, pilot_reuse=False))
-    >>> facts.error <= facts.bound, facts.floor <= facts.distance, facts.rank
-    (True, True, 5)
-    """
-    wide = problem.astype(np.float64)
-    ahat = method.approximate(wide, rng)
-    dense = ahat.to_dense()
-    difference = wide.exact.to_dense() - dense
-    kept = wide.kept_keys
-    values = wide.values[kept]
-    distance = spectral(difference)
-    stochastic = bool(np.all(np.abs(difference.sum(axis=1)) <= 1e-9))
-    sigma = np.linalg.svd(wide.exact.to_dense(), compute_uv=False)
-    rank = ahat.rank_bound
-    return StructuralFacts(
-        spectral(difference @ wide.values),
-        distance * spectral(values - values.mean(axis=0)) if stochastic else math.nan,
-        distance,
-        float(sigma[rank]) if rank < len(sigma) else 0.0,
-        rank,
-    )
 
 
 Pick = Callable[[ProductBounds], float]
@@ -598,23 +468,6 @@ def _proposition1_pilot(
 
 
 # --- the law that pilot rows give -----------------------------------------------------------------
-
-
-def pilots_of(context: Context, s: int, rng: np.random.Generator) -> Array:
-    """Return pilot rows, uniform with replacement, by the implementation handed in if any."""
-    if is_default(context):
-        return rng.integers(0, context.instance.m, s)
-    return np.asarray(context.operator("pilot_rows", s, context.instance.m, rng), np.int64)
-
-
-def pilot_law_of(context: Context, rows: Array, rng: np.random.Generator) -> Array:
-    """Return the pilot law of the sampling package, or of the implementation handed in."""
-    from ...sampling.laws import probabilities
-
-    pair = (context.instance.a, context.instance.v)
-    if is_default(context):
-        return probabilities("pilot", pair, pilots=rows)
-    return implemented(context, "pilot_law", len(rows), rng, source=pair, rows=rows)
 
 
 @claim(

@@ -8,13 +8,12 @@ from itertools import islice
 import numpy as np
 
 from ..engine.arguments import Array, real
+from ..engine.assumptions import DENSE, PRODUCT, STOCHASTIC
 from ..engine.checking import default_factory
 from ..engine.instances import instance
-from ..engine.observers import DENSE, PRODUCT
-from ..engine.of_methods import implemented
+from ..engine.observers import implemented
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
-from ..softmax.norm_claims import STOCHASTIC
 from .column_bounds import (
     coherence_pilots,
     column_coherence,
@@ -22,7 +21,7 @@ from .column_bounds import (
     lemma1_pilots,
     realised_beta,
 )
-from .column_claims import DERIVED, PAPER, pilot_law_of, pilots_of
+from .shared import DERIVED, PAPER, pilot_law_of, pilots_of
 
 BETA = math.sqrt(1 / 3)
 

@@ -12,21 +12,23 @@ from ...base.draws import Draw
 from ...problem import AttentionProblem
 from ...zoo.skeinformer.method import Skeinformer
 from ..engine.arguments import Array
+from ..engine.assumptions import DENSE, NOT_CAUSAL, ROWS, VALUES
 from ..engine.instances import Instance, instance
-from ..engine.observers import DENSE, RANKS, VALUES, default_rank, spectral, square
-from ..engine.of_methods import (
-    NOT_CAUSAL,
+from ..engine.observers import (
+    RANKS,
     ROUNDING,
-    ROWS,
+    default_rank,
     few,
     implemented,
     is_default,
     largest,
     problem_of,
+    spectral,
+    square,
 )
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
-from .column_claims import DERIVED, default_pilots
+from .shared import DERIVED, default_pilots
 
 ON = (DENSE, VALUES, NOT_CAUSAL, ROWS)
 EVERYWHERE = {"clusters": "holds", "reference": "holds", "worked": "holds", "heads": "holds"}

@@ -7,22 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.instances import Instance
-from ..engine.observers import (
-    EPS_LADDER,
-    NLALIB,
-    PRODUCT,
-    Array,
+from ..engine.arguments import Array
+from ..engine.assumptions import PRODUCT
+from ..engine.audited import (
     Parameters,
     distortion,
     law_of,
     listed,
-    on_heads,
     sampled,
     sketched,
-    square,
     subspace_dimension,
 )
+from ..engine.instances import Instance
+from ..engine.observers import on_heads, square
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
 from .embeddings import (
@@ -42,6 +39,7 @@ from .embeddings import (
     ose_srht,
     ose_uniform,
 )
+from .shared import EPS_LADDER, NLALIB
 
 # --- vectors --------------------------------------------------------------------------------
 

@@ -6,26 +6,20 @@ import math
 
 import numpy as np
 
-from ..engine.observers import (
-    AMM_RECORD,
-    DENSE,
-    PRODUCT,
-    TAIL_RANKS,
-    Array,
-    default_rank,
+from ..engine.arguments import Array
+from ..engine.assumptions import DENSE, PRODUCT
+from ..engine.audited import (
     distortion,
     fro_errors,
-    on_heads,
     relative_trivial,
     sampled,
     sketched,
-    spectral,
-    square,
     subspace_dimension,
 )
+from ..engine.observers import TAIL_RANKS, default_rank, on_heads, spectral, square
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
-from .lowrank_claims import range_basis, residual_norms
+from .shared import AMM_RECORD, range_basis, residual_norms
 
 
 def _fast_scores(context: Context, rank: int | None) -> tuple[int, list[tuple[float, Array]]]:

@@ -7,22 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.arguments import Array
+from ..engine.assumptions import PRODUCT
+from ..engine.audited import errors, factors, law_of
 from ..engine.instances import Instance
-from ..engine.observers import (
-    DERIVED,
-    PRODUCT,
-    RANKS,
-    Array,
-    default_rank,
-    errors,
-    factors,
-    law_of,
-    on_heads,
-    square,
-)
+from ..engine.observers import RANKS, default_rank, on_heads, square
 from ..engine.records import Observations, Series
 from ..engine.registry import Context, claim
 from .moments import amm_expected_sqerr, amm_stats, gumbel_moment, square_norms
+from .shared import DERIVED
 
 MOMENT_FORMULAS = {
     "gaussian": "(a + b)/r",

@@ -6,25 +6,10 @@ import math
 
 import numpy as np
 
+from ..engine.assumptions import PRODUCT
+from ..engine.audited import distortion, errors, factors, fro_errors, relative_trivial, sketched
 from ..engine.instances import Instance
-from ..engine.observers import (
-    AMM_RECORD,
-    DERIVED,
-    EPS_LADDER,
-    NLALIB,
-    PRODUCT,
-    TAIL_RANKS,
-    default_rank,
-    distortion,
-    errors,
-    factors,
-    fro_errors,
-    on_heads,
-    relative_trivial,
-    sketched,
-    spectral,
-    square,
-)
+from ..engine.observers import TAIL_RANKS, default_rank, on_heads, spectral, square
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
 from .moments import amm_expected_sqerr, square_norms
@@ -35,6 +20,7 @@ from .products import (
     amm_spectral_expected,
     amm_spectral_min_dim,
 )
+from .shared import AMM_RECORD, DERIVED, EPS_LADDER, NLALIB
 
 FRO_ERROR = "|A S^T S V - A V|_F / (|A|_F |V|_F)"
 

@@ -1,12 +1,4 @@
-"""Softmax and norms: what every attention matrix satisfies, and two things that it does not.
-
-``A = rowsoftmax(L)`` is non-negative with rows that sum to one.  The claims of this module are
-about A itself, its norms, its dependence on the logits L, and outputs ``A V``.  Where an instance
-is a pair (A, V), its logits are ``ln A``, which differ from any others by a shift of each row.
-
-To check another softmax, hand it in as ``sketch``: it is called as
-``sketch("softmax", rows, columns, rng, logits=L)`` and returns the weights (rows, columns).
-"""
+"""Claims: norms of attention matrices, outputs as averages, and changes of the logits."""
 
 from __future__ import annotations
 
@@ -17,12 +9,12 @@ import numpy as np
 from ...operators.reference import merge
 from ...problem import AttentionProblem
 from ..engine.arguments import Array, real
-from ..engine.checking import default_factory
-from ..engine.instances import Instance, instance
-from ..engine.observers import DENSE, VALUES
+from ..engine.assumptions import DENSE, KEYS, STOCHASTIC, VALUES
+from ..engine.instances import instance
+from ..engine.observers import is_default, quotient, softmax_of
 from ..engine.records import Observations
-from ..engine.registry import Assumption, Context, claim
-from ..linformer.formulas import perturbation_bound
+from ..engine.registry import Context, claim
+from .formulas import diameter, perturbation_bound
 
 DERIVED = "derived: see the chapter on softmax and norms"
 VYAS = "Vyas, Katharopoulos and Fleuret, arXiv 2007.04825, Proposition 1"
@@ -67,33 +59,18 @@ def _two_by_two() -> AttentionProblem:
 
 # --- what observers share ----------------------------------------------------------------------
 
-
-def _test_distributions(seen: Instance) -> str | None:
-    if (seen.a < 0).any():
-        return "has negative weights"
-    return None if seen.stochastic else "has rows that do not sum to one"
-
-
-def _test_keys(seen: Instance) -> str | None:
-    if seen.problem is None:
-        return "needs queries and keys, not only their matrix"
-    return "is causal: its rows see different keys" if seen.problem.causal else None
-
-
-STOCHASTIC = Assumption("rows of A are distributions", _test_distributions)
-KEYS = Assumption("queries and keys are known, attention is not causal", _test_keys)
 MATRIX = (DENSE, STOCHASTIC)
 
-
-def _softmax(context: Context, logits: Array, rng: np.random.Generator) -> Array:
-    """Return ``rowsoftmax(logits)``, by the softmax that was handed in where one was."""
-    if context.factory is not default_factory:
-        rows, columns = logits.shape
-        found = context.operator("softmax", rows, columns, rng, logits=logits)
-        return np.asarray(found, np.float64)
-    weights: Array = np.exp(logits - logits.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
-    return weights
+# Where norms are compared: instances at both ends of their range among others.
+ENDS = {
+    "reference": "holds",
+    "flat": "holds",
+    "shared-key": "holds",
+    "identity": "holds",
+    "heads": "holds",
+}
+# Where logits are changed: an instance on which a softmax moves most among others.
+CHANGED = {"two-keys": "holds", "reference": "holds", "clusters": "holds", "heads": "holds"}
 
 
 def _logs(a: Array) -> Array:
@@ -105,9 +82,9 @@ def _logs(a: Array) -> Array:
 def _matrix(context: Context) -> Array:
     """Return A, or what a softmax that was handed in makes of ``ln A``."""
     a = context.instance.a
-    if context.factory is default_factory:
+    if is_default(context):
         return a
-    return _softmax(context, _logs(a), np.random.default_rng(context.entropy))
+    return softmax_of(context, _logs(a), np.random.default_rng(context.entropy))
 
 
 def _rows(context: Context, trial: int) -> Array:
@@ -127,21 +104,8 @@ def _factors(context: Context) -> tuple[Array, Array, float]:
 
 def _diameter(context: Context) -> float:
     """Return ``max_{j,l} |V_j - V_l|``."""
-
-    def compute() -> float:
-        v = context.instance.v - context.instance.v.mean(axis=0)
-        squares = np.einsum("ij,ij->i", v, v)
-        distances = squares[:, None] + squares - 2 * v @ v.T
-        return math.sqrt(max(float(distances.max()), 0.0))
-
-    return context.instance.cached("diameter", compute)
-
-
-def _over(observed: float, bound: float) -> float:
-    """Return a quotient that is 1 where both are zero."""
-    if bound > 0:
-        return observed / bound
-    return 1.0 if observed == 0 else math.inf
+    v = context.instance.v
+    return context.instance.cached("diameter", lambda: diameter(v))
 
 
 # --- rows and norms ----------------------------------------------------------------------------
@@ -174,13 +138,7 @@ def _stochastic(context: Context) -> Observations:
     kind="inequality",
     observes="the largest of the three quotients of a smaller over the next larger side",
     assumptions=MATRIX,
-    recorded={
-        "reference": "holds",
-        "flat": "holds",
-        "shared-key": "holds",
-        "identity": "holds",
-        "heads": "holds",
-    },
+    recorded=ENDS,
 )
 def _spectral_norm(context: Context) -> Observations:
     a = _matrix(context)
@@ -188,7 +146,11 @@ def _spectral_norm(context: Context) -> Observations:
     whole = a is context.instance.a
     norm = float(context.instance.svd[1][0]) if whole else float(np.linalg.norm(a, 2))
     column = float(a.sum(axis=0).max())
-    values = [_over(math.sqrt(m / n), norm), _over(norm, math.sqrt(max(column, 0.0))), column / m]
+    values = [
+        quotient(math.sqrt(m / n), norm),
+        quotient(norm, math.sqrt(max(column, 0.0))),
+        column / m,
+    ]
     return Observations(values, 1.0, rounding=ROUNDING)
 
 
@@ -219,19 +181,13 @@ def _spectral_norm_one(context: Context) -> Observations:
     kind="inequality",
     observes="the larger of (n_q/n_k)/|A|_F^2 and |A|_F^2/n_q",
     assumptions=MATRIX,
-    recorded={
-        "reference": "holds",
-        "flat": "holds",
-        "shared-key": "holds",
-        "identity": "holds",
-        "heads": "holds",
-    },
+    recorded=ENDS,
 )
 def _frobenius_norm(context: Context) -> Observations:
     a = _matrix(context)
     m, n = a.shape
     size = float(np.sum(a * a))
-    return Observations([_over(m / n, size), size / m], 1.0, rounding=ROUNDING)
+    return Observations([quotient(m / n, size), size / m], 1.0, rounding=ROUNDING)
 
 
 @claim(
@@ -243,13 +199,7 @@ def _frobenius_norm(context: Context) -> Observations:
     kind="inequality",
     observes="the difference of the two sides over n_q, which must be zero",
     assumptions=MATRIX,
-    recorded={
-        "reference": "holds",
-        "flat": "holds",
-        "shared-key": "holds",
-        "identity": "holds",
-        "heads": "holds",
-    },
+    recorded=ENDS,
 )
 def _mean_identity(context: Context) -> Observations:
     a = _matrix(context)
@@ -304,7 +254,7 @@ def _shift_invariance(context: Context, *, size: float = 1.0) -> Observations:
     for trial, rng in enumerate(context.generators()):
         some = q[(trial * ROWS + np.arange(min(ROWS, len(q)))) % len(q)]
         moved = k + size * rng.standard_normal(k.shape[1])
-        rows = [_softmax(context, scale * some @ x.T, rng) for x in (k, moved)]
+        rows = [softmax_of(context, scale * some @ x.T, rng) for x in (k, moved)]
         values.append(float(np.abs(rows[0] - rows[1]).sum(axis=1).max()))
     # Logits are off by (d + 2) u |scale| |Q_i| (|K_j| + |c|) at most; the 1-norm by twice that.
     reach = np.linalg.norm(q, axis=1).max() * (
@@ -342,10 +292,10 @@ def _merge(context: Context) -> Observations:
             if seen.any():
                 some = logits[seen][:, kept]
                 lse[seen] = top[seen] + np.log(np.exp(some - top[seen, None]).sum(axis=1))
-                out[seen] = _softmax(context, some, rng) @ v[kept]
+                out[seen] = softmax_of(context, some, rng) @ v[kept]
             parts.append((out, lse))
         merged = merge(*parts[0], *parts[1])[0]
-        direct = _softmax(context, logits, rng) @ v
+        direct = softmax_of(context, logits, rng) @ v
         values.append(float(np.abs(merged - direct).max()) / size)
     return Observations(values, 0.0, rounding=ROUNDING)
 
@@ -417,13 +367,13 @@ def _worst_changes(context: Context, width: float) -> list[tuple[Array, Array, A
     found = []
     for trial, rng in enumerate(context.generators()):
         logits = _rows(context, trial)[:1]
-        p = _softmax(context, logits, rng)[0]
+        p = softmax_of(context, logits, rng)[0]
         order = rng.permutation(len(p))
         sums = np.cumsum(p[order])
         count = 1 + int(np.argmin(np.abs(sums - goal)))
         change = np.zeros(len(p))
         change[order[: min(count, max(1, len(p) - 1))]] = width
-        q = _softmax(context, logits + change, rng)[0]
+        q = softmax_of(context, logits + change, rng)[0]
         moved = 0.0 if v is None else float(np.linalg.norm((p - q) @ v))
         found.append((p, q, change, moved))
     return found
@@ -440,7 +390,7 @@ def _worst_changes(context: Context, width: float) -> list[tuple[Array, Array, A
     kind="inequality",
     observes="|p - p'|_1/(2 tanh(W/4)), rows p of A, W on a set of nearly that weight",
     assumptions=MATRIX,
-    recorded={"two-keys": "holds", "reference": "holds", "clusters": "holds", "heads": "holds"},
+    recorded=CHANGED,
 )
 def _perturbation(context: Context, *, width: float = 1.0) -> Observations:
     size = float(real(width, "width", 0))
@@ -458,7 +408,7 @@ def _perturbation(context: Context, *, width: float = 1.0) -> Observations:
     kind="inequality",
     observes="|O_i - O'_i| over its bound, changes as in softmax.perturbation",
     assumptions=(*MATRIX, VALUES),
-    recorded={"two-keys": "holds", "reference": "holds", "clusters": "holds", "heads": "holds"},
+    recorded=CHANGED,
 )
 def _output_perturbation(context: Context, *, width: float = 0.5) -> Observations:
     size = float(real(width, "width", 0))
@@ -481,7 +431,7 @@ def _output_perturbation(context: Context, *, width: float = 0.5) -> Observation
     kind="inequality",
     observes="the largest of these over its bound, changes as in softmax.perturbation",
     assumptions=MATRIX,
-    recorded={"two-keys": "holds", "reference": "holds", "clusters": "holds", "heads": "holds"},
+    recorded=CHANGED,
 )
 def _divergence(context: Context, *, width: float = 0.5) -> Observations:
     size = float(real(width, "width", 0))
@@ -504,7 +454,7 @@ def _divergence(context: Context, *, width: float = 0.5) -> Observations:
     kind="inequality",
     observes="the 2-norm over its bound; delta = size (e_j - e_l) at the two largest weights",
     assumptions=MATRIX,
-    recorded={"two-keys": "holds", "reference": "holds", "clusters": "holds", "heads": "holds"},
+    recorded=CHANGED,
 )
 def _lipschitz(context: Context, *, size: float = 0.1) -> Observations:
     context.require(context.instance.n >= 2, "needs two keys")
@@ -515,7 +465,7 @@ def _lipschitz(context: Context, *, size: float = 0.1) -> Observations:
         change = np.zeros_like(logits)
         largest = np.argpartition(-logits, 1, axis=1)[:, :2]
         np.put_along_axis(change, largest, np.array([step, -step]), axis=1)
-        before, after = (_softmax(context, x, rng) for x in (logits, logits + change))
+        before, after = (softmax_of(context, x, rng) for x in (logits, logits + change))
         moved = float(np.linalg.norm(after - before, axis=1).max())
         values.append(moved / (0.5 * math.sqrt(2) * step))
     return Observations(values, 1.0, rounding=ROUNDING / step)
@@ -530,10 +480,10 @@ def _pairs(context: Context, factor: float, keys: Array) -> list[float]:
     for rng in context.generators():
         i, j = rng.choice(len(q), 2, replace=False)
         pair = q[[i, j]]
-        rows = _softmax(context, scale * pair @ k.T, rng)
+        rows = softmax_of(context, scale * pair @ k.T, rng)
         moved = max(float(np.linalg.norm(rows[0] - rows[1])) - 1e-14, 0.0)
         limit = size * float(np.linalg.norm(pair[0] - pair[1]))
-        values.append(0.0 if moved == 0 else _over(moved, limit))
+        values.append(0.0 if moved == 0 else quotient(moved, limit))
     return values
 
 
