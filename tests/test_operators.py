@@ -302,6 +302,38 @@ def test_products_are_those_of_the_dense_matrix(made: Made, dtype: Any) -> None:
     assert close(a.row_sums(), dense @ ones, size @ ones, tolerance)
 
 
+def test_flags_of_the_processor_are_no_errors(name: str, dtype: Any) -> None:
+    # BLAS may raise flags for finite numbers on some machines; here an infinity raises them
+    # everywhere: infinity times zero, or minus infinity, is invalid.
+    made = OPERATORS[name](dtype)
+    a = made.a
+    with np.errstate(all="raise"):
+        for product, length in ((a, a.shape[1]), (a.T, a.shape[0])):
+            x = np.ones((length, 2), dtype)
+            x[::2] = np.inf
+            x[1::2] = -np.inf
+            for given in (x, x[:, 0]):
+                assert (product @ given).shape == (product.shape[0], *given.shape[1:])
+        assert close(a.to_dense(), made.dense, made.size, made.tolerance)
+        assert close(a.columns(slice(None)), made.dense, made.size, made.tolerance)
+
+
+@pytest.mark.parametrize("matrix", [np.eye(2, dtype=np.float32), np.zeros((2, 2))])
+def test_a_product_that_raises_flags_does_so_outside_of_an_operator(matrix: Array) -> None:
+    # The control of the test above.
+    x = np.array([np.inf, 1.0], matrix.dtype)
+
+    class Plain(sa.AttentionOperator):
+        def _matmat(self, x: Array) -> Array:
+            product: Array = matrix @ x
+            return product
+
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError, match="invalid value"):
+        _ = matrix @ x
+    with np.errstate(all="raise"):
+        assert np.isnan((Plain((2, 2), matrix.dtype) @ x)[1])
+
+
 def dottest(a: LinearOperator[Any], size: Array, tolerance: float) -> bool:
     """Say whether ``<A x, y> = <x, A^T y>`` on random vectors, up to rounding."""
     rng = np.random.default_rng(2)
