@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 WARM_UP = "import sys; from sketchattn.bench.startup import warmup; warmup(sys.argv[1:])"
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist asks
 def pytest_xdist_auto_num_workers() -> int:
     """Take a worker a core; one core needs no second process."""
     cores = cpu_count()

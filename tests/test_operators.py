@@ -413,7 +413,8 @@ def test_wide_is_the_same_matrix_in_float64(made: Made, dtype: Any) -> None:
 def test_every_method_gives_a_consistent_operator(case: MethodCase, dtype: Any) -> None:
     kinds: list[dict[str, Any]] = [{}, {"key_mask": MASK}, {"causal": "bottom-right"}]
     for shape, options in itertools.product([(9, 9), (5, 9), (12, 9)], kinds):
-        problem = make_problem(*shape, dtype, **options)
+        n_q, n_k = shape
+        problem = make_problem(n_q, n_k, dtype, **options)
         method = case(4)
         traits = method.traits
         if problem.causal and not (traits.causal or traits.oracle):
