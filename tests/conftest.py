@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sketchattn.kernels._threads import limit_threads
+from sketchattn.kernels._threads import cpu_count, limit_threads
+
+ROOT = Path(__file__).parents[1]
+# Each precision has kernels of its own, which one process each can compile.
+WARM_UP = "import sys; from sketchattn.bench.startup import warmup; warmup(sys.argv[1:])"
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist asks
+def pytest_xdist_auto_num_workers() -> int:
+    """Take a worker a core; one core needs no second process."""
+    cores = cpu_count()
+    return cores if cores > 1 else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the threads of this process and its children, and fill the cache for the workers.
+
+    Tests marked ``threads`` need two threads or more, also where there is one core; more than four
+    would make processes of many cores for every worker.  Neither library is loaded by now.
+    """
+    threads = str(min(4, max(2, cpu_count())))
+    os.environ.setdefault("NUMBA_NUM_THREADS", threads)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", threads)
+    # Workers that start with an empty cache would all compile the same kernels.
+    controller = bool(getattr(config.option, "tx", None)) and not hasattr(config, "workerinput")
+    everything = config.args == config.getini("testpaths") and not config.option.collectonly
+    if controller and everything and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0":
+        children = [
+            subprocess.Popen([sys.executable, "-c", WARM_UP, precision], cwd=ROOT)
+            for precision in ("float32", "float64")
+        ]
+        for child in children:
+            child.wait()  # one that fails says so; tests find out why
 
 
 def chosen_seeds(text: str) -> list[int]:
@@ -34,9 +69,19 @@ def global_random_seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Small products do not wait for a second thread, which a busy machine may not have."""
+    """Give fixtures of a module the one thread that its tests have."""
     with limit_threads(1):
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run on one thread what is not about threads: every core has a worker already."""
+    if request.node.get_closest_marker("threads"):
+        yield
+    else:
+        with limit_threads(1):
+            yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -288,6 +288,7 @@ def test_precision_and_layout_are_those_of_the_input(kind: str) -> None:
     assert np.array_equal(q, gaussian(40, 50, 6)[0])
 
 
+@pytest.mark.threads
 @every_kind
 def test_bits_do_not_depend_on_the_number_of_threads(kind: str) -> None:
     q, k = (x.astype(np.float32) for x in gaussian(2100, 1700, 24))

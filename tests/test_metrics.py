@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from method_cases import CASES, IDS, MethodCase, dense_attention, make_problem, supports
+from method_cases import CASES, MethodCase, dense_attention, make_problem, supports
 from numpy.typing import NDArray
 from scipy.sparse.linalg import aslinearoperator
 
@@ -92,19 +92,19 @@ def test_every_field_is_its_formula(name: str, path: str) -> None:
     assert near(report, formulas(problem, other), 1e-7) == []
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", [x for x in CASES if x.name != "exact"], ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_paths_agree(case: MethodCase, dtype: Any, name: str) -> None:
-    problem = make_problem(**OPTIONS[name], dtype=dtype, d=4)
-    traits = case.traits
-    if case.name == "exact" or not supports(case, problem):
-        return  # "exact" is compared with rounding alone below; the others refuse, see methods
-    ahat = case(8).approximate(problem, 0 if traits.randomized else None)
-    dense, streamed = (
-        sa.error_report(problem, ahat, path=path).as_dict() for path in ("dense", "streaming")
-    )
-    assert near(streamed, dense, 1e-6) == []
+def test_paths_agree(case: MethodCase, dtype: Any) -> None:
+    # "exact" is compared with rounding alone below.
+    for name, options in OPTIONS.items():
+        problem = make_problem(**options, dtype=dtype, d=4)
+        if not supports(case, problem):
+            continue  # it refuses, see methods
+        ahat = case(8).approximate(problem, 0 if case.traits.randomized else None)
+        dense, streamed = (
+            sa.error_report(problem, ahat, path=path).as_dict() for path in ("dense", "streaming")
+        )
+        assert near(streamed, dense, 1e-6) == [], name
 
 
 @pytest.mark.parametrize("path", ["dense", "streaming"])

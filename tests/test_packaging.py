@@ -316,13 +316,20 @@ def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
     assert checkout.installs() == []
 
 
+# What "./run tests" runs before the options that are given: a worker a core.
+WHOLE = "ran: -m pytest -n auto --dist worksteal"
+
+
 def test_the_tests_have_torch_and_an_environment_of_their_own(checkout: Checkout) -> None:
     checkout.run("study")
     first = checkout.run("tests", "-k", "shape")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.splitlines()[-1] == "ran: -m pytest -k shape"
+    assert first.stdout.splitlines()[-1] == f"{WHOLE} -k shape"
     assert checkout.installs() == ["pip>=21.3", "out[test]", "torch==2.13.0", "out[test,peers]"]
-    checkout.run("tests")
+    quick = checkout.run("tests", "--quick", "-k", "jl or svd")
+    assert quick.stdout == (
+        "ran: -m pytest -n 0 --dist worksteal -m quick tests/test_quick.py -k jl or svd\n"
+    )
     assert checkout.installs() == []
     checkout.run("tests", SKETCHATTN_TORCH="0")
     assert checkout.installs() == ["pip>=21.3", "out[test]"]
@@ -395,7 +402,7 @@ def test_without_torch_the_tests_run_but_not_in_ci(checkout: Checkout) -> None:
     done = checkout.run("tests")
     assert done.returncode == 0
     assert "run: PyTorch 2.13.0 cannot be had here" in done.stdout
-    assert done.stdout.endswith("ran: -m pytest\n")
+    assert done.stdout.endswith(f"{WHOLE}\n")
 
 
 def test_without_other_packages_the_tests_run_but_not_in_ci(checkout: Checkout) -> None:
@@ -408,7 +415,7 @@ def test_without_other_packages_the_tests_run_but_not_in_ci(checkout: Checkout) 
     done = checkout.run("tests")
     assert done.returncode == 0
     assert "run: other packages of attention cannot be had here" in done.stdout
-    assert done.stdout.endswith("ran: -m pytest\n")
+    assert done.stdout.endswith(f"{WHOLE}\n")
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:

@@ -887,6 +887,7 @@ def test_calls_from_several_threads_agree(kind: str) -> None:
         assert len(set(pool.map(both, range(12)))) == 1
 
 
+@pytest.mark.threads
 def test_small_work_is_done_on_one_thread_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

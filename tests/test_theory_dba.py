@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -11,6 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from claim_cases import (
+    Factory,
+    check_not_reported,
+    check_odd,
+    check_recorded,
+    check_repeats,
+    check_reported,
+    claims_of,
+    on_heads,
+    problem_on,
+    recorded_pairs,
+    refuted,
+)
 from numpy.typing import NDArray
 from scipy.special import softmax
 
@@ -34,22 +46,13 @@ from sketchattn.theory.dba.formulas import (
     volume_sampling,
 )
 from sketchattn.theory.engine.checking import check, default_factory
-from sketchattn.theory.engine.instances import Instance, instances
-from sketchattn.theory.engine.records import Claim
-from sketchattn.theory.engine.registry import claims
+from sketchattn.theory.engine.instances import Instance
 
 Array = NDArray[Any]
-Factory = Callable[..., Any]
 
-CLAIMS: dict[str, Claim] = {k: c for k, c in claims().items() if k.startswith("dba.")}
-RECORDED = [(k, on) for k, c in CLAIMS.items() for on in c.instances]
-REFUTED = {k for k, c in CLAIMS.items() if c.status == "refuted"}
-
-
-def problem_on(name: str) -> sa.AttentionProblem:
-    problem = instances()[name].problem
-    assert problem is not None
-    return problem
+CLAIMS = claims_of("dba")
+RECORDED = recorded_pairs(CLAIMS)
+REFUTED = refuted(CLAIMS)
 
 
 # --- the record -----------------------------------------------------------------------------------
@@ -59,13 +62,11 @@ def problem_on(name: str) -> sa.AttentionProblem:
 @pytest.mark.parametrize(("name", "on"), RECORDED)
 def test_recorded_verdicts(name: str, on: str, global_random_seed: int) -> None:
     # Means alarm at |z| > 5; dba.jl_logits is far below its delta; the rest is deterministic.
-    verdict = check(name, on, rng=global_random_seed)
-    assert verdict.status == CLAIMS[name].recorded[on], str(verdict)
-    json.dumps(verdict.as_dict(), allow_nan=False)
+    check_recorded(CLAIMS, name, on, rng=global_random_seed)
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("name", [k for k in CLAIMS if "heads" in CLAIMS[k].recorded])
+@pytest.mark.parametrize("name", on_heads(CLAIMS))
 def test_recorded_verdicts_on_a_bundled_head(name: str, global_random_seed: int) -> None:
     heads = sa.load_heads()
     problem = heads[global_random_seed % len(heads)]
@@ -227,14 +228,12 @@ CONTROLS: list[tuple[str, str, Factory]] = [
 
 @pytest.mark.parametrize(("name", "on", "broken"), CONTROLS)
 def test_broken_implementations_are_reported(name: str, on: str, broken: Factory) -> None:
-    verdict = check(f"dba.{name}", on, sketch=broken)
-    assert verdict.status == "violated", str(verdict)
+    check_reported(f"dba.{name}", on, broken)
 
 
 @pytest.mark.parametrize(("name", "on"), sorted({(name, on) for name, on, _ in CONTROLS}))
 def test_an_implementation_from_the_definition_is_not_reported(name: str, on: str) -> None:
-    verdict = check(f"dba.{name}", on, sketch=library)
-    assert verdict.status == "holds", str(verdict)
+    check_not_reported(f"dba.{name}", on, library, allowed=["holds"])
 
 
 def test_every_theorem_has_a_control() -> None:
@@ -596,23 +595,14 @@ def test_odd_problems_get_a_verdict() -> None:
         "no keys": sa.AttentionProblem(q, k, v, key_mask=np.zeros(9, bool)),
         "negative scale": sa.AttentionProblem(q, k, v, scale=-0.5),
     }
-    for label, problem in odd.items():
-        made = Instance(label, problem)
-        for name in CLAIMS:
-            verdict = check(name, made, trials=20)
-            json.dumps(verdict.as_dict(), allow_nan=False)
-            if name not in REFUTED:
-                assert verdict.status != "violated", f"{label}: {verdict}"
+    check_odd(CLAIMS, [Instance(*pair) for pair in odd.items()], trials=20)
     pair = check("dba.lossless_logits", (np.eye(3), np.eye(3)))
     assert "needs queries and keys" in pair.notes
 
 
 @pytest.mark.parametrize("name", sorted(CLAIMS))
 def test_verdicts_repeat_and_bounds_need_no_draw(name: str) -> None:
-    on = CLAIMS[name].instances[0]
-    first, again = (check(name, on, trials=20, rng=5).as_dict() for _ in range(2))
-    assert first == again
-    assert isinstance(sa.theory.bound(name, on), float)
+    check_repeats(CLAIMS, name, trials=20)
 
 
 def test_refusals() -> None:

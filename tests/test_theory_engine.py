@@ -443,6 +443,7 @@ def test_the_same_seed_gives_the_same_verdict() -> None:
     assert first.observed != other.observed
 
 
+@pytest.mark.threads
 def test_check_is_the_same_for_any_number_of_threads() -> None:
     import numba
 

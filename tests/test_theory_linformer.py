@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from claim_cases import (
+    check_statuses,
+    claims_of,
+    recorded_pairs,
+)
 from numpy.typing import NDArray
 from scipy.stats import binom
 
 import sketchattn as sa
 from sketchattn.theory.engine.checking import check, default_factory
 from sketchattn.theory.engine.instances import instances, spiked_attention
-from sketchattn.theory.engine.records import Claim
-from sketchattn.theory.engine.registry import claims
 from sketchattn.theory.linformer.formulas import (
     constant_value_invariance,
     linformer_thm1_failure,
@@ -28,8 +31,8 @@ from sketchattn.theory.linformer.formulas import (
 from sketchattn.theory.softmax.formulas import perturbation_bound
 
 Array = NDArray[Any]
-CLAIMS: dict[str, Claim] = {k: c for k, c in claims().items() if k.startswith("linformer.")}
-RECORDED = [(k, name) for k, c in CLAIMS.items() for name in c.instances]
+CLAIMS = claims_of("linformer")
+RECORDED = recorded_pairs(CLAIMS)
 
 
 def scaled(kind: str, r: int, n: int, rng: np.random.Generator, **parameters: Any) -> Any:
@@ -56,8 +59,7 @@ def test_claims_of_the_method_exist() -> None:
     for name in sa.Linformer(1).traits.claims:
         assert name in CLAIMS
     assert {c.status for c in CLAIMS.values()} == {"published", "derived", "refuted"}
-    for c in CLAIMS.values():
-        assert (c.status == "refuted") == ("violated" in c.recorded.values())
+    check_statuses(CLAIMS)
 
 
 RANDOM = ["lemma1", "thm1", "thm2", "thm2_collapse", "additive", "mean_square", "oracle"]

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from claim_cases import (
+    check_not_reported,
+    check_recorded,
+    check_reported,
+    claims_of,
+    on_heads,
+    recorded_pairs,
+    refuted,
+)
 from numpy.typing import NDArray
 from scipy.special import softmax as scipy_softmax
 
 import sketchattn as sa
 from sketchattn.theory.engine.checking import check
 from sketchattn.theory.engine.instances import Instance, instances
-from sketchattn.theory.engine.records import Claim
-from sketchattn.theory.engine.registry import claims
 
 Array = NDArray[Any]
 Broken = Callable[..., Array]
 
-CLAIMS: dict[str, Claim] = {k: c for k, c in claims().items() if k.startswith("softmax.")}
-RECORDED = [(k, on) for k, c in CLAIMS.items() for on in c.instances]
-REFUTED = {k for k, c in CLAIMS.items() if c.status == "refuted"}
+CLAIMS = claims_of("softmax")
+RECORDED = recorded_pairs(CLAIMS)
+REFUTED = refuted(CLAIMS)
 
 
 # --- the record -----------------------------------------------------------------------------------
@@ -32,12 +38,10 @@ REFUTED = {k for k, c in CLAIMS.items() if c.status == "refuted"}
 @pytest.mark.parametrize(("name", "on"), RECORDED)
 def test_recorded_verdicts(name: str, on: str, global_random_seed: int) -> None:
     # Every statement is deterministic: there is no level, any seed must give the record.
-    verdict = check(name, on, trials=60, rng=global_random_seed)
-    assert verdict.status == CLAIMS[name].recorded[on], str(verdict)
-    json.dumps(verdict.as_dict(), allow_nan=False)
+    check_recorded(CLAIMS, name, on, trials=60, rng=global_random_seed)
 
 
-@pytest.mark.parametrize("name", [k for k in CLAIMS if "heads" in CLAIMS[k].recorded])
+@pytest.mark.parametrize("name", on_heads(CLAIMS))
 def test_recorded_verdicts_on_bundled_heads(name: str, global_random_seed: int) -> None:
     heads = sa.load_heads()
     for number in (global_random_seed % len(heads), (global_random_seed + 7) % len(heads)):
@@ -95,14 +99,12 @@ CONTROLS: list[tuple[str, str, Broken]] = [
 
 @pytest.mark.parametrize(("name", "on", "broken"), CONTROLS)
 def test_a_broken_softmax_is_reported(name: str, on: str, broken: Broken) -> None:
-    verdict = check(f"softmax.{name}", on, trials=20, sketch=broken)
-    assert verdict.status == "violated", str(verdict)
+    check_reported(f"softmax.{name}", on, broken, trials=20)
 
 
 @pytest.mark.parametrize(("name", "on", "broken"), CONTROLS)
 def test_an_honest_softmax_is_not(name: str, on: str, broken: Broken) -> None:
-    verdict = check(f"softmax.{name}", on, trials=20, sketch=honest)
-    assert verdict.status == "holds", str(verdict)
+    check_not_reported(f"softmax.{name}", on, honest, allowed=["holds"], trials=20)
 
 
 def test_every_theorem_has_a_control() -> None:

@@ -34,6 +34,8 @@ from sketchattn.kernels._threads import (
 Array = NDArray[Any]
 ROOT = Path(sa.__file__).parent
 
+pytestmark = pytest.mark.threads
+
 
 def blas_threads() -> list[int]:
     """Return the limit of each BLAS library of the process."""
@@ -120,7 +122,6 @@ def test_limits_that_overlap_in_any_order_are_restored() -> None:
 
 
 @pytest.mark.usefixtures("two_blas_threads")
-@pytest.mark.threads
 def test_concurrent_python_threads_leave_the_limits_as_they_were() -> None:
     workers = 4
     barrier = threading.Barrier(workers)
@@ -210,7 +211,6 @@ def run(script: str, folder: Path, *arguments: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.threads
 @pytest.mark.slow
 def test_no_result_depends_on_the_number_of_threads(tmp_path: Path) -> None:
     run(INVARIANCE, tmp_path, NUMBA_NUM_THREADS="4")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -55,8 +55,8 @@ def _import(quick: bool, rounds: int) -> Iterator[Row]:
     )
 
 
-def warmup() -> float:
-    """Compile all kernels for both precisions, or load them from the cache; return the seconds."""
+def warmup(precisions: Iterable[str] = ("float32", "float64")) -> float:
+    """Compile all kernels for these precisions, or load them from the cache; return the seconds."""
     from ..errors.reports import error_report
     from ..zoo.combiner.method import Combiner
     from ..zoo.informer.method import Informer
@@ -66,7 +66,7 @@ def warmup() -> float:
 
     start = time.perf_counter()
     rng = np.random.default_rng(0)
-    for dtype in (np.float32, np.float64):
+    for dtype in precisions:
         q, k, v = (rng.standard_normal((8, 4)).astype(dtype) for _ in range(3))
         problem = AttentionProblem(q, k, v)
         problem.exact.column_sums()

@@ -37,6 +37,10 @@ def working_precision(*arrays: Array) -> np.dtype[Any]:
     return np.dtype(np.float32 if np.result_type(*arrays) == np.float32 else np.float64)
 
 
+# What multiplies by the matrix, in whichever class it is defined.
+PRODUCTS = ("_matmat", "_rmatmat", "_matvec", "_rmatvec", "rows", "columns", "row_sums", "to_dense")
+
+
 class AttentionOperator(Operator):
     """Represent an n_q x n_k attention matrix by its products.
 
@@ -62,6 +66,18 @@ class AttentionOperator(Operator):
     """
 
     path = "sketch"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Keep the processor's floating-point flags out of all products.
+
+        BLAS may raise them for finite numbers: vector kernels compute lanes that are thrown away.
+        NumPy then warns, or raises under ``np.errstate``, though the product is right.  What a
+        product really overflows to, or NaN, is in its result.
+        """
+        super().__init_subclass__(**options)
+        for name in PRODUCTS:
+            if name in cls.__dict__:
+                setattr(cls, name, np.errstate(all="ignore")(cls.__dict__[name]))
 
     def __init__(
         self, shape: tuple[int, int], dtype: Any, effective_rank: int | None = None
