@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pkgutil
+from functools import cache
 from importlib import import_module
 
 ENGINE = __package__ or "sketchattn.theory.engine"
 
 
+@cache
 def load() -> None:
     """Import every topic, which registers its claims, instances and curves."""
     theory = ENGINE.rpartition(".")[0]
