@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array
+from ..base.floating import without_floating_errors
 from ..operators.base import AttentionOperator
 from ..operators.partitioned.layouts import LOG2E, Data, slot_logits
 from ..operators.partitioned.operator import MixtureAttention, PartitionedAttention
@@ -72,6 +73,7 @@ def _result(x: Array) -> Float:
     return out
 
 
+@without_floating_errors
 def mass_aware_bound(
     mass: ArrayLike, low: ArrayLike, high: ArrayLike, *, log: bool = False
 ) -> Float:
@@ -158,6 +160,7 @@ def _over(x: Array, y: Array) -> Array:
     return np.where(y > 0, x / np.where(y > 0, y, 1.0), 0.0)
 
 
+@without_floating_errors
 def gap_bound(low: ArrayLike, high: ArrayLike, variance: ArrayLike | None = None) -> Float:
     """Return the most that ``ln E[exp(-eta)]`` can be for a mean of 0, a range and a variance.
 
@@ -401,6 +404,7 @@ class RowCertificates:
     output: Array | None
 
 
+@without_floating_errors
 def certify_rows(ahat: AttentionOperator, *, directions: int = 16) -> RowCertificates:
     """Bound the error of every row of structured attention, deterministically and without A.
 
