@@ -1005,6 +1005,22 @@ def test_gross_outputs(factor: float) -> None:
     assert certificate.low > 0.1 * theta
 
 
+def test_settings_of_the_caller_change_nothing() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 60, 4))
+    for factor in (1.0, 1e-200, 1e150):
+        problem = sa.AttentionProblem(
+            60 * q, k, factor * v, causal=True, key_mask=np.arange(60) >= 3
+        )
+        for output in (0 * v, factor * v, dense(problem)):
+            for kind in KINDS:
+                made = []
+                for setting in ("ignore", "raise"):
+                    with np.errstate(all=setting):  # type: ignore[call-overload]  # a literal
+                        made.append(sa.certify(problem, output, rows=12, kind=kind))
+                assert made[0] == made[1]
+
+
 def test_same_rng_same_bits() -> None:
     problem = real()[3]
     output = uniform(problem, 64)

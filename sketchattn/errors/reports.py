@@ -121,7 +121,7 @@ def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
     mask = wide.key_mask
     out = np.empty((wide.n_q, 4))
     lse = wide.logsumexp.copy()
-    large = np.isfinite(lse) & (np.abs(lse) > LARGEST_LSE)
+    large = _large(lse)
     block = max(1, BLOCK_ENTRIES // wide.n_k)
     for start in range(0, wide.n_q, block):
         part = slice(start, min(start + block, wide.n_q))
@@ -145,6 +145,20 @@ def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
             key_mask=None if mask is None else mask[None].copy(),
         )
     return _Rows(out[:, 0], out[:, 1], 0.5 * out[:, 2], out[:, 3])
+
+
+def _large(lse: Array) -> Array:
+    """Say which logsumexps are too large for ``exp(L - lse)`` to be a row of A, (n_q,)."""
+    return np.isfinite(lse) & (np.abs(lse) > LARGEST_LSE)
+
+
+def _frobenius(wide: AttentionProblem) -> float:
+    """Return ``|A|_F`` without A."""
+    if not _large(wide.logsumexp).any():
+        return wide.exact.frobenius_norm()
+    block = max(1, BLOCK_ENTRIES // wide.n_k)
+    parts = (slice(i, i + block) for i in range(0, wide.n_q, block))
+    return float(np.linalg.norm([np.linalg.norm(wide.exact.rows(part)) for part in parts]))
 
 
 class _Difference(Operator):
@@ -292,7 +306,7 @@ def error_report(
             exact = wide.cached("dense", wide.exact.to_dense)
             fro, product = float(np.linalg.norm(exact)), exact @ wide.values
         else:
-            fro, product = wide.exact.frobenius_norm(), wide.output
+            fro, product = _frobenius(wide), wide.output
         unknown = dict.fromkeys(FIELDS, math.nan)
         return ErrorReport(**unknown | _output_fields(problem, found, product, fro, spectral))
     operator = as_operator(ahat, problem)

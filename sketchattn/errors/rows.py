@@ -170,7 +170,7 @@ def gap_bound(low: ArrayLike, high: ArrayLike, variance: ArrayLike | None = None
     Parameters
     ----------
     low, high : float or array
-        ``-lo <= eta <= hi``, at least 0.
+        ``-lo <= eta <= hi``, at least 0; infinity is allowed.
     variance : float or array, optional
         An upper bound of the variance of eta.
 
@@ -216,6 +216,8 @@ def gap_bound(low: ArrayLike, high: ArrayLike, variance: ArrayLike | None = None
     large = b1 + np.log(p + (b1 / width) * np.exp(-width))
     # Rounding aside G lies between 0 and v/2 exp(b), and below b.
     found = np.clip(np.where(near, small, large), 0.0, b1)
+    # Without a bound of the other side, or of this one, all mass is at -lo in the limit.
+    found = np.where(np.isinf(b1) | np.isinf(v1), b1, found)
     limit = v / 2 * (1 + b)  # b below 1e-6: ln E exp(-eta) <= v/2 (1 + b/3 + ...)
     return _result(np.where(usual, found, np.where(v > 0, limit, 0.0)))
 
