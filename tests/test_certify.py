@@ -124,8 +124,8 @@ def wrong_on(problem: sa.AttentionProblem, rows: int, factor: float = 1.0, seed:
 
 def among_small_errors(problem: sa.AttentionProblem, rows: int) -> Array:
     """Return an output that is nearly exact except on some rows, where it is wholly wrong."""
-    noise = np.random.default_rng(1).standard_normal((problem.n_q, problem.d_v))
-    return wrong_on(problem, rows) + 1e-6 * noise
+    output = wrong_on(problem, rows)
+    return output + 1e-6 * np.random.default_rng(1).standard_normal(output.shape)
 
 
 def causal(head: int) -> sa.AttentionProblem:
@@ -148,6 +148,11 @@ def even_noise(problem: sa.AttentionProblem) -> Array:
 def made_by(method: Any, problem: sa.AttentionProblem) -> Array:
     output: Array = method.attend(problem, rng=0).astype(np.float64)
     return output
+
+
+def ball_only(known: Known) -> Known:
+    """Return what is known without far values."""
+    return known._replace(rest=known.radius, dots=known.dots[:, :0], far=known.far[:0])
 
 
 @cache
@@ -284,17 +289,20 @@ def two_valued(n: int, rows: int, plus: int, change: float = 1e-4) -> tuple[Know
     output = np.zeros((n, 1))
     ones = np.ones(n)
     known = Known(
-        output,
-        1.0,
-        np.arange(n),
-        ones,
-        ones,
-        1e3 * ones,
-        1e6 * ones,
-        0 * ones,
-        1e3 * ones,
-        0.0,
-        0.0,
+        output=output,
+        factor=1.0,
+        rows=np.arange(n),
+        square=ones,
+        guess=ones,
+        distance=1e3 * ones,
+        near=1e6 * ones,
+        along=0 * ones,
+        radius=1e3 * ones,
+        rest=1e3 * ones,
+        dots=np.empty((n, 0)),
+        far=np.empty(0),
+        centre=0.0,
+        fixed=0.0,
     )
     x = np.where(np.arange(rows) < plus, 1 + change, 1 - change)
     inclusion = np.full(rows, rows / n)
@@ -367,7 +375,9 @@ def test_low_confidence_fails_the_check_of_a_high_one_level_1e_6(global_random_s
 @pytest.mark.parametrize("name", ["one row", "5 rows"])
 def test_a_hull_that_is_too_small_is_found_level_1e_6(name: str, global_random_seed: int) -> None:
     of = case(name)
-    small = dataclasses.replace(of, known=of.known._replace(radius=0.1 * of.known.radius))
+    radius = 0.1 * of.known.radius
+    shrunk = ball_only(of.known._replace(radius=radius))
+    small = dataclasses.replace(of, known=shrunk)
     assert refuted(sum(misses(small, 48, global_random_seed)), 0.05)
 
 
@@ -531,6 +541,31 @@ def test_bounds_are_attained_on_the_ball(t: float) -> None:
             assert np.all(lowest(known, t) >= np.minimum(z.min(axis=0), anywhere) - near), name
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_far_values_count_as_they_are(options: dict[str, Any]) -> None:
+    # More keys than are far: the ball is that of the others, and the bound is no longer the ball's.
+    problem = some(80, 80, **options)
+    v = problem.values
+    for output in outputs_of(problem).values():
+        known = know(problem, output)
+        assert np.all(known.rest <= known.radius)
+        assert known.dots.shape == (80, len(known.far))
+        assert len(known.far) < 80
+        ball = ball_only(known)
+        for t in (0.0, 1e-4, 0.5, 1.0, 1.5):
+            z = ((output[:, None] - v) ** 2).sum(axis=2) - t * (v**2).sum(axis=1)
+            rounding = 8 * W * (z + 2 * t * (v**2).sum(axis=1)).max(axis=1)
+            z = np.where(problem.visible(), z, -np.inf)
+            assert np.all(z.max(axis=1) <= highest(known, t) + rounding)
+            assert np.all(highest(known, t) <= highest(ball, t) * (1 + 1e-9) + 1e-9 * known.near)
+    # One value far outside widens the ball of all, and only itself otherwise.
+    v = v.copy()
+    v[0] *= 10.0
+    known = know(sa.AttentionProblem(problem.q, problem.k, v, **options), np.zeros((80, 3)))
+    assert known.rest.max() < 0.5 * known.radius.max()
+    assert highest(known, 0.0).mean() < 0.95 * highest(ball_only(known), 0.0).mean()
+
+
 def test_small_candidates_keep_their_digits() -> None:
     problem = some()
     known = know(problem, dense(problem))
@@ -541,8 +576,11 @@ def test_small_candidates_keep_their_digits() -> None:
 def test_bounds_are_convex_and_concave_in_the_candidate() -> None:
     problem = some(30, 12)
     for output in outputs_of(problem).values():
-        known = know(problem, output)
+        known, ball = know(problem, output), ball_only(know(problem, output))
         for a, b in itertools.pairwise(np.exp2(np.arange(-8.0, 8.0, 0.5))):
+            if a >= 1:  # far values count below only; a chord from there is a bound all the more
+                assert np.all(highest(known, a) <= highest(ball, a) * (1 + 1e-9) + 1e-12)
+                known = ball
             middle, share = 0.3 * a + 0.7 * b, 0.7
             top = highest(known, a) + share * (highest(known, b) - highest(known, a))
             bottom = lowest(known, a) + share * (lowest(known, b) - lowest(known, a))
@@ -870,7 +908,7 @@ def test_widths_on_bundled_heads_are_those_of_the_notes() -> None:
         problem = real()[h]
         exact = dense(problem)
         of = Case.of(problem, exact)
-        spread = ((of.known.distance + of.known.radius) ** 2).mean()
+        spread = highest(of.known, 0.0).mean()
         ratios.append(spread / (exact**2).sum(axis=1).mean())
         ends.append(of.certify(256, np.random.default_rng(0)).high)
         of = Case.of(problem, uniform(problem, 64))
@@ -1016,7 +1054,7 @@ def test_settings_of_the_caller_change_nothing() -> None:
             for kind in KINDS:
                 made = []
                 for setting in ("ignore", "raise"):
-                    with np.errstate(all=setting):  # type: ignore[call-overload]  # a literal
+                    with np.errstate(all=setting):
                         made.append(sa.certify(problem, output, rows=12, kind=kind))
                 assert made[0] == made[1]
 

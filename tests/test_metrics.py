@@ -608,7 +608,7 @@ def test_settings_of_the_caller_change_nothing(path: str) -> None:
     results = []
     for setting in ("warn", "raise"):
         problem = peaked()  # exact quantities are computed under each setting
-        with np.errstate(all=setting), warnings.catch_warnings():  # type: ignore[call-overload]  # one of its literals
+        with np.errstate(all=setting), warnings.catch_warnings():
             warnings.simplefilter("error")
             ahat = sa.UniformColumns(rank=8).approximate(problem, rng=0)
             results.append(

@@ -406,7 +406,7 @@ def test_settings_of_the_caller_change_nothing() -> None:
     for call in calls:
         made = []
         for setting in ("ignore", "raise"):
-            with np.errstate(all=setting):  # type: ignore[call-overload]  # one of its literals
+            with np.errstate(all=setting):
                 made.append(call())
         first, second = (x if isinstance(x, tuple) else (x,) for x in made)
         assert all(map(np.array_equal, first, second))

@@ -502,7 +502,7 @@ def test_settings_of_the_caller_change_nothing() -> None:
     ahat = sa.Combiner(block=8).approximate(problem)
     made = []
     for setting in ("ignore", "raise"):
-        with np.errstate(all=setting):  # type: ignore[call-overload]  # one of its literals
+        with np.errstate(all=setting):
             made.append(
                 (
                     certify_rows(ahat),

@@ -28,6 +28,7 @@ from ..base.draws import Rng, as_generator
 from ..base.floating import without_floating_errors
 from ..problem import AttentionProblem
 from .intervals import (
+    FAR,
     SLACK,
     Known,
     Sample,
@@ -173,7 +174,7 @@ def _around(x: Array, centre: Array, factor: float) -> tuple[Array, Array, Array
     square, near, along = np.empty((3, len(x)))
     for start in range(0, len(x), ROW_TILE):  # in cache, and no copy of the whole
         part = slice(start, start + ROW_TILE)
-        block = x[part].astype(np.float64)
+        block = x[part].astype(np.float64, order="C")  # sums in one order
         block *= factor
         square[part] = _squares(block)
         block -= centre
@@ -184,28 +185,42 @@ def _around(x: Array, centre: Array, factor: float) -> tuple[Array, Array, Array
 
 def know(problem: AttentionProblem, output: Array, factor: float = 1.0) -> Known:
     """Return what is known of every row of ``output`` (n_q, d_v), which is finite."""
+    from ..kernels._threads import blas_single_thread
+
     counts = problem.visible_counts()
     values = problem.values if problem.key_mask is None else problem.values[problem.kept_keys]
     values = values[: counts.max()]  # keys that some row sees
     centre = (values if factor == 1.0 else factor * values).mean(axis=0, dtype=np.float64)
     size = math.sqrt(float(centre @ centre))
     # Row i sees the first counts_i of the keys that are kept.
-    radius = np.maximum.accumulate(np.sqrt(_around(values, centre, factor)[1]))
+    away = np.sqrt(_around(values, centre, factor)[1])
+    radius = np.maximum.accumulate(away)
+    far = np.sort(np.argsort(-away, kind="stable")[: min(FAR, len(away) // 2)])
+    away[far] = 0.0
+    rest = np.maximum.accumulate(away)
+    outer = factor * values[far].astype(np.float64)
     square, near, along = _around(output, centre, factor)
     seen = counts > 0
     # Even attention to random values has |o_i|^2 near their mean square over their number.
     spread = float(_around(values, np.zeros(len(centre)), factor)[0].mean()) / counts[seen]
-    radius = radius[counts[seen] - 1]
+    radius, rest = radius[counts[seen] - 1], rest[counts[seen] - 1]
+    rows = np.flatnonzero(seen)
+    with blas_single_thread():  # the same bits for any number of threads
+        dots = factor * output[rows].astype(np.float64, order="C") @ outer.T
+    dots[far >= counts[rows][:, None]] = np.inf
     return Known(
         output=output,
         factor=factor,
-        rows=np.flatnonzero(seen),
+        rows=rows,
         square=square[seen],
         guess=np.maximum(square[seen], spread),
         distance=np.sqrt(near[seen]),
         near=near[seen],
         along=along[seen],
         radius=radius + SLACK * (radius + size),
+        rest=rest + SLACK * (radius + size),
+        dots=dots,
+        far=_squares(outer),
         centre=size,
         fixed=float(square[~seen].sum()),
     )
@@ -236,7 +251,7 @@ def certify_known(
         raise ValueError(
             f"logits must be finite in float64, got an overflow in row {row}; scale q and k down"
         )
-    ohat = known.factor * known.output[index].astype(np.float64)
+    ohat = known.factor * known.output[index].astype(np.float64, order="C")
     x, y = _squares(ohat - o), _squares(o)
     sample = Sample(position, leverage, inclusion, x, y)
     t = point_estimate(known, sample)
@@ -334,10 +349,11 @@ def certify(
     of the values allows: a share ``log(2 / (1 - confidence)) / n`` of the N rows may be wholly
     wrong, and a sample of n exact ones show nothing of it.  Without any error the upper end is
     therefore of the size ``sqrt(s)``, ``s = log(2 / (1 - confidence)) b N / (n |O|_F^2)``, with b
-    the mean of ``(|ohat_i - c| + R_i)^2``: with 256 of the 512 rows of the bundled heads it is
-    0.3 to 0.8, within a factor of 1.7 of this rule.  It excludes gross errors; that errors are of
-    the size of rounding everywhere cannot be certified from some of the rows.  The lower end has
-    no such term.  Ends are rounded outwards to the lattice ``2^(j/64)``, by 1.1 % at most.
+    the mean of the most that ``|ohat_i - o_i|^2`` can be in the hull: with 256 of the 512 rows of
+    the bundled heads it is 0.3 to 0.8, within a factor of 1.7 of this rule.  It excludes gross
+    errors; that errors are of the size of rounding everywhere cannot be certified from some of the
+    rows.  The lower end has no such term.  Ends are rounded outwards to the lattice ``2^(j/64)``,
+    by 1.1 % at most.
 
     **Where the approximate interval fails.**  It takes the rows that were seen for typical, and
     is wider where they differ much among themselves.  If the error sits on few rows among others

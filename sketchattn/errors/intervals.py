@@ -12,7 +12,9 @@ largest distance of a visible value from it.  For a candidate t put ``z_i(t) = x
     z_i(t) = |ohat_i - c|^2 - t |c|^2 + 2 e . (kappa c - ohat_i) + kappa |e|^2,
 
 whose extremes over the ball are ``l_i(t) <= z_i(t) <= u_i(t)`` in closed form (``lowest``,
-``highest``).  For t < 1 the lower one is at least ``-t/(1-t) |ohat_i|^2``, with no hull at all.
+``highest``).  For t <= 1 z_i is convex in o_i, and at most the larger of its values at the farthest
+few values and of its maximum over the ball of the others: a few outliers do not widen the ball of
+all.  For t < 1 the lower one is at least ``-t/(1-t) |ohat_i|^2``, with no hull at all.
 
 **The sample of the finite-sample interval.**  Row after row is drawn without replacement, each
 time with probabilities proportional to weights w among the rows that are left.  Let ``f_i >= 0``
@@ -84,6 +86,7 @@ CELL = 16
 # Share of the error probability that is spent on the octaves, which only narrow the search.
 COARSE = 1 / 16
 OCTAVES = 4  # that are tested at once
+FAR = 32  # values that are taken as they are where all of them are bounded
 # Entries of the arrays (candidates, rows) that are handled at once.
 BLOCK_ENTRIES = 1 << 14
 # Largest factor of a bet that is put at stake: a row at the very end of its range costs the
@@ -105,8 +108,10 @@ class Known(NamedTuple):
     ``output`` (n_q, d_v): as handed in; ``factor``: the power of two that it, values and exact
     rows are multiplied by; ``rows``: those that see a key; ``square``: ``|ohat_i|^2``; ``guess``:
     of ``|o_i|^2``, for weights only; ``distance``: ``|ohat_i - c|``; ``near``: its square;
-    ``along``: ``c . (ohat_i - c)``; ``radius``: ``R_i``; ``centre``: ``|c|``; ``fixed``: the sum
-    of ``|ohat_i|^2`` over the rows that see no key.
+    ``along``: ``c . (ohat_i - c)``; ``radius``: ``R_i``; ``rest``: the same
+    without the F values that are farthest from c, ``far`` (F,): their ``|v_j|^2``; ``dots`` (m, F):
+    ``ohat_i . v_j``, infinite where row i does not see key j; ``centre``: ``|c|``; ``fixed``: the
+    sum of ``|ohat_i|^2`` over the rows that see no key.
     """
 
     output: Array
@@ -118,6 +123,9 @@ class Known(NamedTuple):
     near: Array
     along: Array
     radius: Array
+    rest: Array
+    dots: Array
+    far: Array
     centre: float
     fixed: float
 
@@ -132,17 +140,23 @@ def _reach(known: Known, t: float) -> tuple[Array, Array]:
 
 
 def highest(known: Known, t: float) -> Array:
-    """Return ``u_i(t) = max z_i(t)`` over the ball, (m,).
+    """Return ``u_i(t) >= max z_i(t)`` over the hull, (m,).
 
-    ``e`` of length r along ``kappa c - ohat_i``, at distance alpha, gives
-    ``|ohat_i - c|^2 - t |c|^2 + 2 alpha r + kappa r^2``, ``0 <= r <= R_i``.
+    In a ball ``e`` of length r along ``kappa c - ohat_i``, at distance alpha, gives
+    ``|ohat_i - c|^2 - t |c|^2 + 2 alpha r + kappa r^2``, ``0 <= r <= R_i``; at a value it is
+    ``|ohat_i|^2 - 2 ohat_i . v_j + kappa |v_j|^2``.
     """
     kappa = 1.0 - t
     alpha, _ = _reach(known, t)
-    r = known.radius if kappa >= 0 else np.minimum(known.radius, alpha / -kappa)
+    r = known.rest if kappa >= 0 else np.minimum(known.radius, alpha / -kappa)
     bend = r * (2 * alpha + kappa * r)
     u: Array = (1 + SLACK) * (known.near + bend) - (1 - SLACK) * t * known.centre**2
-    return u
+    if kappa < 0 or not len(known.far):
+        return u
+    vertex = known.square + (kappa * known.far - 2 * known.dots).max(axis=1)
+    # |ohat . v| is at most half of the sum of squares.
+    slack = 2 * SLACK * (known.square + known.far.max())
+    return np.asarray(np.maximum(u, vertex + slack))
 
 
 def lowest(known: Known, t: float) -> Array:
@@ -260,10 +274,7 @@ def _run_length(true: Array) -> int:
 
 def _error_range(known: Known) -> tuple[Array, Array]:
     """Return ``a_i <= x_i <= b_i``, both (m,)."""
-    return (
-        np.maximum(known.distance - known.radius, 0.0) ** 2,
-        (known.distance + known.radius) ** 2,
-    )
+    return np.maximum(known.distance - known.radius, 0.0) ** 2, highest(known, 0.0)
 
 
 def _certain(known: Known, sample: Sample) -> tuple[float, float]:
