@@ -367,8 +367,9 @@ def _lattice(t: float, up: bool) -> int:
 def _rejected(known: Known, sample: Sample, delta: float, upper: bool, points: Array) -> Array:
     """Say which lattice points (T,), in order, are rejected: ``theta >= 2^(j/64)`` or ``<=``.
 
-    u_i is convex in t and l_i concave, as extremes of functions that are linear in t: between
-    two candidates at which all rows are bounded, the chord is a bound as well.
+    The largest z_i over the hull is convex in t and the smallest concave, as extremes of functions
+    that are linear in t: between two candidates at which all rows are bounded, the chord is a
+    bound as well.
     """
     bound, sign = (highest, 1.0) if upper else (lowest, -1.0)
     nodes = np.unique([points // CELL, -(-points // CELL)])
