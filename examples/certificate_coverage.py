@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Iterator
 from statistics import median
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.errors.certificates import KINDS, certify_known, exact_rows, know
 
 
-def outputs(problem: sa.AttentionProblem, rank: int):  # type: ignore[no-untyped-def]
+def outputs(problem: sa.AttentionProblem, rank: int) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the name and the output of every method that can do this head."""
     for name, method in sa.methods().items():
-        options = {"rank": rank} if "rank" in inspect.signature(method).parameters else {}
+        options: dict[str, Any] = (
+            {"rank": rank} if "rank" in inspect.signature(method).parameters else {}
+        )
         made = method(**options)
         if name != "exact" and (made.traits.causal or not problem.causal):
             yield name, np.asarray(made.attend(problem, rng=0), np.float64)
