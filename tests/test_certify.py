@@ -17,12 +17,23 @@ import numpy as np
 import pytest
 from naive import naive_attention
 from numpy.typing import NDArray
-from scipy.stats import beta, binom, norm
+from scipy.stats import beta, binom, hypergeom, norm
 
 import sketchattn as sa
 from sketchattn.errors import certificates, intervals
 from sketchattn.errors.certificates import KINDS, certify_known, exact_rows, know
-from sketchattn.errors.intervals import Known, Sample, draw, highest, lowest, rejects, weigh
+from sketchattn.errors.intervals import (
+    Known,
+    Sample,
+    approximate,
+    draw,
+    draw_heavy,
+    highest,
+    lowest,
+    rejects,
+    weigh,
+    weigh_squares,
+)
 from sketchattn.kernels._threads import limit_threads
 
 Array = NDArray[Any]
@@ -111,6 +122,39 @@ def wrong_on(problem: sa.AttentionProblem, rows: int, factor: float = 1.0, seed:
     return output
 
 
+def among_small_errors(problem: sa.AttentionProblem, rows: int) -> Array:
+    """Return an output that is nearly exact except on some rows, where it is wholly wrong."""
+    output = wrong_on(problem, rows)
+    return output + 1e-6 * np.random.default_rng(1).standard_normal(output.shape)
+
+
+def causal(head: int) -> sa.AttentionProblem:
+    q, k, v = real()[head]
+    return sa.AttentionProblem(q, k, v, causal=True)
+
+
+def gaussian_causal(n: int = 512) -> sa.AttentionProblem:
+    """Return a head whose first rows carry most of the norm of O."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, n, 32))
+    return sa.AttentionProblem(q, k, v, causal=True)
+
+
+def even_noise(problem: sa.AttentionProblem) -> Array:
+    exact = dense(problem)
+    noise = np.random.default_rng(2).standard_normal(exact.shape)
+    return exact + 0.1 * math.sqrt((exact**2).mean()) * noise
+
+
+def made_by(method: Any, problem: sa.AttentionProblem) -> Array:
+    output: Array = method.attend(problem, rng=0).astype(np.float64)
+    return output
+
+
+def ball_only(known: Known) -> Known:
+    """Return what is known without far values."""
+    return known._replace(rest=known.radius, dots=known.dots[:, :0], far=known.far[:0])
+
+
 @cache
 def real() -> sa.Heads:
     return sa.load_heads("minilm")
@@ -187,21 +231,135 @@ def test_finite_sample_interval_covers_for_any_rows_level_1e_6(
 def test_approximate_interval_covers_where_errors_are_spread_level_1e_6(
     global_random_seed: int,
 ) -> None:
-    # It is asymptotic: on real heads it is held to 0.88, not to the 0.95 asked for.
+    # It is asymptotic: on real heads it is held to 0.93, not to the 0.95 asked for.
     for h in (3, 5, 6, 8):
         of = Case.of(real()[h], uniform(real()[h], 64))
         missed = sum(misses(of, 128, global_random_seed, kind="approximate"))
-        assert not refuted(missed, 0.12)
+        assert not refuted(missed, 0.07)
+
+
+UNEVEN: dict[str, Callable[[], Case]] = {
+    "few rows carry O": lambda: Case.of(gaussian_causal(), even_noise(gaussian_causal())),
+    "few rows of the output are large": lambda: Case.of(
+        real()[6], made_by(sa.JL(rank=32), real()[6])
+    ),
+    "combiner, causal": lambda: Case.of(causal(9), made_by(sa.Combiner(rank=64), causal(9))),
+    "uniform, causal": lambda: Case.of(causal(3), uniform(causal(3), 64)),
+    "few rows carry O, unknown to the output": lambda: Case.of(
+        gaussian_causal(), uniform(gaussian_causal(), 32)
+    ),
+    "rounding": lambda: Case.of(real()[6], real()[6].output.astype(np.float64)),
+}
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("name", ["one row", "one row, causal and masked"])
-def test_approximate_interval_fails_on_one_row_level_1e_6(
+@pytest.mark.parametrize("name", UNEVEN)
+def test_approximate_interval_covers_where_rows_differ_level_1e_6(
+    name: str, global_random_seed: int
+) -> None:
+    missed = sum(misses(UNEVEN[name](), 48, global_random_seed, kind="approximate"))
+    assert not refuted(missed, 0.07)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("name", ["one row", "5 rows", "one row, causal and masked"])
+def test_a_sample_without_errors_leaves_the_upper_end_to_the_hull_level_1e_6(
     name: str, global_random_seed: int
 ) -> None:
     missed = sum(misses(case(name), 48, global_random_seed, kind="approximate"))
+    assert not refuted(missed, 0.05)
+
+
+@pytest.mark.statistical
+def test_approximate_interval_fails_on_one_row_among_small_errors_level_1e_6(
+    global_random_seed: int,
+) -> None:
+    of = Case.of(real()[3], among_small_errors(real()[3], 1))
+    missed = sum(misses(of, 48, global_random_seed, kind="approximate"))
     assert refuted(missed, 0.05)
     assert missed > REPEATS / 2
+    assert not refuted(sum(misses(of, 48, global_random_seed)), 0.05)
+
+
+def two_valued(n: int, rows: int, plus: int, change: float = 1e-4) -> tuple[Known, Sample]:
+    """Return n rows of |o|^2 = 1 whose errors are 1 +- change, half of them each, and a sample.
+
+    The sample has ``plus`` rows of the larger error, all equally likely to be drawn.
+    """
+    output = np.zeros((n, 1))
+    ones = np.ones(n)
+    known = Known(
+        output=output,
+        factor=1.0,
+        rows=np.arange(n),
+        square=ones,
+        guess=ones,
+        distance=1e3 * ones,
+        near=1e6 * ones,
+        along=0 * ones,
+        radius=1e3 * ones,
+        rest=1e3 * ones,
+        dots=np.empty((n, 0)),
+        far=np.empty(0),
+        centre=0.0,
+        fixed=0.0,
+    )
+    x = np.where(np.arange(rows) < plus, 1 + change, 1 - change)
+    inclusion = np.full(rows, rows / n)
+    return known, Sample(np.arange(rows), np.ones(rows), inclusion, x, np.ones(rows))
+
+
+def test_approximate_interval_is_neither_narrower_nor_wider_than_it_says() -> None:
+    # Errors of two sizes close to each other: no skewness, no heavy rows, and the number of large
+    # ones in the sample is hypergeometric, so that the coverage is a sum and no estimate.  A
+    # thousand rows resolve it to half a percent; an interval a tenth narrower has less than 0.94.
+    n, rows = 20000, 1000
+    law = hypergeom(n, n // 2, rows)
+    for confidence, narrower in ((0.95, 0.945), (0.8, 0.78)):
+        covered = 0.0
+        shrunk = 0.0
+        for plus in range(rows + 1):
+            p = float(law.pmf(plus))
+            if p < 1e-9:
+                continue
+            known, sample = two_valued(n, rows, plus)
+            low, high = approximate(known, sample, confidence)
+            middle, half = 0.5 * (low + high), 0.5 * (high - low)
+            covered += p * (low <= 1.0 <= high)
+            shrunk += p * (abs(1.0 - middle) <= 0.9 * half)
+        assert confidence <= covered + 0.005
+        assert covered <= confidence + 0.025
+        assert shrunk < narrower
+
+
+def wrong_share(share: float, n: int = 20) -> Case:
+    """Return a case of n equal rows, a share of them off by the same small error."""
+    values = np.array([[1.0, 5.0], [1.0, -5.0]])  # the hull is no help
+    problem = sa.AttentionProblem(np.zeros((n, 2)), np.zeros((2, 2)), values)
+    output = dense(problem)
+    output[: round(share * n), 0] += 1e-2
+    return Case.of(problem, output)
+
+
+@pytest.mark.parametrize(("share", "missed"), [(0.2, True), (0.3, False), (0.4, False)])
+def test_each_end_of_the_finite_sample_interval_has_half_of_the_promise(
+    share: float, missed: bool
+) -> None:
+    # One row is drawn: Ville's inequality is Markov's, which is sharp for two values.  If a share s
+    # of the rows is wrong, a wrong one refutes the true error at levels of at least s, about, and
+    # is drawn with probability s.  At confidence 1/2 each end may fail with probability 1/4: for
+    # s = 0.2 it may, and does; for 0.3 and 0.4 it must not, and would if it had the level of both.
+    of = wrong_share(share)
+    weights = weigh(of.known)
+    failed: dict[int, bool] = {}
+    for seed in range(400):
+        drawn = int(draw(of.known, 1, np.random.default_rng(seed))[0][0])
+        certificate = of.certify(1, np.random.default_rng(seed), confidence=0.5)
+        failed[drawn] = certificate.low > of.theta
+    assert sorted(failed) == list(range(20))  # all samples there are
+    probability = float(weights[[i for i, x in failed.items() if x]].sum() / weights.sum())
+    assert probability <= 0.25
+    assert (probability > 0.15) == missed
 
 
 @pytest.mark.statistical
@@ -217,7 +375,9 @@ def test_low_confidence_fails_the_check_of_a_high_one_level_1e_6(global_random_s
 @pytest.mark.parametrize("name", ["one row", "5 rows"])
 def test_a_hull_that_is_too_small_is_found_level_1e_6(name: str, global_random_seed: int) -> None:
     of = case(name)
-    small = dataclasses.replace(of, known=of.known._replace(radius=0.1 * of.known.radius))
+    radius = 0.1 * of.known.radius
+    shrunk = ball_only(of.known._replace(radius=radius))
+    small = dataclasses.replace(of, known=shrunk)
     assert refuted(sum(misses(small, 48, global_random_seed)), 0.05)
 
 
@@ -381,6 +541,31 @@ def test_bounds_are_attained_on_the_ball(t: float) -> None:
             assert np.all(lowest(known, t) >= np.minimum(z.min(axis=0), anywhere) - near), name
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_far_values_count_as_they_are(options: dict[str, Any]) -> None:
+    # More keys than are far: the ball is that of the others, and the bound is no longer the ball's.
+    problem = some(80, 80, **options)
+    v = problem.values
+    for output in outputs_of(problem).values():
+        known = know(problem, output)
+        assert np.all(known.rest <= known.radius)
+        assert known.dots.shape == (80, len(known.far))
+        assert len(known.far) < 80
+        ball = ball_only(known)
+        for t in (0.0, 1e-4, 0.5, 1.0, 1.5):
+            z = ((output[:, None] - v) ** 2).sum(axis=2) - t * (v**2).sum(axis=1)
+            rounding = 8 * W * (z + 2 * t * (v**2).sum(axis=1)).max(axis=1)
+            z = np.where(problem.visible(), z, -np.inf)
+            assert np.all(z.max(axis=1) <= highest(known, t) + rounding)
+            assert np.all(highest(known, t) <= highest(ball, t) * (1 + 1e-9) + 1e-9 * known.near)
+    # One value far outside widens the ball of all, and only itself otherwise.
+    v = v.copy()
+    v[0] *= 10.0
+    known = know(sa.AttentionProblem(problem.q, problem.k, v, **options), np.zeros((80, 3)))
+    assert known.rest.max() < 0.5 * known.radius.max()
+    assert highest(known, 0.0).mean() < 0.95 * highest(ball_only(known), 0.0).mean()
+
+
 def test_small_candidates_keep_their_digits() -> None:
     problem = some()
     known = know(problem, dense(problem))
@@ -391,8 +576,11 @@ def test_small_candidates_keep_their_digits() -> None:
 def test_bounds_are_convex_and_concave_in_the_candidate() -> None:
     problem = some(30, 12)
     for output in outputs_of(problem).values():
-        known = know(problem, output)
+        known, ball = know(problem, output), ball_only(know(problem, output))
         for a, b in itertools.pairwise(np.exp2(np.arange(-8.0, 8.0, 0.5))):
+            if a >= 1:  # far values count below only; a chord from there is a bound all the more
+                assert np.all(highest(known, a) <= highest(ball, a) * (1 + 1e-9) + 1e-12)
+                known = ball
             middle, share = 0.3 * a + 0.7 * b, 0.7
             top = highest(known, a) + share * (highest(known, b) - highest(known, a))
             bottom = lowest(known, a) + share * (lowest(known, b) - lowest(known, a))
@@ -477,6 +665,62 @@ def test_inclusion_makes_sums_unbiased_level_1e_6(global_random_seed: int) -> No
     error = float(sums.std(ddof=1)) / math.sqrt(len(sums))
     assert abs(sums.mean() - x.sum()) < norm.isf(LEVEL / 2) * error
     assert error < 0.01 * x.sum()  # a bias of five percent would be found
+
+
+def test_heavy_rows_are_certain() -> None:
+    problem = some(60, 60)
+    output = dense(problem)
+    output[[7, 11]] *= 30.0
+    known = know(problem, output)
+    weights = weigh_squares(known)
+    assert set(np.argsort(-weights)[:2]) == {7, 11}
+    for seed in range(20):
+        position, leverage, inclusion = draw_heavy(known, 12, np.random.default_rng(seed))
+        assert len(np.unique(position)) == 12
+        sure = leverage == 0.0
+        assert {7, 11} <= set(position[sure])
+        assert 2 <= sure.sum() <= 6
+        assert np.all(inclusion[sure] == 1.0)
+        assert np.all((inclusion[~sure] > 0) & (inclusion[~sure] < 1))
+        # The rest is the law of successive draws among the rest.
+        left = np.delete(weights, position[sure]).sum()
+        for i, value in zip(position[~sure], leverage[~sure], strict=True):
+            assert value == pytest.approx(left / weights[i], rel=1e-12)
+            left -= weights[i]
+
+
+def test_rows_that_see_few_keys_are_likely_even_where_the_output_is_zero() -> None:
+    problem = gaussian_causal()
+    weights = weigh_squares(know(problem, np.zeros((512, 32))))
+    assert np.all(np.diff(weights[:8]) < 0)
+    assert weights[0] > 8 * np.median(weights)
+
+
+def test_rows_of_equal_weight_are_all_drawn() -> None:
+    problem = some()
+    same = np.broadcast_to(problem.values.mean(axis=0), (40, 3))
+    _, leverage, inclusion = draw_heavy(know(problem, same), 10, np.random.default_rng(0))
+    assert np.all(leverage > 0)
+    assert np.all(inclusion < 1)
+
+
+def test_certain_rows_are_never_bet_on() -> None:
+    # All samples of one certain row and two draws out of five, in every order: a total that is
+    # true is rejected with a probability that can be summed.
+    for f in (np.array([3.0, 0, 0, 0, 9.0]), np.array([1.0, 5, 0, 2, 1]), np.ones(5)):
+        for weights in (np.ones(5), np.array([9.0, 1, 2, 3, 0.5])):
+            for delta in (0.05, 0.2, 0.5):
+                failed = 0.0
+                for i, j in itertools.permutations(range(1, 5), 2):
+                    left = weights[1:].sum()
+                    p = weights[i] / left * weights[j] / (left - weights[i])
+                    leverage = np.array([0.0, left / weights[i], (left - weights[i]) / weights[j]])
+                    total = np.array([f.sum() * (1 + 1e-12)])
+                    failed += p * rejects(f[[0, i, j]][None], leverage, total, delta)[0]
+                assert failed <= delta
+    # The certain row counts: what it has is gone from the total.
+    assert rejects(np.array([[3.0, 1.0]]), np.array([0.0, 1.0]), np.array([3.5]), 0.1)[0]
+    assert not rejects(np.array([[3.0, 1.0]]), np.array([0.0, 1.0]), np.array([4.5]), 0.1)[0]
 
 
 # --- exact rows ---------------------------------------------------------------------------------
@@ -664,7 +908,7 @@ def test_widths_on_bundled_heads_are_those_of_the_notes() -> None:
         problem = real()[h]
         exact = dense(problem)
         of = Case.of(problem, exact)
-        spread = ((of.known.distance + of.known.radius) ** 2).mean()
+        spread = highest(of.known, 0.0).mean()
         ratios.append(spread / (exact**2).sum(axis=1).mean())
         ends.append(of.certify(256, np.random.default_rng(0)).high)
         of = Case.of(problem, uniform(problem, 64))
@@ -689,13 +933,25 @@ def test_more_rows_are_tighter() -> None:
         assert widths[0] > widths[1] > widths[2]
 
 
-def test_approximate_is_tighter_and_of_the_same_sample() -> None:
+def test_approximate_is_tighter() -> None:
     of = case("uniform")
     for seed in range(5):
         wide = of.certify(128, np.random.default_rng(seed))
         tight = of.certify(128, np.random.default_rng(seed), "approximate")
-        assert wide.estimate == tight.estimate
         assert tight.high - tight.low < 0.5 * (wide.high - wide.low)
+        assert tight.width < wide.width
+
+
+def test_text_and_width_of_a_certificate() -> None:
+    made = sa.ErrorCertificate(0.12, 0.1, 0.15, 256, 0.95, "finite-sample")
+    assert made.width == pytest.approx(1.5)
+    assert str(made) == (
+        "error 0.12 in [0.1, 0.15], width 1.5x, at confidence 0.95 from 256 rows (finite-sample)"
+    )
+    assert dataclasses.replace(made, low=0.0).width == math.inf
+    assert dataclasses.replace(made, low=0.1, high=0.1).width == 1.0
+    assert dataclasses.replace(made, low=0.0, high=0.0).width == 1.0
+    assert "width" not in made.as_dict()
 
 
 def test_equal_relative_error_is_its_own_interval() -> None:
@@ -785,6 +1041,22 @@ def test_gross_outputs(factor: float) -> None:
     certificate = sa.certify(problem, output, rows=20)
     assert certificate.low <= theta <= certificate.high < 10 * theta
     assert certificate.low > 0.1 * theta
+
+
+def test_settings_of_the_caller_change_nothing() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 60, 4))
+    for factor in (1.0, 1e-200, 1e150):
+        problem = sa.AttentionProblem(
+            60 * q, k, factor * v, causal=True, key_mask=np.arange(60) >= 3
+        )
+        for output in (0 * v, factor * v, dense(problem)):
+            for kind in KINDS:
+                made = []
+                for setting in ("ignore", "raise"):
+                    with np.errstate(all=setting):
+                        made.append(sa.certify(problem, output, rows=12, kind=kind))
+                assert made[0] == made[1]
 
 
 def test_same_rng_same_bits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -513,3 +514,107 @@ def test_outputs_are_checked() -> None:
     for given, arguments, kind, message in calls:
         with pytest.raises(kind, match=message):
             sa.error_report(given, **arguments)
+
+
+# --- extreme logits, and floating-point settings of the caller ----------------------------------
+
+
+def extreme(
+    size: float, dtype: Any, options: dict[str, Any], level: bool = False
+) -> tuple[sa.AttentionProblem, Array]:
+    """Return a problem whose logits are integers times a power of two, and its exact matrix.
+
+    Weights of distinct logits differ by a factor of ``exp(-size)``, which is zero: each row is even
+    over the visible keys of its largest logit.
+    """
+    rng = np.random.default_rng(0)
+    n_q, n_k = 24, 19 if options.get("causal") == "bottom-right" else 24
+    q, k = rng.integers(-3, 4, (n_q, 1)).astype(float), rng.integers(-3, 4, (n_k, 1)).astype(float)
+    if level:
+        q[:], k[:] = 1.0, 1.0
+    logits = (np.sign(size) * q) @ k.T
+    k *= size
+    if "key_mask" in options:
+        k[~options["key_mask"]] = np.nan  # never read
+    v = rng.standard_normal((n_k, 3)).astype(dtype)
+    problem = sa.AttentionProblem(q.astype(dtype), k.astype(dtype), v, scale=1.0, **options)
+    logits[~problem.visible()] = -np.inf
+    best = (logits == logits.max(axis=1, keepdims=True)) & problem.visible()
+    return problem, best / np.maximum(best.sum(axis=1, keepdims=True), 1)
+
+
+EXTREME: list[dict[str, Any]] = [
+    {},
+    {"causal": True},
+    {"causal": True, "key_mask": np.arange(24) >= 6},
+    {"key_mask": np.arange(24) % 3 == 1},
+    {"causal": "bottom-right"},
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [2.0**13, 2.0**27, 2.0**100])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("level", [False, True])
+def test_exact_side_certificate_and_report_agree_on_extreme_logits(
+    dtype: Any, size: float, sign: float, level: bool
+) -> None:
+    u = float(np.finfo(dtype).eps)
+    # Streams compare exp(L - logsumexp), whose exponent is off by its rounding, up to a limit.
+    rounding = 64 * u + 8 * 2.0**-52 * min(9 * size, metrics.LARGEST_LSE)
+    for options in EXTREME:
+        problem, a = extreme(sign * size, dtype, options, level)
+        exact = a @ problem.values.astype(np.float64)
+        # Means of at most 24 numbers.
+        assert np.all(np.abs(problem.output - exact) <= 32 * u * np.abs(problem.values).max())
+        assert np.array_equal(np.isneginf(problem.logsumexp), a.sum(axis=1) == 0)
+        wrong = (exact + 0.5).astype(dtype)
+        theta = float(np.linalg.norm(wrong - exact) / np.linalg.norm(exact))
+        certificate = sa.certify(problem, wrong)
+        assert certificate.kind == "exact"
+        assert certificate.estimate == pytest.approx(theta, rel=1e-12)
+        sampled = sa.certify(problem, wrong, rows=8)
+        assert sampled.low <= theta <= sampled.high
+        even = np.full(a.shape, 1.0 / a.shape[1])
+        visible = a.sum(axis=1) > 0
+        tv = 0.5 * np.abs(even - a).sum(axis=1)[visible]
+        for path in ("dense", "streaming"):
+            made = sa.error_report(problem, output=wrong, path=path, spectral=False)
+            assert made.output_fro_rel == pytest.approx(theta, rel=1e-6)
+            assert made.output_fro_amm == pytest.approx(
+                theta
+                * np.linalg.norm(exact)
+                / (np.linalg.norm(a) * np.linalg.norm(problem.values[problem.kept_keys])),
+                rel=1e-5,
+            )
+            made = sa.error_report(problem, problem.exact, path=path, spectral=False)
+            assert max(made.output_fro_rel, made.matrix_fro_rel, made.row_tv_max) < rounding
+            made = sa.error_report(problem, even, path=path, spectral=False)
+            assert made.row_tv_mean == pytest.approx(tv.mean(), rel=1e-6)
+            assert made.matrix_fro_rel == pytest.approx(
+                np.linalg.norm(even - a) / np.linalg.norm(a), rel=1e-6
+            )
+
+
+def peaked() -> sa.AttentionProblem:
+    """Return a causal head with rows that see nothing and weights that underflow."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 40, 4))
+    return sa.AttentionProblem(60 * q, k, v, causal=True, key_mask=np.arange(40) >= 3)
+
+
+@pytest.mark.parametrize("path", ["dense", "streaming"])
+def test_settings_of_the_caller_change_nothing(path: str) -> None:
+    results = []
+    for setting in ("warn", "raise"):
+        problem = peaked()  # exact quantities are computed under each setting
+        with np.errstate(all=setting), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ahat = sa.UniformColumns(rank=8).approximate(problem, rng=0)
+            results.append(
+                [
+                    sa.error_report(problem, ahat, path=path),
+                    sa.error_report(problem, output=np.zeros((40, 4)), path=path),
+                ]
+            )
+    assert str(results[0]) == str(results[1])

@@ -385,3 +385,28 @@ def test_empty_problems() -> None:
 def test_it_is_reached_from_the_package() -> None:
     assert sa.perturbation.tv_bound is tv_bound
     assert "perturbation" in dir(sa)
+
+
+def test_settings_of_the_caller_change_nothing() -> None:
+    tiny = 5e-324
+    calls: list[Callable[[], Any]] = [
+        lambda: tv_bound([tiny, 0.0, math.inf]),
+        lambda: kl_bound([tiny, 1e200, math.inf]),
+        lambda: log_ratio_bound([1e308, tiny]),
+        lambda: logit_eta([[math.inf, math.inf], [1e308, -1e308]]),
+        lambda: lipschitz_bound([[1e200, -1e200], [math.inf, 0.0], [1e-200, 0.0]]),
+        lambda: output_bound([tiny, 1.0], [[1e-200, 0.0], [0.0, 1e-200]]),
+        lambda: value_diameter([[1e-200], [-1e-200]]),
+        lambda: compression_eta([[1e-200]], [[1e-200], [0.0]], [[0.0]], [[0.0], [0.0]]),
+        lambda: cluster_eta_apriori([[1e-200]], [[1e-200], [0.0]]),
+        lambda: quantize([[1e-60, 1.0]], "float32"),
+        lambda: quantize([[1e-60, 1.0]], "bfloat16"),
+        lambda: quantization_eta([[1e-200]], [[1e-200], [0.0]], "int8"),
+    ]
+    for call in calls:
+        made = []
+        for setting in ("ignore", "raise"):
+            with np.errstate(all=setting):
+                made.append(call())
+        first, second = (x if isinstance(x, tuple) else (x,) for x in made)
+        assert all(map(np.array_equal, first, second))

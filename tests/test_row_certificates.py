@@ -457,3 +457,60 @@ def test_a_study_draws_the_certificate_over_the_truth() -> None:
     assert not curve.is_about(sa.Combiner("logsparse", rank=3))
     assert not curve.is_about(sa.Combiner(rank=3, reference="zero"))
     assert math.isnan(curve.at(heads[0], 49))
+
+
+def test_gap_of_an_unbounded_range() -> None:
+    # The limit of far upper ends and large variances, and of far lower ends.
+    assert gap_bound(3.0, math.inf, math.inf) == 3.0
+    assert gap_bound(3.0, 1e12) == pytest.approx(3.0, rel=1e-9)
+    assert gap_bound(3.0, math.inf) == 3.0
+    assert gap_bound(math.inf, 1.0, 1.0) == math.inf
+    assert gap_bound(3.0, math.inf, 1.0) == gap_bound(3.0, 1e6, 1.0)
+
+
+# --- extreme logits, and floating-point settings of the caller ----------------------------------
+
+
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e30])
+@pytest.mark.parametrize("causal", [False, True])
+def test_extreme_logits_have_bounds(size: float, causal: bool) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 24, 2))
+    keep = np.arange(24) >= 6
+    for factor in (size, -size):
+        problem = sa.AttentionProblem(factor * q, k, v, causal=causal, key_mask=keep)
+        ahat = sa.Combiner(block=4).approximate(problem)
+        found = certify_rows(ahat)
+        for bound in (found.tv, *found.bounds.values()):
+            assert np.all((bound >= 0) & (bound <= 1))
+        assert not np.isnan(found.kl).any()
+        assert found.output is not None
+        assert np.isfinite(found.output).all()
+        if causal:  # rows that see nothing are exact
+            assert not found.tv[:6].any()
+            assert not found.output[:6].any()
+        if size == 1e4:  # beyond it rounding of the operator itself is of the size of its rows
+            truth = 0.5 * np.abs(ahat.to_dense() - problem.exact.to_dense()).sum(axis=1)
+            # eps times the logits, through the softmax of both sides
+            assert np.all(truth <= found.tv + 64 * 2.0**-52 * size * 24)
+
+
+def test_settings_of_the_caller_change_nothing() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 48, 4))
+    problem = sa.AttentionProblem(100 * q, k, v, causal=True, key_mask=np.arange(48) >= 3)
+    ahat = sa.Combiner(block=8).approximate(problem)
+    made = []
+    for setting in ("ignore", "raise"):
+        with np.errstate(all=setting):
+            made.append(
+                (
+                    certify_rows(ahat),
+                    mass_aware_bound([0.0, 1e-300, 0.5], [0.0, 800.0, 1.0], [800.0, 0.0, np.inf]),
+                    gap_bound([0.0, 1e-200, 800.0], [1.0, 1e-200, np.inf], [1e-300, 1.0, np.inf]),
+                )
+            )
+    (rows, mass, gap), (other, *rest) = made
+    assert np.array_equal(rows.tv, other.tv)
+    assert np.array_equal(rows.kl, other.kl)
+    assert np.array_equal(np.stack([mass, gap]), np.stack(rest))

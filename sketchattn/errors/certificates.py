@@ -1,42 +1,13 @@
 """Certificates: how wrong an output is, whoever made it, from exact rows at a random sample.
 
-The unknown is ``theta = |Ohat - O|_F / |O|_F``.  For a row i that sees a key let
-``x_i = |ohat_i - o_i|^2`` and ``y_i = |o_i|^2``, so that ``theta^2 = sum_i x_i / sum_i y_i``.
-Rows that see no key are known without computing: ``o_i = 0``.
+`certify` computes some rows of O in float64, in code that shares no product with the kernels
+whose output it may be asked to judge, and states an interval for
+``theta = |Ohat - O|_F / |O|_F``.  How rows are drawn, what the interval is and why it holds is the
+text of ``sketchattn.errors.intervals``.
 
-**What is known of a row before it is computed.**  ``o_i`` is a convex combination of visible
-values, hence ``o_i = c + e`` with ``|e| <= R_i``, where c is the mean of the values and R_i the
-largest distance of a visible value from it.  For a candidate t put ``z_i(t) = x_i - t y_i``;
-``sum_i z_i(t)`` is positive exactly for ``t < theta^2``.  With ``kappa = 1 - t``,
-
-    z_i(t) = |ohat_i - c|^2 - t |c|^2 + 2 e . (kappa c - ohat_i) + kappa |e|^2,
-
-whose extremes over the ball are ``l_i(t) <= z_i(t) <= u_i(t)`` in closed form (``lowest``,
-``highest``).  For t < 1 the lower one is at least ``-t/(1-t) |ohat_i|^2``, with no hull at all.
-
-**The sample.**  Row after row is drawn without replacement, each time with probabilities
-proportional to weights w among the rows that are left.  Let ``f_i >= 0`` have an unknown total
-over all rows, and let W_k be the weight left before draw k.  Then ``D_k = W_k f_{i_k} / w_{i_k}``
-has the conditional mean ``sum of f over the rows that are left``.  If the total is at most M,
-this is at most ``mu_k = M - (sum of f seen before)``, and for predictable bets ``0 <= b_k <= 1``
-
-    C_k = prod_{j <= k} (1 - b_j + b_j D_j / mu_j)
-
-is a nonnegative supermartingale that starts at 1.  By Ville's inequality it ever reaches
-``1/delta`` with probability at most delta.  This is the betting test of Waudby-Smith and Ramdas
-(2024, "Estimating means of bounded random variables by betting", section 5) with the weighted
-draws of Shekhar, Xu, Lipton, Liang and Ramdas (2023, "Risk-limiting financial audits via weighted
-sampling without replacement"); it needs one side of the range only.
-
-**The interval.**  ``theta^2 >= t`` means ``sum (u_i - z_i) <= sum u_i``, and ``theta^2 <= t`` means
-``sum (z_i - l_i) <= -sum l_i``: both have the form above with f >= 0.  They are tested on the
-lattice ``theta = 2^(j/64)``, which no data chose, from above: first the octaves ``2^J``, each at
-the level delta/16, until one is not rejected; then all points below the last octave that was, at
-15 delta/16.  The upper end is the last point of this sequence of rejections.  If it lies below
-theta, then a true hypothesis was rejected that no data chose either: that of the largest octave
-below theta if this was reached, else that of the largest lattice point below theta.  The
-probability is at most delta, and no monotonicity is used.  The lower end is the mirror image;
-each has ``delta = (1 - confidence) / 2``.
+What a row sees is decided from its mask alone: a row that sees no key has the output zero,
+whatever the logits of what is hidden.  A row that sees a key has logits that are finite in float64,
+and the largest of them is subtracted first; so +-1e30 are logits like others.
 """
 
 from __future__ import annotations
@@ -54,8 +25,19 @@ from numpy.typing import NDArray
 
 from ..base.arguments import as_array, closest, float_dtype
 from ..base.draws import Rng, as_generator
+from ..base.floating import without_floating_errors
 from ..problem import AttentionProblem
-from .intervals import SLACK, Known, Sample, approximate, draw, finite_sample, point_estimate
+from .intervals import (
+    FAR,
+    SLACK,
+    Known,
+    Sample,
+    approximate,
+    draw,
+    draw_heavy,
+    finite_sample,
+    point_estimate,
+)
 
 Array = NDArray[Any]
 
@@ -70,6 +52,8 @@ LARGEST_OUTPUT = 2.0**200
 @dataclass(frozen=True)
 class ErrorCertificate:
     """Record an interval for ``theta = |Ohat - O|_F / |O|_F``.
+
+    Its text names the interval and its width; ``as_dict`` the fields alone.
 
     Attributes
     ----------
@@ -92,9 +76,33 @@ class ErrorCertificate:
     confidence: float
     kind: str
 
+    @property
+    def width(self) -> float:
+        """How far the interval leaves theta open: ``high / low``.
+
+        1 for a point, infinite where the lower end is zero and the upper one is not.
+        """
+        if self.low == self.high:
+            return 1.0
+        return self.high / self.low if self.low > 0.0 else math.inf
+
     def as_dict(self) -> dict[str, float | int | str]:
         """Return the fields by name, in order."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        """Return the interval in one line.
+
+        Examples
+        --------
+        >>> print(ErrorCertificate(0.12, 0.1, 0.15, 256, 0.95, "finite-sample"))
+        error 0.12 in [0.1, 0.15], width 1.5x, at confidence 0.95 from 256 rows (finite-sample)
+        """
+        return (
+            f"error {self.estimate:.3g} in [{self.low:.3g}, {self.high:.3g}], width "
+            f"{self.width:.3g}x, at confidence {self.confidence:g} from {self.rows} rows "
+            f"({self.kind})"
+        )
 
 
 # --- exact rows -----------------------------------------------------------------------------
@@ -166,7 +174,7 @@ def _around(x: Array, centre: Array, factor: float) -> tuple[Array, Array, Array
     square, near, along = np.empty((3, len(x)))
     for start in range(0, len(x), ROW_TILE):  # in cache, and no copy of the whole
         part = slice(start, start + ROW_TILE)
-        block = x[part].astype(np.float64)
+        block = x[part].astype(np.float64, order="C")  # sums in one order
         block *= factor
         square[part] = _squares(block)
         block -= centre
@@ -177,25 +185,42 @@ def _around(x: Array, centre: Array, factor: float) -> tuple[Array, Array, Array
 
 def know(problem: AttentionProblem, output: Array, factor: float = 1.0) -> Known:
     """Return what is known of every row of ``output`` (n_q, d_v), which is finite."""
+    from ..kernels._threads import blas_single_thread
+
     counts = problem.visible_counts()
     values = problem.values if problem.key_mask is None else problem.values[problem.kept_keys]
     values = values[: counts.max()]  # keys that some row sees
     centre = (values if factor == 1.0 else factor * values).mean(axis=0, dtype=np.float64)
     size = math.sqrt(float(centre @ centre))
     # Row i sees the first counts_i of the keys that are kept.
-    radius = np.maximum.accumulate(np.sqrt(_around(values, centre, factor)[1]))
+    away = np.sqrt(_around(values, centre, factor)[1])
+    radius = np.maximum.accumulate(away)
+    far = np.sort(np.argsort(-away, kind="stable")[: min(FAR, len(away) // 2)])
+    away[far] = 0.0
+    rest = np.maximum.accumulate(away)
+    outer = factor * values[far].astype(np.float64)
     square, near, along = _around(output, centre, factor)
     seen = counts > 0
-    radius = radius[counts[seen] - 1]
+    # Even attention to random values has |o_i|^2 near their mean square over their number.
+    spread = float(_around(values, np.zeros(len(centre)), factor)[0].mean()) / counts[seen]
+    radius, rest = radius[counts[seen] - 1], rest[counts[seen] - 1]
+    rows = np.flatnonzero(seen)
+    with blas_single_thread():  # the same bits for any number of threads
+        dots = factor * output[rows].astype(np.float64, order="C") @ outer.T
+    dots[far >= counts[rows][:, None]] = np.inf
     return Known(
         output=output,
         factor=factor,
-        rows=np.flatnonzero(seen),
+        rows=rows,
         square=square[seen],
+        guess=np.maximum(square[seen], spread),
         distance=np.sqrt(near[seen]),
         near=near[seen],
         along=along[seen],
         radius=radius + SLACK * (radius + size),
+        rest=rest + SLACK * (radius + size),
+        dots=dots,
+        far=_squares(outer),
         centre=size,
         fixed=float(square[~seen].sum()),
     )
@@ -215,8 +240,9 @@ def certify_known(
     """Return the certificate of checked arguments; ``solve`` gives exact rows times ``factor``."""
     m = len(known.rows)
     exact = rows >= m
+    sampler = draw if kind == "finite-sample" else draw_heavy
     position, leverage, inclusion = (
-        (np.arange(m), np.ones(m), np.ones(m)) if exact else draw(known, rows, rng)
+        (np.arange(m), np.ones(m), np.ones(m)) if exact else sampler(known, rows, rng)
     )
     index = known.rows[position]
     o = solve(index)
@@ -225,7 +251,7 @@ def certify_known(
         raise ValueError(
             f"logits must be finite in float64, got an overflow in row {row}; scale q and k down"
         )
-    ohat = known.factor * known.output[index].astype(np.float64)
+    ohat = known.factor * known.output[index].astype(np.float64, order="C")
     x, y = _squares(ohat - o), _squares(o)
     sample = Sample(position, leverage, inclusion, x, y)
     t = point_estimate(known, sample)
@@ -269,6 +295,7 @@ def _check_confidence(confidence: object) -> float:
     return float(confidence)
 
 
+@without_floating_errors
 def certify(
     problem: AttentionProblem,
     output: object,
@@ -300,7 +327,8 @@ def certify(
     kind : {"finite-sample", "approximate"}
         ``finite-sample`` keeps its promise for every n_q, every number of rows and every
         distribution of the errors over the rows, a single wrong row included.  ``approximate``
-        is tight and asymptotic; see Notes for where it fails.
+        is tight and asymptotic, with a sample of its own that favours rows where the output is
+        large; see Notes for where it fails.
 
     Returns
     -------
@@ -315,22 +343,26 @@ def certify(
 
     Notes
     -----
-    The construction, its proof and its sources are the text of this module.
+    The construction, its proof and its sources are the text of ``sketchattn.errors.intervals``.
 
     **Width of the finite-sample interval.**  Rows that were not seen may be as wrong as the hull
     of the values allows: a share ``log(2 / (1 - confidence)) / n`` of the N rows may be wholly
     wrong, and a sample of n exact ones show nothing of it.  Without any error the upper end is
     therefore of the size ``sqrt(s)``, ``s = log(2 / (1 - confidence)) b N / (n |O|_F^2)``, with b
-    the mean of ``(|ohat_i - c| + R_i)^2``: with 256 of the 512 rows of the bundled heads it is
-    0.3 to 0.8, within a factor of 1.7 of this rule.  It excludes gross errors; that errors are of
-    the size of rounding everywhere cannot be certified from some of the rows.  The lower end has
-    no such term.  Ends are rounded outwards to the lattice ``2^(j/64)``, by 1.1 % at most.
+    the mean of the most that ``|ohat_i - o_i|^2`` can be in the hull: with 256 of the 512 rows of
+    the bundled heads it is 0.3 to 0.8, within a factor of 1.7 of this rule.  It excludes gross
+    errors; that errors are of the size of rounding everywhere cannot be certified from some of the
+    rows.  The lower end has no such term.  Ends are rounded outwards to the lattice ``2^(j/64)``,
+    by 1.1 % at most.
 
-    **Where the approximate interval fails.**  It takes the rows that were seen for typical.  If
-    the error sits on a few rows, most samples miss them and report next to no error with great
-    confidence: one wrong row of 512 is missed by nine of ten samples of 48 rows, and those
-    intervals do not hold theta.  The same happens, less often, where the errors of few rows
-    outweigh all others.
+    **Where the approximate interval fails.**  It takes the rows that were seen for typical, and
+    is wider where they differ much among themselves.  If the error sits on few rows among others
+    that are nearly exact, samples that miss them report a small error with great confidence: one
+    wrong row of 512 is missed by nine of ten samples of 48 rows, and those intervals do not hold
+    theta.  In general k rows of ordinary weight are all missed with a probability near
+    ``(1 - rows/n_q)^k``: what fewer than about ``4 n_q / rows`` of them add to the error may go
+    unseen.  No interval from a sample of rows can do better without a bound of what was not seen;
+    the finite-sample kind has one.  A sample without any error has its upper end from there.
 
     Errors below the rounding of float64, about 1e-15, are measured as that rounding.  The cost
     is that of ``rows`` exact rows, plus ``O((n_q + n_k) d)``.

@@ -1,4 +1,69 @@
-"""Intervals for the error of an output from a weighted sample of exact rows."""
+"""Intervals for the error of an output from a weighted sample of exact rows.
+
+The unknown is ``theta = |Ohat - O|_F / |O|_F``.  For a row i that sees a key let
+``x_i = |ohat_i - o_i|^2`` and ``y_i = |o_i|^2``, so that ``theta^2 = sum_i x_i / sum_i y_i``.
+Rows that see no key are known without computing: ``o_i = 0``.
+
+**What is known of a row before it is computed.**  ``o_i`` is a convex combination of visible
+values, hence ``o_i = c + e`` with ``|e| <= R_i``, where c is the mean of the values and R_i the
+largest distance of a visible value from it.  For a candidate t put ``z_i(t) = x_i - t y_i``;
+``sum_i z_i(t)`` is positive exactly for ``t < theta^2``.  With ``kappa = 1 - t``,
+
+    z_i(t) = |ohat_i - c|^2 - t |c|^2 + 2 e . (kappa c - ohat_i) + kappa |e|^2,
+
+whose extremes over the ball are ``l_i(t) <= z_i(t) <= u_i(t)`` in closed form (``lowest``,
+``highest``).  For t <= 1 z_i is convex in o_i, and at most the larger of its values at the farthest
+few values and of its maximum over the ball of the others: a few outliers do not widen the ball of
+all.  For t < 1 the lower one is at least ``-t/(1-t) |ohat_i|^2``, with no hull at all.
+
+**The sample of the finite-sample interval.**  Row after row is drawn without replacement, each
+time with probabilities proportional to weights w among the rows that are left.  Let ``f_i >= 0``
+have an unknown total over all rows, and let W_k be the weight left before draw k.  Then
+``D_k = W_k f_{i_k} / w_{i_k}`` has the conditional mean ``sum of f over the rows that are left``.
+If the total is at most M, this is at most ``mu_k = M - (sum of f seen before)``, and for
+predictable bets ``0 <= b_k <= 1``
+
+    C_k = prod_{j <= k} (1 - b_j + b_j D_j / mu_j)
+
+is a nonnegative supermartingale that starts at 1.  By Ville's inequality it ever reaches
+``1/delta`` with probability at most delta.  This is the betting test of Waudby-Smith and Ramdas
+(2024, "Estimating means of bounded random variables by betting", section 5) with the weighted
+draws of Shekhar, Xu, Lipton, Liang and Ramdas (2023, "Risk-limiting financial audits via weighted
+sampling without replacement"); it needs one side of the range only.  A row that was taken for
+certain is no draw: it is subtracted from the total, and nothing is bet on it (``b_k = 0``).
+
+**The finite-sample interval.**  ``theta^2 >= t`` means ``sum (u_i - z_i) <= sum u_i``, and
+``theta^2 <= t`` means ``sum (z_i - l_i) <= -sum l_i``: both have the form above with f >= 0.  They
+are tested on the lattice ``theta = 2^(j/64)``, which no data chose, from above: first the octaves
+``2^J``, each at the level delta/16, until one is not rejected; then all points below the last
+octave that was, at 15 delta/16.  The upper end is the last point of this sequence of rejections.
+If it lies below theta, then a true hypothesis was rejected that no data chose either: that of the
+largest octave below theta if this was reached, else that of the largest lattice point below
+theta.  The probability is at most delta, and no monotonicity is used.  The lower end is the mirror
+image; each has ``delta = (1 - confidence) / 2``.
+
+**The approximate interval.**  Rows whose share of the weight is one draw or more are taken for
+certain, the rest in turn as above, and ``T = X / Y`` is the quotient of two estimated totals.  Its
+error is that of ``E = sum_sample e_k``, ``e_k = (x_k - T y_k) / pi_k``, over Y.  Draws that are
+taken as independent given pi have, in estimates from the same sample,
+
+    V = sum (1 - pi) e^2,   M = sum (1 - pi)(1 - 2 pi) e^3,   C = sum (1 - pi)^2 e^3,
+
+the variance and the third cumulant of E, and the covariance of E with the estimate V.  Three
+corrections make the normal interval hold on samples of tens of rows:
+
+- V is itself an estimate.  By Satterthwaite it has ``2 V^2 / Var V`` degrees of freedom, at most
+  one less than the rows that were drawn; few where few rows make up V.  The quantile q is that of
+  Student's law.
+- ``E / sqrt(V)`` is skewed.  The Cornish-Fisher expansion moves both ends by
+  ``(q^2 C/2 - (q^2 - 1) M/6) / V`` (for small pi the ``(1 + 2 q^2) gamma / 6`` of Johnson 1978,
+  "Modified t tests and confidence intervals for asymmetrical populations", and Hall 1992).
+- Rows farther off than all k that were drawn carry a share ``1/(k + 1)`` of the weight on average,
+  by exchangeability.  Each end takes in one such row, as far off as the farthest one seen.
+
+Each end is moved outwards only, by the sum of the three, relative to X: the upper one on the scale
+of logarithms, the lower one on that of theta^2, which are the wider choices.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +86,7 @@ CELL = 16
 # Share of the error probability that is spent on the octaves, which only narrow the search.
 COARSE = 1 / 16
 OCTAVES = 4  # that are tested at once
+FAR = 32  # values that are taken as they are where all of them are bounded
 # Entries of the arrays (candidates, rows) that are handled at once.
 BLOCK_ENTRIES = 1 << 14
 # Largest factor of a bet that is put at stake: a row at the very end of its range costs the
@@ -40,20 +106,26 @@ class Known(NamedTuple):
     """What is known of the rows that see a key before any is computed; arrays (m,), float64.
 
     ``output`` (n_q, d_v): as handed in; ``factor``: the power of two that it, values and exact
-    rows are multiplied by; ``rows``: those that see a key; ``square``: ``|ohat_i|^2``;
-    ``distance``: ``|ohat_i - c|``; ``near``: its square; ``along``: ``c . (ohat_i - c)``;
-    ``radius``: ``R_i``; ``centre``: ``|c|``; ``fixed``: the sum of ``|ohat_i|^2`` over the rows
-    that see no key.
+    rows are multiplied by; ``rows``: those that see a key; ``square``: ``|ohat_i|^2``; ``guess``:
+    of ``|o_i|^2``, for weights only; ``distance``: ``|ohat_i - c|``; ``near``: its square;
+    ``along``: ``c . (ohat_i - c)``; ``radius``: ``R_i``; ``rest``: the same
+    without the F values that are farthest from c, ``far`` (F,): their ``|v_j|^2``; ``dots`` (m, F):
+    ``ohat_i . v_j``, infinite where row i does not see key j; ``centre``: ``|c|``; ``fixed``: the
+    sum of ``|ohat_i|^2`` over the rows that see no key.
     """
 
     output: Array
     factor: float
     rows: Array
     square: Array
+    guess: Array
     distance: Array
     near: Array
     along: Array
     radius: Array
+    rest: Array
+    dots: Array
+    far: Array
     centre: float
     fixed: float
 
@@ -68,17 +140,23 @@ def _reach(known: Known, t: float) -> tuple[Array, Array]:
 
 
 def highest(known: Known, t: float) -> Array:
-    """Return ``u_i(t) = max z_i(t)`` over the ball, (m,).
+    """Return ``u_i(t) >= max z_i(t)`` over the hull, (m,).
 
-    ``e`` of length r along ``kappa c - ohat_i``, at distance alpha, gives
-    ``|ohat_i - c|^2 - t |c|^2 + 2 alpha r + kappa r^2``, ``0 <= r <= R_i``.
+    In a ball ``e`` of length r along ``kappa c - ohat_i``, at distance alpha, gives
+    ``|ohat_i - c|^2 - t |c|^2 + 2 alpha r + kappa r^2``, ``0 <= r <= R_i``; at a value it is
+    ``|ohat_i|^2 - 2 ohat_i . v_j + kappa |v_j|^2``.
     """
     kappa = 1.0 - t
     alpha, _ = _reach(known, t)
-    r = known.radius if kappa >= 0 else np.minimum(known.radius, alpha / -kappa)
+    r = known.rest if kappa >= 0 else np.minimum(known.radius, alpha / -kappa)
     bend = r * (2 * alpha + kappa * r)
     u: Array = (1 + SLACK) * (known.near + bend) - (1 - SLACK) * t * known.centre**2
-    return u
+    if kappa < 0 or not len(known.far):
+        return u
+    vertex = known.square + (kappa * known.far - 2 * known.dots).max(axis=1)
+    # |ohat . v| is at most half of the sum of squares.
+    slack = 2 * SLACK * (known.square + known.far.max())
+    return np.asarray(np.maximum(u, vertex + slack))
 
 
 def lowest(known: Known, t: float) -> Array:
@@ -108,8 +186,9 @@ def lowest(known: Known, t: float) -> Array:
 class Sample(NamedTuple):
     """Rows in the order of their draw: positions in ``Known`` and what is computed there.
 
-    ``position`` int64 (n,); ``leverage``: ``W_k / w_{i_k}``; ``inclusion``: the probability that
-    a row is drawn, given the draws of the others; ``x``, ``y``: ``|ohat_i - o_i|^2``, ``|o_i|^2``.
+    ``position`` int64 (n,); ``leverage``: ``W_k / w_{i_k}``, 0 for rows that were certain;
+    ``inclusion``: the probability that a row is drawn, given the draws of the others; ``x``,
+    ``y``: ``|ohat_i - o_i|^2``, ``|o_i|^2``.
     """
 
     position: Array
@@ -131,16 +210,50 @@ def weigh(known: Known) -> Array:
     return 1.0 + width / mean if mean > 0 else np.ones(len(width))
 
 
+def weigh_squares(known: Known) -> Array:
+    """Return the weights of the approximate interval, (m,): thirds of 1, width and guess.
+
+    A residual ``x_i - t y_i`` may be large because of its x, which the width bounds, or of its y,
+    of which there is a guess.
+    """
+    weights = weigh(known)
+    mean = float(known.guess.mean())
+    return weights + known.guess / mean if mean > 0 else weights
+
+
 def draw(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """Draw ``rows < m`` rows in turn without replacement; return position, leverage, inclusion.
+    """Draw ``rows < m`` rows in turn without replacement; return position, leverage, inclusion."""
+    return _race(weigh(known), rows, 0, rng)
+
+
+def draw_heavy(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """Take heavy rows for certain and draw the others; return as `draw` does.
+
+    From the heaviest on, a row is certain while its weight is at least the share of one draw in
+    what is left.  At most half of the rows: the others have to show what the rest is like.
+    """
+    weights = weigh_squares(known)
+    most = rows // 2
+    if most == 0:
+        return _race(weights, rows, 0, rng)
+    heavy = -np.sort(np.partition(-weights, most)[:most])
+    left = weights.sum() - (np.cumsum(heavy) - heavy)
+    return _race(weights, rows, _run_length(heavy * (rows - np.arange(most)) >= left), rng)
+
+
+def _race(
+    weights: Array, rows: int, sure: int, rng: np.random.Generator
+) -> tuple[Array, Array, Array]:
+    """Take the ``sure`` heaviest rows, then draw in turn; their leverage is 0, inclusion 1.
 
     Independent exponential times of rate w_i, in ascending order, are such a sequence.  Given
     the times of the others, row i is among the first n if its time is below the (n + 1)-st, tau:
     its probability ``1 - exp(-w_i tau)`` makes ``sum_sample x_i / inclusion_i`` unbiased (Cohen
     and Kaplan 2007, "Summarizing data using bottom-k sketches", rank conditioning).
     """
-    weights = weigh(known)
     times = rng.exponential(size=len(weights)) / weights
+    certain = np.argsort(-weights, kind="stable")[:sure]
+    times[certain] = -1.0  # before all others
     first = np.argpartition(times, rows)[: rows + 1]
     first = first[np.argsort(times[first], kind="stable")]
     position, tau = first[:rows], times[first[rows]]
@@ -149,15 +262,19 @@ def draw(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Arra
     left[position] = 0.0
     # Sums of positive numbers from the last draw backwards: nothing cancels.
     remaining = left.sum() + np.cumsum(drawn[::-1])[::-1]
-    return position, remaining / drawn, -np.expm1(-drawn * tau)
+    leverage, inclusion = remaining / drawn, -np.expm1(-drawn * tau)
+    leverage[:sure], inclusion[:sure] = 0.0, 1.0
+    return position, leverage, inclusion
+
+
+def _run_length(true: Array) -> int:
+    """Return how many entries are true before the first that is not."""
+    return len(true) if true.all() else int(np.argmin(true))
 
 
 def _error_range(known: Known) -> tuple[Array, Array]:
     """Return ``a_i <= x_i <= b_i``, both (m,)."""
-    return (
-        np.maximum(known.distance - known.radius, 0.0) ** 2,
-        (known.distance + known.radius) ** 2,
-    )
+    return np.maximum(known.distance - known.radius, 0.0) ** 2, highest(known, 0.0)
 
 
 def _certain(known: Known, sample: Sample) -> tuple[float, float]:
@@ -197,7 +314,7 @@ def rejects(f: Array, leverage: Array, total: Array, delta: float) -> Array:
     f : ndarray (T, n)
         Values ``f >= 0`` of the drawn rows in the order of the draw, one line a hypothesis.
     leverage : ndarray (n,)
-        ``W_k / w_{i_k}``.
+        ``W_k / w_{i_k}``; 0 for rows that were taken for certain, on which nothing is bet.
     total : ndarray (T,)
         M of each hypothesis.
     delta : float
@@ -216,6 +333,7 @@ def rejects(f: Array, leverage: Array, total: Array, delta: float) -> Array:
     refuted = (mu <= 0).any(axis=1) | (total < seen[:, -1])
     rho = leverage * f
     rho /= np.where(mu > 0, mu, 1.0)
+    rho[:, leverage == 0.0] = 1.0
     count = np.arange(1.0, n + 1)
     spread = rho - (1.0 + np.cumsum(rho, axis=1) - rho) / count
     spread *= spread
@@ -249,8 +367,9 @@ def _lattice(t: float, up: bool) -> int:
 def _rejected(known: Known, sample: Sample, delta: float, upper: bool, points: Array) -> Array:
     """Say which lattice points (T,), in order, are rejected: ``theta >= 2^(j/64)`` or ``<=``.
 
-    u_i is convex in t and l_i concave, as extremes of functions that are linear in t: between
-    two candidates at which all rows are bounded, the chord is a bound as well.
+    The largest z_i over the hull is convex in t and the smallest concave, as extremes of functions
+    that are linear in t: between two candidates at which all rows are bounded, the chord is a
+    bound as well.
     """
     bound, sign = (highest, 1.0) if upper else (lowest, -1.0)
     nodes = np.unique([points // CELL, -(-points // CELL)])
@@ -277,7 +396,7 @@ def _run(test: Callable[[Array], Array], points: Array, block: int) -> int:
     for start in range(0, len(points), block):
         rejected = test(points[start : start + block])
         if not rejected.all():
-            return start + int(np.argmin(rejected))
+            return start + _run_length(rejected)
     return len(points)
 
 
@@ -319,25 +438,40 @@ def finite_sample(known: Known, sample: Sample, delta: float) -> tuple[float, fl
 
 
 def approximate(known: Known, sample: Sample, confidence: float) -> tuple[float, float]:
-    """Return the interval of the delta method for ``theta^2``.
+    """Return the approximate interval for ``theta^2``; see the text of this module.
 
-    The estimate ``T = X / Y`` has the residuals ``x_i - T y_i``; with inclusion probabilities
-    pi_i, ``Var T ~ sum_sample (x_i - T y_i)^2 (1 - pi_i) / pi_i^2 / Y^2`` (for equal pi_i the ratio
-    estimator with its finite-population correction), and ``log T`` is taken to be normal.
+    Without an error in the sample nothing is estimated, and the upper end is that of the
+    finite-sample interval; from fewer than two draws the interval is what is certain.
     """
     from scipy.special import stdtrit
 
-    low, high = _certain(known, sample)
     t = point_estimate(known, sample)
-    n = len(sample.x)
-    # One row has no spread, and no error at all, or an output that is zero, no logarithm.
-    if n < 2 or not 0.0 < t < math.inf:
-        return (low, high) if n < 2 or t > 0.0 else (0.0, 0.0)
+    if t == 0.0:
+        return finite_sample(known, sample, 0.5 * (1.0 - confidence))
+    low, high = _certain(known, sample)
     pi = sample.inclusion
-    y = float((sample.y / pi).sum())
-    residual = sample.x - t * sample.y
-    variance = n / (n - 1) * float((residual**2 * (1.0 - pi) / pi**2).sum()) / y**2
-    quantile = float(stdtrit(n - 1, 0.5 + 0.5 * confidence))
-    # Where every row has the same relative error only rounding is left, and counts.
-    width = quantile * math.sqrt(variance) / t + SLACK
-    return max(low, t * math.exp(-width)), min(high, t * math.exp(min(width, 700.0)))
+    drawn = pi < 1.0
+    count = int(drawn.sum())
+    if count < 2 or math.isinf(t):
+        return low, high
+    pi = pi[drawn]
+    total = t * float((sample.y / sample.inclusion).sum())
+    e = (sample.x - t * sample.y)[drawn] / pi / total
+    squares, rest = (1.0 - pi) * e**2, 1.0 - pi
+    variance = float(squares.sum())
+    up = down = SLACK  # where every row has the same relative error only rounding is left
+    if variance > 0.0:
+        noise = float((rest * (squares - squares.mean()) ** 2).sum())
+        freedom = count - 1.0
+        if 2.0 * variance**2 < freedom * noise:
+            freedom = max(1.0, 2.0 * variance**2 / noise)
+        level = 0.5 + 0.5 * confidence
+        q = float(stdtrit(count - 1, level))
+        skew = float(
+            (rest * (0.5 * q**2 * rest - (q**2 - 1.0) / 6.0 * (1.0 - 2.0 * pi)) * e**3).sum()
+        )
+        skew /= variance
+        width = float(stdtrit(freedom, level)) * math.sqrt(count / (count - 1) * variance)
+        up += width + max(skew, 0.0) + max(float((rest * e).max()), 0.0)
+        down += width + max(-skew, 0.0) + max(-float((rest * e).min()), 0.0)
+    return max(low, t * max(1.0 - down, 0.0)), min(high, t * math.exp(min(up, 700.0)))

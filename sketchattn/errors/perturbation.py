@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, check_finite, check_key_mask, check_scale, closest
+from ..base.floating import without_floating_errors
 
 Array = NDArray[Any]
 Float = float | NDArray[np.float64]
@@ -142,6 +143,7 @@ def _change(d: object, keep: ArrayLike | None) -> tuple[Array, Array]:
 # --- the lemma ----------------------------------------------------------------------------------
 
 
+@without_floating_errors
 def tv_bound(eta: ArrayLike) -> Float:
     """Return ``tanh(eta/2)``, the most that a row of a softmax can move in total variation.
 
@@ -176,6 +178,7 @@ def tv_bound(eta: ArrayLike) -> Float:
     return _result(np.tanh(_at_least_zero(eta, "eta") / 2))
 
 
+@without_floating_errors
 def kl_bound(eta: ArrayLike) -> Float:
     """Return ``eta^2/2``, the most that ``KL(A_i|Ahat_i)`` and ``KL(Ahat_i|A_i)`` can be.
 
@@ -207,6 +210,7 @@ def kl_bound(eta: ArrayLike) -> Float:
     return _result(x * x / 2)
 
 
+@without_floating_errors
 def log_ratio_bound(eta: ArrayLike) -> Float:
     """Return ``2 eta``, the most that ``|ln(Ahat_ij/A_ij)|`` can be.
 
@@ -237,6 +241,7 @@ def log_ratio_bound(eta: ArrayLike) -> Float:
     return _result(2 * _at_least_zero(eta, "eta"))
 
 
+@without_floating_errors
 def logit_eta(D: object, keep: ArrayLike | None = None) -> NDArray[np.float64]:
     """Return ``eta_i = (max_j D_ij - min_j D_ij)/2`` over the keys that each row sees.
 
@@ -279,6 +284,7 @@ def logit_eta(D: object, keep: ArrayLike | None = None) -> NDArray[np.float64]:
     return out
 
 
+@without_floating_errors
 def lipschitz_bound(D: object, keep: ArrayLike | None = None) -> NDArray[np.float64]:
     """Return ``(1/2)|D_i - mean(D_i)|_2``, at least ``|A_i - Ahat_i|_2``, for every row.
 
@@ -337,6 +343,7 @@ class OutputBound(NamedTuple):
     norms: NDArray[np.float64]
 
 
+@without_floating_errors
 def value_diameter(values: object) -> float:
     """Return ``max_{j,l} |V_j - V_l|_2``.
 
@@ -376,6 +383,7 @@ def value_diameter(values: object) -> float:
     return math.sqrt(best)
 
 
+@without_floating_errors
 def output_bound(tv: ArrayLike, values: object) -> OutputBound:
     """Bound the change of outputs by that of the rows of A in total variation.
 
@@ -426,6 +434,7 @@ def output_bound(tv: ArrayLike, values: object) -> OutputBound:
 # --- where eta comes from -----------------------------------------------------------------------
 
 
+@without_floating_errors
 def compression_eta(
     q: object,
     k: object,
@@ -513,6 +522,7 @@ def _centred(x: Array, clusters: Sequence[Any] | None, name: str) -> Array:
     return np.asarray(centers[labels])
 
 
+@without_floating_errors
 def cluster_eta_apriori(
     q: object,
     k: object,
@@ -617,6 +627,7 @@ def _error(x: Array, dtype: str, per: str, name: str) -> Array:
     return np.maximum(known.u * np.abs(x), known.floor)
 
 
+@without_floating_errors
 def quantize(x: object, dtype: str, *, per: str = "tensor") -> NDArray[np.float64]:
     """Round to another number format and return the rounded numbers, widened exactly.
 
@@ -662,6 +673,7 @@ def quantize(x: object, dtype: str, *, per: str = "tensor") -> NDArray[np.float6
     return rounded.astype(np.float64)
 
 
+@without_floating_errors
 def quantization_eta(
     q: object, k: object, dtype: str, *, scale: float | None = None, per: str = "tensor"
 ) -> NDArray[np.float64]:

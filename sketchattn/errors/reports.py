@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, check_finite, float_dtype
+from ..base.floating import without_floating_errors
 from ..operators.base import AttentionOperator, Operator
 from ..operators.spectra import dense_spectral_norm, exact_spectral_norm, spectral_norm
 from ..operators.wrapped import as_operator
@@ -23,6 +24,9 @@ Array = NDArray[Any]
 DENSE_ENTRIES = 1 << 22
 # Entries of the block of rows of Ahat that is compared in one piece.
 BLOCK_ENTRIES = 1 << 22
+# A logsumexp of this size is off by 1e-10, and exp(L - lse) with it; beyond it rows of A are
+# divided by their own sums.
+LARGEST_LSE = 2.0**19
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ FIELDS = tuple(f.name for f in fields(ErrorReport))
 
 
 def _ratio(numerator: float, denominator: float) -> float:
+    """Return the quotient, 0 for 0/0 and infinity for other divisions by zero."""
     if numerator == 0.0:
         return 0.0
     return numerator / denominator if denominator > 0.0 else math.inf
@@ -94,6 +99,7 @@ class _Rows:
 
 
 def _dense_rows(exact: Array, other: Array) -> _Rows:
+    """Return the sums from rows of A and Ahat, float64 (b, n_k) each."""
     difference = other - exact
     support = exact >= np.finfo(np.float64).tiny  # the kernels, too, take what is below as zero
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -108,15 +114,24 @@ def _dense_rows(exact: Array, other: Array) -> _Rows:
 
 
 def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
+    """Return the sums from blocks of rows of Ahat, beside tiles of A."""
     from ..kernels.softmax import compare_rows
 
     q, k, _ = wide.arrays
     mask = wide.key_mask
     out = np.empty((wide.n_q, 4))
     lse = wide.logsumexp.copy()
+    large = _large(lse)
     block = max(1, BLOCK_ENTRIES // wide.n_k)
     for start in range(0, wide.n_q, block):
-        rows = ahat.rows(slice(start, min(start + block, wide.n_q)))
+        part = slice(start, min(start + block, wide.n_q))
+        rows = ahat.rows(part)
+        if large[part].any():
+            found = _dense_rows(wide.exact.rows(part), np.asarray(rows, np.float64))
+            out[part] = np.stack(
+                [found.exact_square, found.square, 2.0 * found.variation, found.divergence], axis=1
+            )
+            continue
         compare_rows(
             q,
             k,
@@ -130,6 +145,20 @@ def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
             key_mask=None if mask is None else mask[None].copy(),
         )
     return _Rows(out[:, 0], out[:, 1], 0.5 * out[:, 2], out[:, 3])
+
+
+def _large(lse: Array) -> Array:
+    """Say which logsumexps are too large for ``exp(L - lse)`` to be a row of A, (n_q,)."""
+    return np.isfinite(lse) & (np.abs(lse) > LARGEST_LSE)
+
+
+def _frobenius(wide: AttentionProblem) -> float:
+    """Return ``|A|_F`` without A."""
+    if not _large(wide.logsumexp).any():
+        return wide.exact.frobenius_norm()
+    block = max(1, BLOCK_ENTRIES // wide.n_k)
+    parts = (slice(i, i + block) for i in range(0, wide.n_q, block))
+    return float(np.linalg.norm([np.linalg.norm(wide.exact.rows(part)) for part in parts]))
 
 
 class _Difference(Operator):
@@ -160,6 +189,7 @@ def value_norms(problem: AttentionProblem) -> tuple[float, float]:
 
 
 def _mean_error(problem: AttentionProblem, exact: Array) -> float:
+    """Return ``|Omean - O|_F``, the error of the mean of the visible values."""
     from ..operators.visible_mean import VisibleMean
 
     def compute() -> float:
@@ -202,6 +232,7 @@ def _output_fields(
     return found
 
 
+@without_floating_errors
 def error_report(
     problem: AttentionProblem,
     ahat: object = None,
@@ -275,7 +306,7 @@ def error_report(
             exact = wide.cached("dense", wide.exact.to_dense)
             fro, product = float(np.linalg.norm(exact)), exact @ wide.values
         else:
-            fro, product = wide.exact.frobenius_norm(), wide.output
+            fro, product = _frobenius(wide), wide.output
         unknown = dict.fromkeys(FIELDS, math.nan)
         return ErrorReport(**unknown | _output_fields(problem, found, product, fro, spectral))
     operator = as_operator(ahat, problem)

@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array
+from ..base.floating import without_floating_errors
 from ..operators.base import AttentionOperator
 from ..operators.partitioned.operator import MixtureAttention, PartitionedAttention
 from ..operators.partitioned.passes import LOG2E, Data, slot_logits
@@ -72,6 +73,7 @@ def _result(x: Array) -> Float:
     return out
 
 
+@without_floating_errors
 def mass_aware_bound(
     mass: ArrayLike, low: ArrayLike, high: ArrayLike, *, log: bool = False
 ) -> Float:
@@ -158,6 +160,7 @@ def _over(x: Array, y: Array) -> Array:
     return np.where(y > 0, x / np.where(y > 0, y, 1.0), 0.0)
 
 
+@without_floating_errors
 def gap_bound(low: ArrayLike, high: ArrayLike, variance: ArrayLike | None = None) -> Float:
     """Return the most that ``ln E[exp(-eta)]`` can be for a mean of 0, a range and a variance.
 
@@ -167,7 +170,7 @@ def gap_bound(low: ArrayLike, high: ArrayLike, variance: ArrayLike | None = None
     Parameters
     ----------
     low, high : float or array
-        ``-lo <= eta <= hi``, at least 0.
+        ``-lo <= eta <= hi``, at least 0; infinity is allowed.
     variance : float or array, optional
         An upper bound of the variance of eta.
 
@@ -213,6 +216,8 @@ def gap_bound(low: ArrayLike, high: ArrayLike, variance: ArrayLike | None = None
     large = b1 + np.log(p + (b1 / width) * np.exp(-width))
     # Rounding aside G lies between 0 and v/2 exp(b), and below b.
     found = np.clip(np.where(near, small, large), 0.0, b1)
+    # Without a bound of the other side, or of this one, all mass is at -lo in the limit.
+    found = np.where(np.isinf(b1) | np.isinf(v1), b1, found)
     limit = v / 2 * (1 + b)  # b below 1e-6: ln E exp(-eta) <= v/2 (1 + b/3 + ...)
     return _result(np.where(usual, found, np.where(v > 0, limit, 0.0)))
 
@@ -401,6 +406,7 @@ class RowCertificates:
     output: Array | None
 
 
+@without_floating_errors
 def certify_rows(ahat: AttentionOperator, *, directions: int = 16) -> RowCertificates:
     """Bound the error of every row of structured attention, deterministically and without A.
 
