@@ -42,6 +42,11 @@ CACHE = _can_cache()
 def kernel(*, parallel: bool = False) -> Callable[[F], F]:
     """Decorate a kernel: nopython, no exceptions for division by zero, GIL released.
 
+    A serial kernel is inlined wherever another one calls it.  Every object file would otherwise
+    hold a weak copy of it under one name, optimised beside other code and so with other
+    rounding, and the copy that a process loads first would serve all its callers: results would
+    depend on which kernels were called before, and on which came from the cache.
+
     Caching needs a writable folder (beside the source, or ``NUMBA_CACHE_DIR``, or the user's
     cache folder); where there is none Numba raises at decoration, and the kernel is compiled
     once a process instead.
@@ -51,6 +56,7 @@ def kernel(*, parallel: bool = False) -> Callable[[F], F]:
         make = partial(
             numba.njit,
             parallel=parallel,
+            forceinline=not parallel,
             fastmath=set(FASTMATH),
             error_model="numpy",
             nogil=True,
@@ -78,5 +84,6 @@ def by_precision(generic: F, *, float32: Callable[..., Any], float64: Callable[.
             return float64
         return None
 
-    overload(generic, jit_options={"fastmath": set(FASTMATH), "error_model": "numpy"})(choose)
+    options = {"fastmath": set(FASTMATH), "error_model": "numpy", "forceinline": True}
+    overload(generic, jit_options=options)(choose)
     return generic
