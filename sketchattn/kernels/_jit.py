@@ -84,6 +84,8 @@ def by_precision(generic: F, *, float32: Callable[..., Any], float64: Callable[.
             return float64
         return None
 
-    options = {"fastmath": set(FASTMATH), "error_model": "numpy", "forceinline": True}
-    overload(generic, jit_options=options)(choose)
+    overload(
+        generic,
+        jit_options={"fastmath": set(FASTMATH), "error_model": "numpy", "forceinline": True},
+    )(choose)
     return generic
