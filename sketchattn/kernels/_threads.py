@@ -289,6 +289,24 @@ def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[
                 yield from pool.map(work, pieces)
 
 
+def product(a: Any, b: Any) -> Any:
+    """Return the matrix product ``a b`` with the same bits for any number of threads.
+
+    Pieces of rows, of at least 2^25 operations, are done with one thread of BLAS each.
+    """
+    import numpy as np
+
+    rows = max(64, (1 << 24) // max(1, b.size))
+    out = np.empty((a.shape[0], b.shape[1]), np.result_type(a, b))
+
+    def piece(part: slice) -> None:
+        np.matmul(a[part], b, out=out[part])
+
+    for _ in map_pieces(piece, [slice(i, i + rows) for i in range(0, len(out), rows)]):
+        pass
+    return out
+
+
 @contextmanager
 def limit_threads(count: int) -> Iterator[None]:
     """Run kernels and BLAS on at most ``count`` threads while inside, and restore both after.
