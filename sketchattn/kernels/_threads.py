@@ -292,10 +292,13 @@ def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[
 def product(a: Any, b: Any) -> Any:
     """Return the matrix product ``a b`` with the same bits for any number of threads.
 
-    Pieces of rows, of at least 2^25 operations, are done with one thread of BLAS each.
+    Pieces of rows, of at least 2^25 operations, are done with one thread of BLAS each.  A factor
+    that is no array multiplies as it does.
     """
     import numpy as np
 
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return a @ b
     rows = max(64, (1 << 24) // max(1, b.size))
     out = np.empty((a.shape[0], b.shape[1]), np.result_type(a, b))
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ...base.arguments import as_array, check_finite, check_rank, closest, float_dtype, prepare
 from ...base.draws import Rng, as_generator
+from ...kernels._threads import product
 from ...operators.base import AttentionOperator, Index, pick
 from ...operators.factored import FactoredAttention
 from ...problem import AttentionProblem
@@ -164,12 +165,11 @@ class Projection:
         if isinstance(self.form, np.ndarray):
             from ...kernels.sketching import dense_product
 
-            product = dense_product(prepare(self.form, x.dtype), prepare(shown, x.dtype))
-            return self._times(product)
+            return self._times(dense_product(prepare(self.form, x.dtype), prepare(shown, x.dtype)))
         return self._times(np.asarray(self.form @ shown, x.dtype))
 
     def apply_transpose(self, y: Array) -> Array:
-        return self._shown(self._times(np.asarray(self.form.T @ y, y.dtype)))
+        return self._shown(self._times(np.asarray(product(self.form.T, y), y.dtype)))
 
     def to_dense(self, dtype: Any) -> Array:
         form = self.form.to_dense() if isinstance(self.form, Sketch) else self.form
