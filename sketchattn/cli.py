@@ -637,8 +637,10 @@ def _warmup(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = F
 
 def _cache_folder() -> str | None:
     """Return where compiled kernels are kept, None where they are not."""
-    from .kernels import softmax
+    from .kernels import _jit, softmax
 
+    if _jit.failure:
+        return None
     for kernel in vars(softmax).values():
         path = getattr(getattr(kernel, "stats", None), "cache_path", None)
         if path:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController, threadpool_info
 
 import sketchattn as sa
-from sketchattn.kernels import _jit
+from sketchattn.kernels import _jit, _threads
 from sketchattn.kernels._threads import (
     blas_single_thread,
     cpu_count,
@@ -146,6 +145,17 @@ def test_concurrent_python_threads_leave_the_limits_as_they_were() -> None:
     with ThreadPoolExecutor(workers) as pool:
         assert all(pool.map(work, range(workers)))
     assert set(blas_threads()) == {2}
+
+
+def test_a_forked_child_that_cannot_run_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    _ = problem().output
+    monkeypatch.setattr(_threads, "_forked", True)
+    if _threads._switch is not None:
+        with kernel_threads() as threads:
+            assert (threads, thread_count()) == (1, 1)
+    monkeypatch.setattr(_threads, "_switch", None)
+    with pytest.raises(RuntimeError, match="forked process.*'spawn'"), kernel_threads():
+        pytest.fail("not entered")
 
 
 def test_counts_and_layer_are_known() -> None:
@@ -291,9 +301,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(monkeypatch: pytest.MonkeyP
 
 UNWRITABLE = """
 import numpy as np
-import sketchattn
 from sketchattn.kernels import softmax
-assert ".zip" in sketchattn.__file__, sketchattn.__file__
 keys = np.array([[False, True]])
 assert softmax._any_key(keys, 0, 0, 2) and not softmax._any_key(keys, 0, 0, 1)
 assert type(softmax._any_key._cache).__name__ == "NullCache"
@@ -302,15 +310,11 @@ assert type(softmax._any_key._cache).__name__ == "NullCache"
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
 def test_the_package_computes_where_nothing_can_be_written(tmp_path: Path) -> None:
-    # Not even root writes to /proc, nor beside modules that are inside a zip file.
-    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
-        for path in ROOT.rglob("*.py"):
-            archive.write(path, path.relative_to(ROOT.parent))
+    # Not even root writes to /proc.
     nowhere = "/proc/self/nowhere"
     run(
         UNWRITABLE,
         tmp_path,
-        PYTHONPATH=str(tmp_path / "package.zip"),
         NUMBA_CACHE_DIR=nowhere,
         HOME=nowhere,
         XDG_CACHE_HOME=nowhere,

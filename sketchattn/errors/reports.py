@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, check_finite, float_dtype
 from ..base.floating import without_floating_errors
+from ..kernels._threads import blas_single_thread
 from ..operators.base import AttentionOperator, Operator
 from ..operators.spectra import dense_spectral_norm, exact_spectral_norm, spectral_norm
 from ..operators.wrapped import as_operator
@@ -178,6 +179,7 @@ class _Difference(Operator):
         return difference
 
 
+@blas_single_thread()
 def value_norms(problem: AttentionProblem) -> tuple[float, float]:
     """Return ``(|V|_F, |V|_2)`` over the keys that are not masked."""
 
@@ -233,6 +235,7 @@ def _output_fields(
 
 
 @without_floating_errors
+@blas_single_thread()
 def error_report(
     problem: AttentionProblem,
     ahat: object = None,

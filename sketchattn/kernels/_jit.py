@@ -6,7 +6,11 @@ set without ``nnan`` and ``ninf``: NaN and infinities keep their meaning, sums m
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
+import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -16,15 +20,22 @@ from numba import prange as prange
 from numba.core import types
 from numba.extending import overload
 
+_caching: Any = importlib.import_module("numba.core.caching")  # without types
+
 FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _can_cache() -> bool:
-    """Say whether the folder that ``NUMBA_CACHE_DIR`` names can be written, if it names one.
+# What went wrong when a compiled kernel was to be kept, if something did; said once a process.
+failure: str | None = None
 
-    Numba takes it on trust and fails at the first call of a kernel, not at its decoration.
+
+def _can_cache() -> bool:
+    """Say whether the folder that ``NUMBA_CACHE_DIR`` names is of use, if it names one.
+
+    Numba takes it on trust.  A folder that can only be read may hold kernels that were compiled
+    before.
     """
     folder = os.environ.get("NUMBA_CACHE_DIR")
     if not folder:
@@ -33,14 +44,98 @@ def _can_cache() -> bool:
         os.makedirs(folder, exist_ok=True)
     except OSError:
         return False
-    return os.access(folder, os.W_OK)
+    return os.access(folder, os.R_OK | os.X_OK)
 
 
 CACHE = _can_cache()
 
 
+def _source_of_kernels() -> str:
+    """Return a digest of all files of this folder that decide what a kernel computes.
+
+    Kernels call functions of each other's files, and Numba looks at the file of the caller alone.
+    """
+    digest = hashlib.sha256()
+    folder = os.path.dirname(__file__)
+    try:
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".py") and name != "_threads.py":
+                with open(os.path.join(folder, name), "rb") as file:
+                    digest.update(file.read())
+    except OSError:  # inside an archive, which is stamped as a whole
+        pass
+    return digest.hexdigest()
+
+
+SOURCE = _source_of_kernels()
+
+
+class _CheckedFile(_caching.IndexDataCacheFile):  # type: ignore[misc]  # no types
+    """Files of one kernel; compiled code is read only if it is, byte for byte, what was written."""
+
+    def _save_data(self, name: str, data: Any) -> None:
+        content = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(hashlib.sha256(content).digest() + content)
+
+    def _load_data(self, name: str) -> Any:
+        with open(self._data_path(name), "rb") as file:
+            digest, content = file.read(32), file.read()
+        if hashlib.sha256(content).digest() != digest:
+            raise OSError(f"{self._data_path(name)} is damaged")  # taken as a file that is missing
+        return pickle.loads(content)
+
+
+class KernelCache(_caching.FunctionCache):  # type: ignore[misc]  # no types
+    """A cache that is never the reason why a kernel does not run.
+
+    What cannot be read is compiled and written again; what cannot be written is said once.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp(), SOURCE
+        self._cache_file = _CheckedFile(self._cache_path, self._impl.filename_base, stamp)
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        """Return the compiled code of ``signature``; None where it is not there, or damaged."""
+        try:
+            return super().load_overload(signature, target)
+        except Exception:  # whatever a damaged index, or one of another release, may raise
+            return None
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        """Keep compiled code, beside a new index where the old one cannot be read."""
+        try:
+            try:
+                super().save_overload(signature, compiled)
+            except Exception:
+                self.flush()
+                super().save_overload(signature, compiled)
+        except OSError as error:
+            _say(f"{self._cache_path}: {error.strerror or error}")
+
+
+def _say(problem: str) -> None:
+    """Remember why kernels are not kept, and warn of it once a process."""
+    global failure
+    if failure is None:
+        failure = problem
+        warnings.warn(
+            f"Compiled kernels cannot be kept in {problem}; they will be compiled in every process "
+            "unless NUMBA_CACHE_DIR names a folder that can be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def kernel(*, parallel: bool = False) -> Callable[[F], F]:
     """Decorate a kernel: nopython, no exceptions for division by zero, GIL released.
+
+    A serial kernel is inlined wherever another one calls it.  Every object file would otherwise
+    hold a weak copy of it under one name, optimised beside other code and so with other
+    rounding, and the copy that a process loads first would serve all its callers: results would
+    depend on which kernels were called before, and on which came from the cache.
 
     Caching needs a writable folder (beside the source, or ``NUMBA_CACHE_DIR``, or the user's
     cache folder); where there is none Numba raises at decoration, and the kernel is compiled
@@ -51,14 +146,18 @@ def kernel(*, parallel: bool = False) -> Callable[[F], F]:
         make = partial(
             numba.njit,
             parallel=parallel,
+            forceinline=not parallel,
             fastmath=set(FASTMATH),
             error_model="numpy",
             nogil=True,
         )
         try:
-            return cast(F, make(cache=CACHE)(function))
+            dispatcher: Any = make(cache=CACHE)(function)
+            if isinstance(getattr(dispatcher, "_cache", None), _caching.FunctionCache):
+                dispatcher._cache = KernelCache(function)
         except RuntimeError:
-            return cast(F, make(cache=False)(function))
+            dispatcher = make(cache=False)(function)
+        return cast(F, dispatcher)
 
     return wrap
 
@@ -78,5 +177,8 @@ def by_precision(generic: F, *, float32: Callable[..., Any], float64: Callable[.
             return float64
         return None
 
-    overload(generic, jit_options={"fastmath": set(FASTMATH), "error_model": "numpy"})(choose)
+    overload(
+        generic,
+        jit_options={"fastmath": set(FASTMATH), "error_model": "numpy", "forceinline": True},
+    )(choose)
     return generic

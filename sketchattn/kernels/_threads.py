@@ -3,6 +3,10 @@
 Kernels split their work over Numba threads and call BLAS on one tile a thread, so BLAS must not
 start threads of its own inside them.  The limit is process-wide; it is entered once, however
 many Python threads run kernels at the same time, and restored when the last one leaves.
+
+A forked child has none of its parent's threads.  Numba's layers know nothing of that (the GNU
+OpenMP one ends the process), so a child runs the same machine code of its parent's kernels on the
+thread that calls them.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +26,128 @@ T = TypeVar("T")
 
 _lock = threading.Lock()
 _serial = threading.RLock()
-_requests: list[int] = []  # of all Python threads that are inside; the smallest one holds
+# Python thread and number, of all that are inside; the smallest number holds.
+_requests: list[tuple[int, int]] = []
 _before: list[int] = []  # threads of each BLAS library before the first of them
 _controller: Any = None
+_forked = False  # this process is a forked child, and its parent had started Numba's threads
+_stale = False  # BLAS is as threads of the parent left it
+_started = False
+_engine: Any = None  # keeps the machine code below
+_switch: Any = None  # a number beside it: not 0 in such a child
+
+# What parallel kernels call instead of Numba's ``numba_parallel_for``: the same, with whatever
+# arguments, until the switch is set; then the whole range of the loop, on the calling thread.
+SCHEDULER = """
+@sketchattn_forked = global i32 0
+
+define void @sketchattn_parallel_for(
+  PTR %body, PTR %arrays, PTR %sizes, PTR %steps, PTR %data, ...) {
+entry:
+  %forked = load i32, I32PTR @sketchattn_forked
+  %threads = icmp eq i32 %forked, 0
+  br i1 %threads, label %parallel, label %serial
+parallel:
+  %layer = inttoptr i64 ADDRESS to LAYER
+  musttail call void (PTR, PTR, PTR, PTR, PTR, ...) %layer(
+    PTR %body, PTR %arrays, PTR %sizes, PTR %steps, PTR %data, ...)
+  ret void
+serial:
+  %loop = BODY
+  call void %loop(PTR %arrays, PTR %sizes, PTR %steps, PTR %data)
+  ret void
+}
+"""
+# LLVM spells pointers without their types, and did with them up to 16.
+SPELLINGS = (
+    {"BODY": "bitcast ptr %body to ptr", "LAYER": "ptr", "I32PTR": "ptr", "PTR": "ptr"},
+    {
+        "BODY": "bitcast i8* %body to void (i8*, i8*, i8*, i8*)*",
+        "LAYER": "void (i8*, i8*, i8*, i8*, i8*, ...)*",
+        "I32PTR": "i32*",
+        "PTR": "i8*",
+    },
+)
+
+
+def _install_scheduler() -> None:
+    """Start Numba's threads and let kernels that are loaded from now on survive a fork.
+
+    Where this cannot be had (no fork, another kind of processor, a Numba that is built otherwise),
+    nothing is changed, and ``kernel_threads`` refuses in a forked child.
+    """
+    global _engine, _switch
+    import ctypes
+
+    llvm: Any = importlib.import_module("llvmlite.binding")
+    layers: Any = importlib.import_module("numba.np.ufunc.parallel")
+    layers._launch_threads()
+    address = llvm.address_of_symbol("numba_parallel_for")
+    known = platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
+    if not (address and known and hasattr(os, "register_at_fork")):
+        return
+    for spelling in SPELLINGS:
+        text = SCHEDULER.replace("ADDRESS", str(address))
+        for name, spelled in spelling.items():
+            text = text.replace(name, spelled)
+        try:
+            module = llvm.parse_assembly(text)
+        except RuntimeError:
+            continue
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+        _engine = llvm.create_mcjit_compiler(module, machine)
+        _engine.finalize_object()
+        _switch = ctypes.c_int32.from_address(_engine.get_global_value_address("sketchattn_forked"))
+        _switch.value = int(_forked)
+        llvm.add_symbol(
+            "numba_parallel_for", _engine.get_function_address("sketchattn_parallel_for")
+        )
+        return
+
+
+def _start_threads() -> None:
+    """Start Numba's threads, once a process."""
+    global _started
+    if not _started:
+        with _lock:
+            if not _started:
+                _install_scheduler()
+                _started = True
+    if _forked and _switch is None:
+        raise RuntimeError(
+            "Kernels cannot run in a forked process whose parent has run some, on this platform; "
+            "start workers with the method 'spawn': multiprocessing.get_context('spawn')"
+        )
+
+
+def _after_fork() -> None:
+    """Put a forked child in order: no thread but the one that forked is there."""
+    global _forked, _lock, _serial, _stale
+    _lock = threading.Lock()
+    _serial = threading.RLock()
+    # Limits of threads that are gone hold no longer.
+    kept = [request for request in _requests if request[0] == threading.get_ident()]
+    _stale = _stale or len(kept) < len(_requests)
+    _requests[:] = kept
+    parallel = sys.modules.get("numba.np.ufunc.parallel")
+    if _started or getattr(parallel, "_is_initialized", False):
+        _forked = True
+        if _switch is not None:
+            _switch.value = 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def thread_count() -> int:
     """Return the number of threads that kernels use (``NUMBA_NUM_THREADS`` sets the maximum)."""
     import numba
 
+    if _forked:
+        return 1
     return int(numba.get_num_threads())
 
 
@@ -75,32 +193,45 @@ def _set(library: Any, count: int) -> None:
     getattr(library, "_real_set_num_threads", library.set_num_threads)(count)
 
 
-def _enter(count: int) -> None:
+def _enter(count: int) -> tuple[int, int]:
+    global _stale
     with _lock:
         libraries = _blas()
+        if _stale:
+            for library, before in zip(libraries, _before, strict=True):
+                _set(library, min([before, *_numbers()]))
+            _stale = False
         if not _requests:
             _before[:] = [library.num_threads for library in libraries]
-        if not _requests or count < min(_requests):
+        if not _requests or count < min(_numbers()):
             for library in libraries:
                 _set(library, count)
-        _requests.append(count)
+        request = threading.get_ident(), count
+        _requests.append(request)
+        return request
 
 
-def _leave(count: int) -> None:
+def _leave(request: tuple[int, int]) -> None:
     with _lock:
-        _requests.remove(count)
+        if request not in _requests:
+            return  # of a thread that a fork left behind
+        _requests.remove(request)
         for library, before in zip(_blas(), _before, strict=True):
-            _set(library, min(_requests) if _requests else before)
+            _set(library, min(_numbers()) if _requests else before)
+
+
+def _numbers() -> list[int]:
+    return [count for _, count in _requests]
 
 
 @contextmanager
 def blas_single_thread() -> Iterator[None]:
     """Limit BLAS to one thread while inside; re-entrant, and safe from several Python threads."""
-    _enter(1)
+    request = _enter(1)
     try:
         yield
     finally:
-        _leave(1)
+        _leave(request)
 
 
 def threading_layer() -> str | None:
@@ -119,17 +250,25 @@ def kernel_threads() -> Iterator[int]:
 
     BLAS runs on one thread.  Numba's ``workqueue`` layer aborts the process when two Python
     threads run parallel kernels at the same time, so they take turns where it is in use.
+    In a forked child the number is 1.
+
+    Raises
+    ------
+    RuntimeError
+        In a forked child, where kernels cannot be made to run in one.
     """
+    _start_threads()
     # Not known yet is as unsafe as the layer that it may turn out to be.
     serial = threading_layer() in (None, "workqueue")
+    lock = _serial
     if serial:
-        _serial.acquire()
+        lock.acquire()
     try:
         with blas_single_thread():
             yield thread_count()
     finally:
         if serial:
-            _serial.release()
+            lock.release()
 
 
 def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[T]:
@@ -150,6 +289,27 @@ def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[
                 yield from pool.map(work, pieces)
 
 
+def product(a: Any, b: Any) -> Any:
+    """Return the matrix product ``a b`` with the same bits for any number of threads.
+
+    Pieces of rows, of at least 2^25 operations, are done with one thread of BLAS each.  A factor
+    that is no array multiplies as it does.
+    """
+    import numpy as np
+
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return a @ b
+    rows = max(64, (1 << 24) // max(1, b.size))
+    out = np.empty((a.shape[0], b.shape[1]), np.result_type(a, b))
+
+    def piece(part: slice) -> None:
+        np.matmul(a[part], b, out=out[part])
+
+    for _ in map_pieces(piece, [slice(i, i + rows) for i in range(0, len(out), rows)]):
+        pass
+    return out
+
+
 @contextmanager
 def limit_threads(count: int) -> Iterator[None]:
     """Run kernels and BLAS on at most ``count`` threads while inside, and restore both after.
@@ -165,11 +325,11 @@ def limit_threads(count: int) -> Iterator[None]:
     maximum = int(getattr(numba.config, "NUMBA_NUM_THREADS"))  # noqa: B009  (set at run time)
     numba.set_num_threads(min(count, maximum))
     try:
-        _enter(count)
+        request = _enter(count)
         try:
             yield
         finally:
-            _leave(count)
+            _leave(request)
     finally:
         numba.set_num_threads(before)
 

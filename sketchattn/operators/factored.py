@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.head import Head
+from ..kernels._threads import product
 from .base import AttentionOperator, Index, pick, working_precision
 from .softmax import SoftmaxAttention
 
@@ -118,17 +119,16 @@ class FactoredAttention(AttentionOperator):
             return x
         if self.s.ndim == 1:
             return self.s[:, None] * x
-        from ..kernels._threads import blas_single_thread
-
         # The same bits for any number of threads, and none that waits beside the next kernel.
-        with blas_single_thread():
-            return np.asarray((self.s.T if transpose else self.s) @ x)
+        return np.asarray(product(self.s.T if transpose else self.s, x))
 
     def _matmat(self, x: Array) -> Array:
-        return np.asarray(self.u @ self._core(self.p @ self._cast(x)))
+        return np.asarray(product(self.u, self._core(product(self.p, self._cast(x)))))
 
     def _rmatmat(self, y: Array) -> Array:
-        return np.asarray(self.p.T @ self._core(self.u.T @ self._cast(y), transpose=True))
+        return np.asarray(
+            product(self.p.T, self._core(product(self.u.T, self._cast(y)), transpose=True))
+        )
 
     def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
@@ -141,8 +141,8 @@ class FactoredAttention(AttentionOperator):
         rows = u[chosen] if isinstance(u, np.ndarray) else u.rows(chosen)
         inner = self._core(rows.T, transpose=True)
         if isinstance(self.p, np.ndarray):
-            return np.asarray(inner.T @ self.p)
-        return np.ascontiguousarray((self.p.T @ inner).T)
+            return np.asarray(product(inner.T, self.p))
+        return np.ascontiguousarray(product(self.p.T, inner).T)
 
 
 class Assignment(AttentionOperator):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels._threads import product
 from .base import AttentionOperator, Index, pick, working_precision
 
 Array = NDArray[Any]
@@ -249,12 +250,12 @@ class SampledAttention(AttentionOperator):
     def _matmat(self, x: Array) -> Array:
         x = self._cast(x)
         shared = self.chosen.ndim == 1
-        product: Array = self.weights @ x[self.chosen] if shared else self._sparse() @ x
+        out: Array = product(self.weights, x[self.chosen]) if shared else self._sparse() @ x
         if self.fill is not None:
-            product += self._fill_product(self.fill, x)
+            out += self._fill_product(self.fill, x)
         if self.replaced is not None and self.row_weights is not None:
-            product[self.replaced] = self.row_weights @ x
-        return product
+            out[self.replaced] = product(self.row_weights, x)
+        return out
 
     def _rmatmat(self, y: Array) -> Array:
         y = self._cast(y)
@@ -264,13 +265,13 @@ class SampledAttention(AttentionOperator):
             others[self.replaced] = 0
         if self.chosen.ndim == 1:
             out = np.zeros((self.shape[1], y.shape[1]), self.dtype)
-            out[self.chosen] = self.weights.T @ others
+            out[self.chosen] = product(self.weights.T, others)
         else:
             out = self._sparse().T @ others
         if self.fill is not None:
             out += self._fill_transposed(self.fill, others)
         if self.replaced is not None and self.row_weights is not None:
-            out += self.row_weights.T @ y[self.replaced]
+            out += product(self.row_weights.T, y[self.replaced])
         return out
 
     def rows(self, index: Index) -> Array:

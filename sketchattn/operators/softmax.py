@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.head import Head
+from ..kernels._threads import blas_single_thread, product
 from .base import AttentionOperator, Index, pick
 from .solve import row_softmax, solution, solve
 
@@ -100,7 +101,7 @@ class SoftmaxAttention(AttentionOperator):
         return weights
 
     def _logits(self, q: Array, k: Array) -> Array:
-        logits: Array = (self.dtype.type(self.problem.scale) * q) @ k.T
+        logits: Array = product(self.dtype.type(self.problem.scale) * q, k.T)
         return logits
 
     def row_norms(self) -> Array:
@@ -125,6 +126,7 @@ class SoftmaxAttention(AttentionOperator):
         """Return ``A^T 1`` (n_k,): how much attention each key receives."""
         return self._rmatvec(np.ones(self.shape[0], self.dtype))
 
+    @blas_single_thread()
     def frobenius_norm(self) -> float:
         """Return ``|A|_F`` in float64."""
         return float(np.linalg.norm(self.row_norms()))

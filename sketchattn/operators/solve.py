@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..base.arguments import check_logits, stacked
 from ..base.head import Head
+from ..kernels._threads import product
 
 Array = NDArray[Any]
 
@@ -30,7 +31,7 @@ def softmax_over(problem: Head, columns: Array, weights: Array | None = None) ->
     ``columns`` int (t,) are keys that are not masked, ``weights (t,)`` are positive; None is 1.
     """
     q, k, _ = problem.arrays
-    logits = (problem.dtype.type(problem.scale) * q) @ k[columns].T
+    logits: Array = product(problem.dtype.type(problem.scale) * q, k[columns].T)
     if weights is not None:
         logits += np.log(weights).astype(problem.dtype)
     if problem.causal:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.head import Head
+from ..kernels._threads import blas_single_thread, product
 from .softmax import exact_of
 
 Array = NDArray[Any]
@@ -38,6 +39,7 @@ def _orthonormal(x: Array, basis: Array | None = None) -> Array:
     return q
 
 
+@blas_single_thread()
 def block_krylov(
     operator: Any,
     rank: int,
@@ -144,6 +146,7 @@ def spectral_norm(operator: Any, *, tolerance: float = 1e-8) -> float:
     return float(block_krylov(operator, 1, tolerance=tolerance)[1][0])
 
 
+@blas_single_thread()
 def dense_spectral_norm(x: Array) -> float:
     """Return the largest singular value of a dense matrix from its smaller Gram matrix.
 
@@ -157,7 +160,8 @@ def dense_spectral_norm(x: Array) -> float:
     if size == 0.0:
         return 0.0
     x = x / size  # no overflow or underflow of the squares
-    gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
+    x = x if x.shape[0] >= x.shape[1] else x.T
+    gram = product(x.T, x)
     last = gram.shape[0] - 1
     top = eigh(gram, eigvals_only=True, subset_by_index=[last, last])
     return size * float(np.sqrt(max(top[0], 0.0)))
@@ -182,6 +186,7 @@ def _frozen(u: Array, s: Array, vt: Array) -> tuple[Array, Array, Array]:
     return u, s, vt
 
 
+@blas_single_thread()
 def _dense_svd(problem: Head) -> tuple[Array, Array, Array]:
     from scipy.linalg import svd
 

@@ -10,6 +10,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ..base.arguments import as_array, check_finite, float_dtype
 from ..base.head import Head
+from ..kernels._threads import product
 from .base import AttentionOperator, Index, pick, working_precision
 
 Array = NDArray[Any]
@@ -28,10 +29,10 @@ class DenseAttention(AttentionOperator):
         self.matrix = np.ascontiguousarray(matrix, self.dtype)
 
     def _matmat(self, x: Array) -> Array:
-        return self.matrix @ self._cast(x)
+        return np.asarray(product(self.matrix, self._cast(x)))
 
     def _rmatmat(self, y: Array) -> Array:
-        return self.matrix.T @ self._cast(y)
+        return np.asarray(product(self.matrix.T, self._cast(y)))
 
     def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""

@@ -504,6 +504,7 @@ def leverage_approx_factor(gam: float, e: float = 0.0) -> float:
     return (1 - gam) * (1 - e) / ((1 + gam) * (1 + e))
 
 
+@blas_single_thread()
 def css_relative_error(x: ArrayLike, columns: ArrayLike, k: int) -> float:
     """Return ``|X - C C^+ X|_F / |X - X_k|_F`` of a column subset.
 

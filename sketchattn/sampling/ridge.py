@@ -142,6 +142,7 @@ def _eigh(kernel: Any) -> tuple[Array, Array]:
     return np.maximum(values, 0.0), vectors
 
 
+@blas_single_thread()
 def ridge_leverage(kernel: Any, lam: float) -> Array:
     """Return the ridge leverage scores ``l_i = (K (K + lam I)^{-1})_ii``.
 
@@ -176,6 +177,7 @@ def ridge_leverage(kernel: Any, lam: float) -> Array:
     return scores
 
 
+@blas_single_thread()
 def d_eff(kernel: Any, lam: float) -> float:
     """Return the effective dimension ``sum_k s_k/(s_k + lam)`` of a kernel matrix.
 
@@ -335,6 +337,7 @@ def _ridge_from_sample(
     return scores
 
 
+@blas_single_thread()
 def nystrom_factor(kernel: Any, columns: ArrayLike, tol: float | None = None) -> Array:
     """Return F (n, q) with ``Kt = F F^T = K_:J (K_JJ)^+ K_J:``, the Nystrom approximation of K.
 
@@ -411,6 +414,7 @@ class PsdCheck(NamedTuple):
     within: bool
 
 
+@blas_single_thread()
 def ridge_psd_check(kernel: Any, approximation: ArrayLike, lam: float) -> PsdCheck:
     """Check ``0 <= K - Kt <= lam I`` in the semidefinite order by eigenvalues.
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...base.arguments import as_array, check_integer, check_name, check_rank
+from ...kernels._threads import blas_single_thread
 from ...problem import AttentionProblem
 from .method import Linformer
 from .projections import MeanPool
@@ -35,6 +36,7 @@ class OracleFloor(NamedTuple):
     values: Array
 
 
+@blas_single_thread()
 def oracle_floor(weights: ArrayLike, output: ArrayLike) -> OracleFloor:
     """Return the least ``|W Z - O|_F`` over all Z: what no F can get below.
 
@@ -177,6 +179,7 @@ def _better_e(heads: Sequence[_Head], e: Array, f: Array, steps: int) -> Array:
     return np.asarray(found.x).reshape(shape)
 
 
+@blas_single_thread()
 def fit_linformer(
     problems: AttentionProblem | Sequence[AttentionProblem],
     rank: int,

@@ -14,6 +14,7 @@ from ...base.arguments import (
     float_dtype,
     prepare,
 )
+from ...kernels._threads import product
 from ...operators.base import AttentionOperator, Index, pick
 from ...operators.factored import FactoredAttention
 from ...problem import AttentionProblem
@@ -56,13 +57,12 @@ class Projection:
         if isinstance(self.form, np.ndarray):
             from ...kernels.sketching import dense_product
 
-            product = dense_product(prepare(self.form, x.dtype), prepare(shown, x.dtype))
-            return self._times(product)
+            return self._times(dense_product(prepare(self.form, x.dtype), prepare(shown, x.dtype)))
         return self._times(np.asarray(self.form @ shown, x.dtype))
 
     def apply_transpose(self, y: Array) -> Array:
         """Return ``E^T Y``."""
-        return self._shown(self._times(np.asarray(self.form.T @ y, y.dtype)))
+        return self._shown(self._times(np.asarray(product(self.form.T, y), y.dtype)))
 
     def to_dense(self, dtype: Any) -> Array:
         """Return E (r, n) without masked columns."""
