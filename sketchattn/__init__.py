@@ -6,8 +6,8 @@ once, in ``__init__.pyi``, and are loaded on first use: importing the package co
 importing NumPy.
 """
 
-import lazy_loader
+from .base.names import attach
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__)

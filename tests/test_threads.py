@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -301,7 +302,10 @@ def test_a_cache_that_cannot_be_made_is_done_without(monkeypatch: pytest.MonkeyP
 
 UNWRITABLE = """
 import numpy as np
+import sketchattn
 from sketchattn.kernels import softmax
+assert ".zip" in sketchattn.__file__, sketchattn.__file__
+assert callable(sketchattn.theory.claims)
 keys = np.array([[False, True]])
 assert softmax._any_key(keys, 0, 0, 2) and not softmax._any_key(keys, 0, 0, 1)
 assert type(softmax._any_key._cache).__name__ == "NullCache"
@@ -310,11 +314,17 @@ assert type(softmax._any_key._cache).__name__ == "NullCache"
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
 def test_the_package_computes_where_nothing_can_be_written(tmp_path: Path) -> None:
-    # Not even root writes to /proc.
+    # Not even root writes to /proc, nor beside modules that are inside a zip file.
+    package = Path(sa.__file__).parent
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
+        for path in package.rglob("*"):
+            if path.is_file() and path.suffix != ".pyc":
+                archive.write(path, path.relative_to(package.parent))
     nowhere = "/proc/self/nowhere"
     run(
         UNWRITABLE,
         tmp_path,
+        PYTHONPATH=str(tmp_path / "package.zip"),
         NUMBA_CACHE_DIR=nowhere,
         HOME=nowhere,
         XDG_CACHE_HOME=nowhere,

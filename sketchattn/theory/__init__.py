@@ -10,6 +10,6 @@ One room for the engine, and one for each topic, named like its chapter of the b
 ``zoo`` and what is below.
 """
 
-import lazy_loader
+from ..base.names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__)
