@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import csv
+import dataclasses
+import enum
+import functools
 import json
 import math
 import os
@@ -12,20 +17,26 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
+from sklearn.mixture import GaussianMixture
 
 import sketchattn as sa
+from sketchattn.base.content import content
 from sketchattn.base.draws import Draw
 from sketchattn.base.files import decode, encode
 from sketchattn.errors.reports import FIELDS
 from sketchattn.heads.inputs import as_heads
 from sketchattn.operators.base import AttentionOperator
+from sketchattn.partitions import Plan, Ragged, label_plan
 from sketchattn.problem import AttentionProblem
 from sketchattn.studies import grid, measure
 from sketchattn.studies import journal as journal_module
@@ -493,6 +504,194 @@ def test_parameters_tell_methods_apart() -> None:
     assert describe_method(Weighted(2, np.zeros(3))) == describe_method(Weighted(2, np.zeros(3)))
 
 
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@dataclasses.dataclass
+class Setting:
+    weights: Any
+    label: str = ""
+
+
+class Point(NamedTuple):
+    x: Any
+
+
+class Spoken:
+    """Has a representation of its own that leaves its content out."""
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+
+    def __repr__(self) -> str:
+        return "Spoken(...)"
+
+
+class Opaque:
+    pass
+
+
+def double(x: Any) -> Any:
+    return 2 * x
+
+
+def one_in(n: int, i: int) -> Any:
+    x = np.zeros(n)
+    x[i] = 1.0
+    return x
+
+
+BIG, OTHER = one_in(3000, 1500), one_in(3000, 1501)
+
+
+def plan_of(n: int, swapped: bool) -> Plan:
+    """Return spans of two keys; swapped, the first two rows see each other as a region."""
+    keys = list(range(n))
+    rest = [[j for j in keys if j != i] for i in range(n)]
+    direct = [[i] for i in keys]
+    if swapped:
+        direct[0], rest[0] = rest[0], direct[0]
+    return Plan.from_lists(n, direct, rest, [[i] for i in keys])
+
+
+# Pairs of values that differ, of which most look alike.
+UNLIKE: dict[str, tuple[Any, ...]] = {
+    "numbers": (1, 1.0),
+    "flags": (1, True),
+    "zeros": (0.0, -0.0),
+    "not numbers": (math.nan, math.inf),
+    "arrays": (BIG, OTHER),
+    "dtypes": (np.zeros(3), np.zeros(3, np.float32)),
+    "shapes": (np.zeros((2, 3)), np.zeros((3, 2))),
+    "objects": (np.array([1, BIG], object), np.array([1, OTHER], object)),
+    "fields": (
+        np.zeros(2000, [("a", "i4"), ("b", "f8")]),
+        np.array([(0, 0.0)] * 1999 + [(0, 1.0)], [("a", "i4"), ("b", "f8")]),
+    ),
+    "masks": (np.ma.masked_array(BIG, BIG > 0), np.ma.masked_array(BIG, BIG > 1)),
+    "halves": (np.ones(2, ml_dtypes.float8_e5m2).view("V1"), np.ones(2, ml_dtypes.float8_e4m3fn)),
+    "lists": ([1, [BIG]], [1, [OTHER]]),
+    "kinds of sequences": ([1], (1,)),
+    "long lists": (list(range(3000)), [*range(2999), 0]),
+    "mappings": ({"s": {"w": BIG}}, {"s": {"w": OTHER}}),
+    "read-only mappings": (
+        types.MappingProxyType({"w": BIG}),
+        types.MappingProxyType({"w": OTHER}),
+    ),
+    "sets": ({1, 2}, {1, 3}),
+    "deques": (collections.deque([BIG]), collections.deque([OTHER])),
+    "tuples": (Point(BIG), Point(OTHER)),
+    "dataclasses": (Setting(BIG), Setting(OTHER)),
+    "plans": (plan_of(40, False), plan_of(40, True)),
+    "ragged": (Ragged.of([[0]] * 2000), Ragged.of([[0]] * 1999 + [[1]])),
+    "own representations": (Spoken(BIG), Spoken(OTHER)),
+    "frames": (pd.DataFrame({"w": BIG}), pd.DataFrame({"w": OTHER})),
+    "columns": (pd.DataFrame({"w": BIG}), pd.DataFrame({"v": BIG})),
+    "kinds of columns": (pd.DataFrame({"w": [1], "v": [2]}), pd.DataFrame({"w": [1], "v": [2.0]})),
+    "index": (pd.Series([1, 2], index=["a", "b"]), pd.Series([1, 2], index=["b", "a"])),
+    "sparse": (scipy.sparse.diags_array(BIG), scipy.sparse.diags_array(OTHER)),
+    "problems": (small_heads(1)[0], small_heads(1, rng=1)[0]),
+    "heads": (small_heads(2), small_heads(2, rng=1)),
+    "methods": (sa.Combiner(labels=BIG), sa.Combiner(labels=OTHER)),
+    "estimators": (GaussianMixture(means_init=BIG), GaussianMixture(means_init=OTHER)),
+    "functions": (double, one_in),
+    "partial": (functools.partial(one_in, 3), functools.partial(one_in, 4)),
+    "classes": (sa.JL, sa.TopK),
+    "enumerations": (Colour.RED, Colour.BLUE),
+    "paths": (Path("a"), Path("b")),
+    "bytes": (b"a" * 100, b"a" * 99 + b"b"),
+    "generators": (np.random.default_rng(0), np.random.default_rng(1)),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNLIKE))
+def test_the_content_of_a_parameter_decides_its_key(kind: str) -> None:
+    first, second = UNLIKE[kind]
+    assert content(first) != content(second)
+    copied = types.MappingProxyType(dict(first)) if "read-only" in kind else copy.deepcopy(first)
+    assert content(copied) == content(first)
+
+
+def test_tensors_are_told_apart_by_their_content() -> None:
+    torch = pytest.importorskip("torch")
+    first, second = torch.tensor(BIG), torch.tensor(OTHER)
+    assert content(first) != content(second)
+    assert content(first) == content(first.clone().requires_grad_())
+    assert content(torch.ones(2, dtype=torch.bfloat16)) != content(torch.ones(2))
+
+
+def test_a_study_tells_plans_apart(tmp_path: Path) -> None:
+    n = 1024  # NumPy prints arrays of so many entries in part
+    head = sa.make_heads("clustered", n=n, d=4, rng=0)[0]
+    # Positions in the middle change regions, which NumPy leaves out when it prints.
+    labels = np.arange(n) // 32
+    moved = labels.copy()
+    moved[256:768] = labels[256:768].reshape(2, 256)[::-1].T.reshape(-1)
+    first, second = (label_plan(x) for x in (labels, moved))
+    assert repr(first) == repr(second)
+    same_sizes = [sa.Combiner(pattern=plan) for plan in (first, second)]
+    options: dict[str, Any] = {"ranks": [8], "seeds": 1, "pictures": False, "out": tmp_path}
+    both = sa.study(head, methods={"a": same_sizes[0], "b": same_sizes[1]}, **options)
+    for label, method in zip("ab", same_sizes, strict=True):
+        wanted = sa.error_report(head, method.approximate(head)).output_fro_rel
+        found = both.frame[both.frame["method"] == label]["output_fro_rel"].item()
+        assert found == pytest.approx(wanted, rel=1e-12)
+
+
+class Weights(list[int]):
+    """A list that copies share."""
+
+    def __deepcopy__(self, memo: object) -> Weights:
+        return self
+
+
+class Weighted(sa.UniformColumns):
+    """Has a parameter of any kind."""
+
+    def __init__(self, rank: int = 2, weights: Any = None) -> None:
+        super().__init__(rank)
+        self.weights = weights
+
+
+def test_what_has_no_content_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("work began before the refusal")
+
+    def local(x: Any) -> Any:
+        return x
+
+    monkeypatch.setattr(run_module, "run_head", work)
+    held: list[Any] = []
+    held.append(held)
+    module = Opaque.__module__
+    cases = {
+        f"an object of {module}.Opaque as 'weights' of Weighted; make it a dataclass, or give it "
+        f"__reduce__": Opaque(),
+        "a lambda as 'weights' of Weighted; define it at the top level of a module": lambda x: x,
+        f"{local.__qualname__!r}, which cannot be imported as 'weights' of Weighted; define it at "
+        f"the top level of a module": [local],
+        "generator, which can be read only once as 'weights' of Weighted; make it a list": (
+            x for x in (1, 2)
+        ),
+        "list that holds itself as 'weights' of Weighted; unroll it": held,
+    }
+    for words, value in cases.items():
+        message = f"methods must have parameters that are told apart by their content, got {words}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            sa.study(BASE, methods=Weighted(2, value), ranks=[2])
+
+
+def test_rows_are_found_again_when_a_method_changes_its_parameters() -> None:
+    class Counting(Weighted):
+        def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+            self.weights.append(1)
+            return super()._approximate(problem, draw)
+
+    assert len(run(None, methods={"counting": Counting(2, Weights())}).frame) == 27
+
+
 SCRIPT = """
 import sys, time
 import sketchattn as sa
@@ -554,8 +753,8 @@ def test_a_killed_study_continues_to_the_same_rows(tmp_path: Path, jobs: int, mo
     assert again.returncode == 0
     # Nothing that was finished is computed again: its lines stay, and no key appears twice.
     assert output.split() == [str(CELLS - left), str(left)]
-    for file, content in before.items():
-        assert file.read_bytes().startswith(content[: content.rfind(b"\n") + 1])
+    for file, old in before.items():
+        assert file.read_bytes().startswith(old[: old.rfind(b"\n") + 1])
     keys = cell_keys(journal_lines(tmp_path))
     assert len(keys) == len(set(keys)) == CELLS
 
