@@ -14,10 +14,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base.files import make_folder
 from ..base.parallel import in_parallel
 from ..heads.inputs import renamed
 from ..problem import AttentionProblem
-from .journal import journal_name, lock_folder, read_journal
+from .journal import journal_name, lock_folder, named_holder, read_journal
 from .measure import HeadTask, run_head
 from .plan import MethodsLike, Plan, make_plan
 from .progress import Progress
@@ -150,15 +151,14 @@ def study(
 @contextmanager
 def _journals(folder: Path | None) -> Iterator[tuple[Path, str]]:
     """Hold the folder of a study, a temporary one without any; yield that of the journals."""
-    if folder is None:
+    if folder is None:  # nobody else knows this one: there is nothing to lock
         with (
             tempfile.TemporaryDirectory(prefix="sketchattn-") as temporary,
-            _journals(Path(temporary)) as held,
+            named_holder(Path(temporary, ".lock")) as token,
         ):
-            yield held
+            yield Path(temporary), token
         return
-    journals = folder / "cells"
-    journals.mkdir(parents=True, exist_ok=True)
+    journals = make_folder(folder / "cells")
     with lock_folder(journals / ".lock", folder) as token:
         yield journals, token
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -17,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...base.arguments import closest
+from ...base.drawing import as_png, make_figure, plain_style
 from ...base.draws import Rng, entropy_of
-from ...base.files import write_bytes
-from ...base.parallel import check_jobs, check_progress, in_parallel
+from ...base.files import make_folder, write_bytes
+from ...base.parallel import check_backend, check_jobs, check_progress, in_parallel
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import check_confidence, check_trials, run, sample
@@ -235,7 +237,8 @@ class ValidationResult:
         Parameters
         ----------
         out : path
-            Folder; made if there is none.  ``<claim>.png`` is replaced in one step.
+            Folder; made if there is none.  ``<claim>.png`` is replaced in one step; those of
+            claims without a row are deleted.
         jobs : int, default 1
             Claims that are drawn at the same time.
         progress : bool, optional
@@ -245,18 +248,37 @@ class ValidationResult:
         -------
         list of Path
             In the order of the rows.
+
+        Warns
+        -----
+        RuntimeWarning
+            If pictures are missing, and why the first is.
         """
         workers, show = check_jobs(jobs, "claim"), check_progress(progress)
-        folder = Path(out)
+        check_backend(workers, "claim")
         by_claim: dict[str, list[Verdict]] = {}
         for row in self.rows:
             by_claim.setdefault(row.claim.id, []).append(row.verdict)
         tasks = [_Picture(name, self._panels(x), self.entropy) for name, x in by_claim.items()]
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = {name: folder / f"{name}.png" for name in by_claim}
-        for name, data in _in_parallel(_picture, tasks, workers, show, "pictures", "claim"):
-            write_bytes(paths[name], data)
-        return list(paths.values())
+        folder = make_folder(os.path.expanduser(out))
+        for name in all_claims():  # of an earlier run
+            if name not in by_claim:
+                (folder / f"{name}.png").unlink(missing_ok=True)
+        paths, missing = {name: folder / f"{name}.png" for name in by_claim}, {}
+        for name, drawn in _in_parallel(_picture, tasks, workers, show, "pictures", "claim"):
+            refused = drawn if isinstance(drawn, str) else _refusal(paths[name], drawn)
+            if refused is not None:
+                missing[name] = refused
+                paths[name].unlink(missing_ok=True)
+        if missing:
+            first, *others = missing
+            more = f" and {len(others)} more" if others else ""
+            warnings.warn(
+                f"pictures are missing beside the verdicts: {first} ({missing[first]}){more}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return [path for name, path in paths.items() if name not in missing]
 
     def _panels(self, verdicts: Sequence[Verdict]) -> tuple[_Panel, ...]:
         """Return the first named instance and the first head to which a claim applies."""
@@ -328,25 +350,34 @@ class _Picture(NamedTuple):
     entropy: int
 
 
-def _picture(task: _Picture) -> tuple[str, bytes]:
-    """Return the id of a claim and its picture as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _picture(task: _Picture) -> tuple[str, bytes | str]:
+    """Return the id of a claim and its picture as PNG, or why there is none."""
     claim = get_entry(task.claim).claim
-    figure = Figure(figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    with limit_threads(1):
-        for i, panel in enumerate(task.panels):
-            axes = figure.add_subplot(1, len(task.panels), i + 1)
-            _draw(axes, claim, _steps(claim, as_instance(panel.problem), task.entropy))
-            axes.set_title(f"{panel.name}: {panel.status}", fontsize=9)
-    title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
-    figure.suptitle(title, fontsize=10)
-    figure.supylabel(_wrap(claim.observes, 60), fontsize=8)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return task.claim, buffer.getvalue()
+    try:
+        with limit_threads(1), plain_style():
+            figure = make_figure(
+                figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained"
+            )
+            for i, panel in enumerate(task.panels):
+                axes = figure.add_subplot(1, len(task.panels), i + 1)
+                _draw(axes, claim, _steps(claim, as_instance(panel.problem), task.entropy))
+                title = f"{panel.name}: {panel.status}"
+                axes.set_title(title, fontsize=9, parse_math=False)
+            title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
+            figure.suptitle(title, fontsize=10, parse_math=False)
+            figure.supylabel(_wrap(claim.observes, 60), fontsize=8, parse_math=False)
+            return task.claim, as_png(figure)
+    except Exception as error:  # of the drawing, or of a claim at other parameters
+        return task.claim, f"{type(error).__name__}: {error}"
+
+
+def _refusal(path: Path, data: bytes) -> str | None:
+    """Write a picture; return why it could not be written."""
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 class _Step(NamedTuple):
@@ -563,6 +594,7 @@ def validate(
     chosen = _chosen(claims)
     count, level = check_trials(trials), check_confidence(confidence)
     workers, show = check_jobs(jobs, "problem"), check_progress(progress)
+    check_backend(workers, "problem")
     problems = {str(p.name): p for p in as_heads("minilm" if heads is None else heads)}
     entropy = entropy_of(rng)
     bundled = _bundled()
