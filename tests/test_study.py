@@ -8,7 +8,9 @@ import copy
 import csv
 import dataclasses
 import enum
+import errno
 import functools
+import importlib
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import joblib
 import ml_dtypes
 import numpy as np
 import pandas as pd
@@ -30,9 +33,10 @@ import scipy.sparse
 from sklearn.mixture import GaussianMixture
 
 import sketchattn as sa
+from sketchattn.base import parallel
 from sketchattn.base.content import content
 from sketchattn.base.draws import Draw
-from sketchattn.base.files import decode, encode
+from sketchattn.base.files import decode, encode, write_bytes
 from sketchattn.errors.reports import FIELDS
 from sketchattn.heads.inputs import as_heads
 from sketchattn.operators.base import AttentionOperator
@@ -804,10 +808,21 @@ def test_two_studies_do_not_write_one_folder(tmp_path: Path) -> None:
     assert run(tmp_path).computed == CELLS  # free again
 
 
+def dead_process() -> int:
+    """Return the number of a process that is over."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
 def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
-    (tmp_path / "cells" / ".lock").write_text(f"{'0' * 32} {journal_module._host()} 999999999\n")
+    lock = tmp_path / "cells" / ".lock"
+    lock.write_bytes(b"")
+    text = f"{'0' * 32} {journal_module._host()} {dead_process()}\n"
+    journal_module.holder_of(lock).write_text(text)
     assert run(tmp_path).computed == CELLS
+    assert not journal_module.holder_of(lock).exists()
 
 
 def test_a_worker_stops_when_its_study_lost_the_folder(tmp_path: Path) -> None:
@@ -830,9 +845,14 @@ def test_a_worker_stops_when_its_study_lost_the_folder(tmp_path: Path) -> None:
         name, found = measure.run_head(measure.HeadTask(problem, cells, journal, lock, token, 1))
         assert (name, len(found)) == (problem.name, 1)
         assert journal.read_bytes().count(b"\n") == 1
-        text = lock.read_text()
-    lock.write_text(text)  # as after SIGKILL: the token is there, nobody holds the lock
+        text = journal_module.holder_of(lock).read_text()
+    # As after SIGKILL: the token is there, its process is gone.
+    gone = text.replace(str(os.getpid()), str(dead_process()))
+    journal_module.holder_of(lock).write_text(gone)
     assert not journal_module.is_held(lock, token)
+    elsewhere = text.replace(journal_module._host(), "another-machine")
+    journal_module.holder_of(lock).write_text(elsewhere)
+    assert journal_module.is_held(lock, token)  # whose processes are not seen from here
     assert not journal_module.is_held(tmp_path / "missing", token)
 
 
@@ -844,6 +864,230 @@ def test_a_worker_that_cannot_see_the_folder_still_computes(tmp_path: Path) -> N
     task = measure.HeadTask(problem, cells, elsewhere / "a.jsonl", elsewhere / ".lock", "f" * 32, 1)
     assert len(measure.run_head(task)[1]) == 2
     assert not elsewhere.exists()
+
+
+# --- file systems -------------------------------------------------------------------------------
+
+fcntl: Any = None if sys.platform == "win32" else importlib.import_module("fcntl")
+NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+
+
+@pytest.mark.skipif(fcntl is None, reason="simulates the locks of POSIX")
+@pytest.mark.parametrize("code", NO_LOCKS)
+def test_a_file_system_without_locks_holds_studies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert len(run(None).frame) == 27
+    assert run(tmp_path).computed == CELLS
+    assert run(tmp_path).reused == CELLS  # nothing is left behind that would look like a lock
+    lock = tmp_path / "cells" / ".lock"
+    with journal_module.lock_folder(lock, tmp_path) as token:
+        assert journal_module.is_held(lock, token)
+        with pytest.raises(ValueError, match=r"^out must be a folder that no other study writes"):
+            run(tmp_path)
+    assert run(tmp_path).reused == CELLS
+
+
+def test_a_study_without_a_folder_needs_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a lock was asked for")
+
+    monkeypatch.setattr(journal_module, "_acquire", refuse)
+    assert run(None).computed == CELLS
+
+
+@pytest.mark.parametrize("digit", ["values", "seed", "rank"])
+def test_a_changed_digit_is_computed_again(tmp_path: Path, digit: str) -> None:
+    whole = run(tmp_path)
+    victim = sorted((tmp_path / "cells").glob("*.jsonl"))[0]
+    lines = victim.read_text().splitlines(keepends=True)
+    record = json.loads(lines[12])
+    if digit == "values":
+        old, new = str(record["values"]["skill"]), str(record["values"]["skill"] / 2)
+    else:
+        old, new = f'"{digit}": {record[digit]}', f'"{digit}": {record[digit] + 1}'
+    assert old in lines[12]
+    lines[12] = lines[12].replace(old, new, 1)
+    victim.write_text("".join(lines))
+    again = run(tmp_path)
+    assert (again.computed, again.reused) == (1, CELLS - 1)
+    assert same_rows(whole, again)
+
+
+def test_a_full_disk_names_the_file_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, ranks=[2], seeds=1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    write = os.write
+
+    def half(handle: int, data: bytes) -> int:
+        return (
+            write(handle, data[: len(data) // 2]) if data.startswith(b"{") else write(handle, data)
+        )
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", half)
+        with pytest.raises(OSError, match=r"cells.*\.jsonl could not be written whole \(No space "):
+            run(tmp_path)
+    now = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {p: now[p] for p in before} == before
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", refuse)
+        with pytest.raises(OSError, match=r"free some space and start again$"):
+            write_bytes(tmp_path / "results.csv", b"new")
+    assert (tmp_path / "results.csv").read_bytes() == before[tmp_path / "results.csv"]
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(now)  # no temporary file
+    assert same_rows(run(tmp_path), run(None))
+
+
+def test_files_are_written_through_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "results.csv", tmp_path / "results.csv"
+    for there in (False, True):  # to nothing yet, and to a file
+        if not there:
+            link.symlink_to(target)
+        write_bytes(link, b"new" if there else b"first")
+        assert link.is_symlink()
+        assert target.read_bytes() == (b"new" if there else b"first")
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    write_bytes(tmp_path / ("x" * 255), b"new")
+    assert [len(p.name) for p in tmp_path.iterdir()] == [255]
+    with pytest.raises(OSError, match=r"could not be written whole .*; choose a shorter name$"):
+        write_bytes(tmp_path / ("x" * 256), b"new")
+    with pytest.raises(FileNotFoundError, match="; make its folder first$"):
+        write_bytes(tmp_path / "no" / "x", b"new")
+
+
+def test_what_is_in_a_folder_belongs_to_its_rows(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ranks": [2], "seeds": 1, "out": tmp_path}
+    first = sa.study(small_heads(1), methods="uniform", **options)
+    (tmp_path / "mine.png").write_bytes(b"of somebody else")
+    again = sa.study(small_heads(1), methods="uniform", pictures=False, **options)
+    assert again.computed == 0
+    assert all(path.exists() for path in first.pictures)  # the same rows
+    sa.study(small_heads(1), methods="jl", pictures=False, **options)
+    assert [p.name for p in tmp_path.glob("*.png")] == ["mine.png"]
+
+
+# --- other backends, and workers without a parent -----------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading", "sequential", "multiprocessing"])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_backends_of_joblib_give_the_same_rows_or_are_refused(backend: str, jobs: int) -> None:
+    options: dict[str, Any] = {"ranks": [2], "seeds": 2, "jobs": jobs}
+    with joblib.parallel_config(backend):
+        if (backend, jobs) == ("multiprocessing", 2):
+            with pytest.raises(ValueError, match=r"^jobs must be 1 with joblib's backend 'multip"):
+                run(None, **options)
+            with pytest.raises(ValueError, match=r"^jobs must be 1 with joblib's backend 'multip"):
+                sa.theory.validate("sketching.moment_countsketch", BASE, trials=9, jobs=jobs)
+            return
+        found = run(None, **options)
+        checked = sa.theory.validate("sketching.moment_countsketch", BASE, trials=9, jobs=jobs)
+    assert same_rows(found, run(None, ranks=[2], seeds=2))
+    assert len(checked.rows) == 4
+
+
+ORPHANS = """
+import os, sys
+import sketchattn as sa
+
+class Slow(sa.UniformColumns):
+    def _approximate(self, problem, draw):
+        open(os.path.join(sys.argv[1], f"{os.getpid()}.worker"), "w").close()
+        import time
+        time.sleep(0.2)
+        return super()._approximate(problem, draw)
+
+heads = sa.make_heads("clustered", n=24, d=4, heads=3, rng=0)
+sa.study(heads, methods={"slow": Slow(rank=4)}, ranks=[2], seeds=10000, jobs=2,
+         out=sys.argv[1], pictures=False)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_workers_of_a_killed_study_end(tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(ORPHANS.replace("sys.argv[1]", repr(str(tmp_path))))
+    root = str(Path(sa.__file__).parents[1])
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": paths},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while len(list(tmp_path.glob("*.worker"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        workers = [int(p.stem) for p in tmp_path.glob("*.worker")]
+        assert process.pid not in workers
+        deadline = time.monotonic() + 60
+        while any(parallel.is_alive(worker) for worker in workers):
+            assert time.monotonic() < deadline, "a worker outlived its study"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+OWN = """
+import dataclasses
+import sketchattn as sa
+
+@dataclasses.dataclass
+class Setting:
+    factor: int
+
+def double(x):
+    return 2 * x
+
+class Own(sa.UniformColumns):
+    def __init__(self, rank, setting=None, function=None):
+        super().__init__(rank)
+        self.setting = setting
+        self.function = function
+
+heads = sa.make_heads("clustered", n=24, d=4, heads=2, rng=0)
+method = Own(rank=4, setting=Setting(3), function=double)
+one, two = (sa.study(heads, methods={"own": method, "uniform": "uniform"}, ranks=[2], seeds=2,
+                     jobs=jobs) for jobs in (1, 2))
+errors = [x.frame["output_fro_rel"].tolist() for x in (one, two)]
+assert errors[0] == errors[1]
+print(two.computed)
+"""
+
+
+def test_a_method_of_a_script_runs_in_two_jobs(tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(OWN)
+    root = str(Path(sa.__file__).parents[1])
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    found = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.split() == [str(2 * (4 + 2 + 2))]
 
 
 # --- what is refused ----------------------------------------------------------------------------

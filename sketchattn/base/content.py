@@ -282,9 +282,10 @@ def _object(x: Any, inside: tuple[int, ...]) -> str | None:
         listed = ", ".join(f"{name}={_text(v, inside)}" for name, v in fields.items())
         return f"{_type_name(kind)}({listed})"
     methods = ("__reduce_ex__", "__reduce__", "__getstate__")
-    as_any_object = all(getattr(kind, n, None) is getattr(object, n, None) for n in methods)
+    default: Any = object
+    as_any_object = all(getattr(kind, n, None) is getattr(default, n, None) for n in methods)
     known: Any = copyreg.dispatch_table.get(kind)
-    if known is None and as_any_object and kind.__repr__ is object.__repr__:
+    if known is None and as_any_object and kind.__repr__ is default.__repr__:
         return None
     try:
         recipe = x.__reduce_ex__(4) if known is None else known(x)
