@@ -516,15 +516,15 @@ def test_a_study_without_pictures_is_a_study(
 def test_verdicts_come_before_pictures(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sketchattn.theory.engine import validation
+    from matplotlib.figure import Figure
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         assert (tmp_path / "verdicts.json").exists()
         raise ValueError("no ink")
 
     (tmp_path / "sketching.amm_markov.png").write_bytes(b"of an earlier run")
     (tmp_path / "mine.png").write_bytes(b"of somebody else")
-    monkeypatch.setattr(validation, "_draw", fail)
+    monkeypatch.setattr(Figure, "savefig", fail)
     claim = "sketching.moment_countsketch"
     said = say("validate", "--claims", claim, "--heads", MADE, "--trials", 20, "--jobs", 1,
                "--out", tmp_path)  # fmt: skip

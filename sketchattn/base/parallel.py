@@ -46,19 +46,6 @@ def check_progress(progress: object) -> bool:
     return check_flag(progress, "progress")
 
 
-def check_backend(jobs: int, unit: str) -> None:
-    """Refuse a backend of joblib that cannot do this work."""
-    from joblib.parallel import get_active_backend
-
-    name = type(get_active_backend()[0]).__name__
-    if jobs > 1 and name == "MultiprocessingBackend":
-        raise ValueError(
-            f"jobs must be 1 with joblib's backend 'multiprocessing', whose forked processes "
-            f"cannot run compiled kernels, got {jobs}; use the backend 'loky' or one {unit} after "
-            f"the other"
-        )
-
-
 def in_parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int) -> Generator[R, None, None]:
     """Yield the results of tasks as they are finished, on the current backend of joblib.
 

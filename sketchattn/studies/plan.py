@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..base.arguments import closest
 from ..base.files import as_folder
-from ..base.parallel import check_backend, check_flag, check_integer, check_jobs, check_progress
+from ..base.parallel import check_flag, check_integer, check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method
@@ -90,7 +90,6 @@ def make_plan(
     chosen_ranks = as_ranks(ranks, problems)
     chosen_seeds = as_seeds(seeds)
     workers = check_jobs(jobs, "head")
-    check_backend(workers, "head")
     folder = as_folder(out)
     resume = check_flag(resume, "resume")
     pictures = check_flag(pictures, "pictures")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.files import make_folder
+from ..base.floating import without_floating_errors
 from ..base.parallel import in_parallel
 from ..heads.inputs import renamed
 from ..problem import AttentionProblem
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..heads.container import Heads
 
 
+@without_floating_errors
 def study(
     heads: Heads | AttentionProblem | Sequence[AttentionProblem] | str | PathLike[str],
     methods: MethodsLike = None,

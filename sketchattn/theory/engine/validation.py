@@ -21,7 +21,7 @@ from ...base.arguments import closest
 from ...base.drawing import as_png, make_figure, plain_style
 from ...base.draws import Rng, entropy_of
 from ...base.files import make_folder, write_bytes
-from ...base.parallel import check_backend, check_jobs, check_progress, in_parallel
+from ...base.parallel import check_jobs, check_progress, in_parallel
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import check_confidence, check_trials, run, sample
@@ -255,7 +255,6 @@ class ValidationResult:
             If pictures are missing, and why the first is.
         """
         workers, show = check_jobs(jobs, "claim"), check_progress(progress)
-        check_backend(workers, "claim")
         by_claim: dict[str, list[Verdict]] = {}
         for row in self.rows:
             by_claim.setdefault(row.claim.id, []).append(row.verdict)
@@ -594,7 +593,6 @@ def validate(
     chosen = _chosen(claims)
     count, level = check_trials(trials), check_confidence(confidence)
     workers, show = check_jobs(jobs, "problem"), check_progress(progress)
-    check_backend(workers, "problem")
     problems = {str(p.name): p for p in as_heads("minilm" if heads is None else heads)}
     entropy = entropy_of(rng)
     bundled = _bundled()
