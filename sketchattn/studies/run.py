@@ -66,11 +66,13 @@ def study(
         numbers do not depend on it, ``seconds`` does.
     out : path, optional
         Folder for ``results.csv``, ``references.csv``, ``study.json``, one PNG for each error
-        measure, and the journals in ``cells``.
+        measure, and the journals in ``cells``.  What is there of other rows is replaced or
+        deleted, pictures too.
     resume : bool, default True
         Take the cells that the folder holds from an earlier study, finished or killed, of the
-        same heads, methods with the same parameters, seeds and library version; ``False``
-        computes all of them again.  Code that you changed without its version is not noticed.
+        same heads, methods with parameters of the same content, seeds and library version;
+        ``False`` computes all of them again.  Code that you changed without its version is not
+        noticed.
     pictures : bool, default True
         Draw the pictures into ``out``.
     progress : bool, optional
@@ -88,10 +90,18 @@ def study(
     ------
     TypeError, ValueError
         Before any work, for a method that cannot honour a head, ranks above n_k, repeated names,
-        empty heads, heads without values, unknown names, a bound that is about no error measure
-        or about none of the methods, or a folder that another study holds.
+        empty heads, heads without values, unknown names, a parameter whose content cannot be read
+        (as that of a lambda), a bound that is about no error measure or about none of the
+        methods, or a folder that another study holds.
+    OSError
+        If a file cannot be written: its name and what to do.  Finished cells stay in the folder.
     RuntimeError
         If a method fails on a head.  Finished cells stay in the folder.
+
+    Warns
+    -----
+    RuntimeWarning
+        If pictures could not be drawn; the results are there.
 
     Notes
     -----
