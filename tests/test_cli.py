@@ -322,7 +322,7 @@ REFUSED = [
     ),
     (
         ["validate", "--jobs", "0"],
-        "jobs must be at least 1, got 0; jobs=1 is one after the other",
+        "jobs must be at least 1, got 0; jobs=1 computes one problem after the other",
     ),
     (
         ["validate", "--out", __file__],
