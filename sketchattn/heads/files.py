@@ -268,9 +268,10 @@ def _from_npz(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
     return tensors, {name: str(x) for name, x in free.items()} | entries
 
 
-def refuse_nameless(x: Array, name: str) -> None:
+def refuse_nameless(x: object, name: str) -> None:
     """Refuse numbers of a type that NumPy's files have no name for, such as bfloat16."""
-    if x.dtype.kind == "V" and x.dtype.names is None:
+    # What an archive holds beside arrays comes as bytes.
+    if isinstance(x, np.ndarray) and x.dtype.kind == "V" and x.dtype.names is None:
         raise TypeError(
             f"{name} must be stored as float16, float32 or float64, got {x.dtype.itemsize} bytes "
             f"a number of an unnamed type, as NumPy writes bfloat16; store it as float32, or as "
