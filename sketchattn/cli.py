@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sketchattn ...
     True
     """
+    with _printable():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         given = None if arguments is None else list(arguments)
         code = app(args=given, prog_name="sketchattn", standalone_mode=False)
@@ -81,6 +88,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = "; the same command continues" if "study" in words[:1] else ""
         print(f"sketchattn: interrupted{rest}", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _printable() -> Iterator[None]:
+    """Make whatever is printed cost nothing but the printing.
+
+    Characters that the console does not know are written as escapes, a closed stream takes what is
+    written, and warnings are one line each.
+    """
+    before: list[tuple[Any, str]] = []
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            before.append((stream, stream.errors))
+            stream.reconfigure(errors="backslashreplace")
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"sketchattn: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            # Whoever wants errors in place of warnings does not want to lose results.
+            warnings.filterwarnings("always", message="pictures are missing")
+            yield
+    finally:
+        for stream, errors in before:
+            with suppress(ValueError):  # closed meanwhile
+                stream.reconfigure(errors=errors)
 
 
 def _one_line(error: Exception) -> str:
@@ -153,8 +191,9 @@ def parse_heads(text: str) -> Heads:
     from .heads.families import FAMILIES, make_heads
     from .heads.files import BUNDLED, load_heads, read_heads
 
-    if Path(text).suffix in (".safetensors", ".npz") or Path(text).is_file():
-        return read_heads(text)
+    path = Path(os.path.expanduser(text))
+    if path.suffix in (".safetensors", ".npz") or path.is_file():
+        return read_heads(path)
     family, colon, rest = text.partition(":")
     if not colon:
         if text in BUNDLED:
@@ -220,6 +259,7 @@ def read_output(path: Path) -> NDArray[Any]:
 
     import numpy as np
 
+    path = Path(os.path.expanduser(path))
     if path.suffix not in (".npy", ".npz", ".safetensors"):
         raise ValueError(
             f"output must end in .npy, .npz or .safetensors, got {str(path)!r}; "
@@ -228,21 +268,22 @@ def read_output(path: Path) -> NDArray[Any]:
     if not path.is_file():
         raise ValueError(f"output must be an existing file, got {str(path)!r}; check its name")
     raw = path.read_bytes()
-    if path.suffix == ".safetensors":
-        from .heads.files import from_safetensors
+    from .heads.files import from_safetensors, refuse_nameless
 
+    if path.suffix == ".safetensors":
         arrays: dict[str, NDArray[Any]] = from_safetensors(raw)[0]
     else:
         try:
             loaded = np.load(io.BytesIO(raw), allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded
-            arrays = {name: loaded[name] for name in loaded.files}
+            whole = isinstance(loaded, np.ndarray)
+            arrays = {"output": loaded} if whole else {name: loaded[name] for name in loaded.files}
         except Exception as error:  # the formats raise many kinds for damaged files
             raise ValueError(
                 f"output must be a whole {path.suffix} file, got {str(path)!r}, which is not "
                 f"({_one_line(error) if str(error) else type(error).__name__}); write it again"
             ) from error
+    for name, x in arrays.items():
+        refuse_nameless(x, name)
     if "output" in arrays:
         return arrays["output"]
     if len(arrays) != 1:
@@ -369,14 +410,15 @@ def _study(
         progress=progress,
         bounds=_words(bounds),
     )
+    folder = result.out or out
     if as_json:
         summary = result.summary()
         _print_json(
             {
-                "out": out,
-                "results": out / "results.csv",
-                "references": out / "references.csv",
-                "bounds": out / "bounds.csv" if len(result.bounds) else None,
+                "out": folder,
+                "results": folder / "results.csv",
+                "references": folder / "references.csv",
+                "bounds": folder / "bounds.csv" if len(result.bounds) else None,
                 "pictures": result.pictures,
                 "left_out": result.left_out,
                 "computed": result.computed,
@@ -390,7 +432,7 @@ def _study(
         return
     typer.echo(result.render())
     files = ["results.csv", "references.csv", *(["bounds.csv"] if len(result.bounds) else [])]
-    typer.echo(f"\nrows: {', '.join(str(out / name) for name in files)}")
+    typer.echo(f"\nrows: {', '.join(str(folder / name) for name in files)}")
     if result.pictures:
         typer.echo("pictures:")
     for path in result.pictures:
@@ -437,7 +479,7 @@ def _validate(
     exit code is 1 where a verdict is not the recorded one, which for heads without a record is
     anything but violated.
     """
-    from .base.files import as_folder, write_text
+    from .base.files import as_folder, make_folder, write_text
     from .kernels._threads import cpu_count
     from .theory.engine.validation import validate
 
@@ -448,10 +490,11 @@ def _validate(
     )
     pictures: list[Path] = []
     if folder is not None:
+        verdicts = json.dumps(result.as_dict(), indent=2) + "\n"
+        write_text(make_folder(folder) / "verdicts.json", verdicts)
         pictures = result.plot(folder, workers, progress=progress)
-        write_text(folder / "verdicts.json", json.dumps(result.as_dict(), indent=2) + "\n")
     if as_json:
-        _print_json(result.as_dict() | {"out": out, "pictures": pictures})
+        _print_json(result.as_dict() | {"out": folder, "pictures": pictures})
     else:
         typer.echo(result.render())
         if folder is not None:

@@ -45,7 +45,9 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-def child(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+def child(
+    code: str, *arguments: str, environment: dict[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
     root = str(Path(sa.__file__).parents[1])
     paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     return subprocess.Popen(
@@ -53,7 +55,7 @@ def child(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": paths} | (environment or {}),
         **options,
     )
 
@@ -320,7 +322,7 @@ REFUSED = [
     ),
     (
         ["validate", "--jobs", "0"],
-        "jobs must be at least 1, got 0; jobs=1 is one after the other",
+        "jobs must be at least 1, got 0; jobs=1 computes one problem after the other",
     ),
     (
         ["validate", "--out", __file__],
@@ -444,6 +446,108 @@ def test_a_closed_pipe_is_no_error() -> None:
     process.stdout.close()
     with process:
         assert process.stderr.read() == ""
+
+
+# --- consoles, backends and names that fail -----------------------------------------------------
+
+SMALL = ("--methods", "uniform", "--ranks", "2", "--seeds", "1", "--jobs", "1")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a stream as a POSIX shell does")
+def test_a_closed_stdout_is_no_error() -> None:
+    command = [sys.executable, "-m", "sketchattn", "methods"]
+    words = "import os, sys; os.close(1); os.execv(sys.argv[1], sys.argv[1:])"
+    process = child(words, *command)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_a_console_that_cannot_print_a_name_costs_nothing(tmp_path: Path) -> None:
+    heads = sa.make_heads("clustered", n=24, d=4, rng=0)
+    arrays = heads[0].arrays
+    named = sa.AttentionProblem(*arrays, name="\u6ce8\u610f")
+    sa.write_heads(tmp_path / "named.npz", named)
+    code = "import sys; from sketchattn.cli import main; sys.exit(main(sys.argv[1:]))"
+    np.save(tmp_path / "output.npy", named.output)
+    for words in (
+        ("study", "--heads", str(tmp_path / "named.npz"), *SMALL, "--out", str(tmp_path / "out")),
+        ("certify", str(tmp_path / "named.npz"), str(tmp_path / "output.npy"), "--rows", "8"),
+    ):
+        process = child(code, *words, environment={"PYTHONIOENCODING": "cp1252"})
+        out, err = process.communicate(timeout=240)
+        assert (process.returncode, err) == (0, "")
+        assert "warning" not in out
+    assert "\\u6ce8\\u610f" in out
+    assert (tmp_path / "out" / "study.json").exists()
+
+
+@pytest.mark.parametrize("backend", ["module://no_such_module.backend", "no such backend"])
+def test_the_backend_of_the_user_costs_no_study(tmp_path: Path, backend: str) -> None:
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    code = "import sys; from sketchattn.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = child(
+        code,
+        *("study", "--heads", MADE, *SMALL, "--out", str(tmp_path / "out")),
+        environment={"MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path)},
+    )
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, "")
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(FIELDS)
+    assert (tmp_path / "out" / "study.json").exists()
+
+
+def test_a_study_without_pictures_is_a_study(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sketchattn.studies import plots
+
+    def fail(*_: object) -> None:
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(plots, "_draw_figure", fail)
+    said = say("study", "--heads", MADE, *SMALL, "--out", tmp_path)
+    assert said.code == 0
+    first = "pictures are missing beside the results: output_fro_rel (ValueError: no ink)"
+    assert said.err == f"sketchattn: warning: {first} and 9 more\n"
+    assert said.out.startswith("2 heads, 1 method")
+    assert (tmp_path / "study.json").exists()
+
+
+def test_verdicts_come_before_pictures(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    def fail(*_: object, **__: object) -> None:
+        assert (tmp_path / "verdicts.json").exists()
+        raise ValueError("no ink")
+
+    (tmp_path / "sketching.amm_markov.png").write_bytes(b"of an earlier run")
+    (tmp_path / "mine.png").write_bytes(b"of somebody else")
+    monkeypatch.setattr(Figure, "savefig", fail)
+    claim = "sketching.moment_countsketch"
+    said = say("validate", "--claims", claim, "--heads", MADE, "--trials", 20, "--jobs", 1,
+               "--out", tmp_path)  # fmt: skip
+    assert said.code in (0, 1)  # so few trials may say anything
+    start = f"sketchattn: warning: pictures are missing beside the verdicts: {claim} (ValueError: "
+    assert said.err.startswith(start)
+    assert said.err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.png", "verdicts.json"]
+
+
+def test_a_tilde_is_the_home_folder(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sa.write_heads("~/two.npz", parse_heads(MADE))
+    assert (tmp_path / "two.npz").is_file()
+    said = say("study", "--heads", "~/two.npz", *SMALL, "--no-pictures", "--out", "~/out")
+    assert (said.code, said.err) == (0, "")
+    assert str(tmp_path / "out" / "results.csv") in said.out
+    assert (tmp_path / "out" / "results.csv").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 # --- certify ------------------------------------------------------------------------------------

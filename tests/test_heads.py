@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -1529,3 +1530,113 @@ def test_reports_are_frozen_records() -> None:
 def test_describe_refuses(problem: Any, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=message(text)):
         sa.describe(problem)
+
+
+# --- files that are not what they seem ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"heads{ending}"
+    path.write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 786432\n"
+    )
+    message = (
+        f"heads{ending}: the file must hold the heads themselves, got a pointer of Git LFS to "
+        f"them; fetch it with: git lfs pull"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        sa.read_heads(path)
+
+
+def test_advice_on_bfloat16_in_npz_can_be_followed(tmp_path: Path) -> None:
+    x = np.ones((1, 4, 2), ml_dtypes.bfloat16)
+    np.savez(tmp_path / "x.npz", q=x, k=x, v=x)
+    message = (
+        "x.npz: q must be stored as float16, float32 or float64, got 2 bytes a number of an "
+        "unnamed type, as NumPy writes bfloat16; store it as float32, or as BF16 in .safetensors"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        sa.read_heads(tmp_path / "x.npz")
+    wide = x.astype(np.float32)
+    np.savez(tmp_path / "x.npz", q=wide, k=wide, v=wide)
+    assert sa.read_heads(tmp_path / "x.npz").dtype == np.float32
+
+
+IN_A_ZIP = """
+import sys
+import sketchattn as sa
+assert ".zip" in sa.__file__, sa.__file__
+print(len(sa.load_heads("minilm")))
+"""
+
+
+def test_bundled_heads_are_read_from_a_zipped_package(tmp_path: Path) -> None:
+    root = Path(sa.__file__).parents[1]
+    archive = tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in (root / "sketchattn").rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                file.write(path, path.relative_to(root))
+    # In front of an editable installation too.
+    paths = f"import sys; sys.path.insert(0, {str(archive)!r})\n"
+    found = subprocess.run(
+        [sys.executable, "-c", paths + IN_A_ZIP],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+    )
+    assert (found.returncode, found.stdout) == (0, "12\n"), found.stderr
+
+
+# --- floating-point settings of the caller ------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_describe_is_silent_whatever_the_logits(causal: bool, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((40, 4)).astype(dtype) for _ in range(2))
+    small = sa.AttentionProblem(q, k, causal=causal, scale=1e6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = sa.describe(small)
+        with np.errstate(all="raise"):
+            assert sa.describe(small) == plain
+        with np.errstate(all="warn"):
+            assert sa.describe(small) == plain
+    assert plain.max_logit > 1e6
+    assert plain.perplexity_max < 2
+
+
+def test_a_study_is_silent_under_any_settings() -> None:
+    heads = sa.make_heads("peaked", n=24, d=4, rng=0)
+    options: dict[str, Any] = {"methods": "uniform", "ranks": [2], "seeds": 1}
+    plain = sa.study(heads, **options).frame.drop(columns="seconds")
+    with np.errstate(all="raise"):
+        again = sa.study(sa.make_heads("peaked", n=24, d=4, rng=0), **options).frame
+    assert again.drop(columns="seconds").equals(plain)
+
+
+# --- the first example --------------------------------------------------------------------------
+
+
+def test_the_readme_says_what_its_example_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    if not readme.exists():
+        pytest.skip("tests without their checkout")
+    text = readme.read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = [float(x) for x in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+    uniform = sa.UniformColumns(rank=64).approximate(sa.load_heads("minilm")[5], rng=0)
+    skill = sa.error_report(sa.load_heads("minilm")[5], uniform).skill
+    (line,) = (x for x in text.splitlines() if x.startswith("It prints a relative error of"))
+    error, own, theirs, confidence, low, high = map(float, re.findall(r"-?\d+\.\d+", line))
+    # Three digits are shown, of which the last may be rounded either way.
+    assert printed == pytest.approx([error, own, low, high], abs=2e-3)
+    assert skill == pytest.approx(theirs, abs=2e-3)
+    assert confidence == 0.95
+    assert low < error < high
+    assert own > 0.5

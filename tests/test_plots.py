@@ -348,3 +348,78 @@ def test_no_global_state_of_matplotlib() -> None:
     imports = re.findall(r"^\s*(?:from|import) .*", source, flags=re.MULTILINE)
     assert not [line for line in imports if "pyplot" in line]
     assert "rcParams" not in source
+
+
+NAMES = ["$x_1$", "_private", "a^b_c", "\u6ce8\u610f", "50 % \\frac{", "$unclosed"]
+
+
+def named(frame: pd.DataFrame, column: str, start: str) -> pd.DataFrame:
+    old = [f"{start}{i}" for i in range(len(NAMES))]
+    return frame.replace({column: dict(zip(old, NAMES, strict=True))})
+
+
+def test_names_of_the_user_are_text_as_it_stands(tmp_path: Path) -> None:
+    count = len(NAMES)
+    rows = named(named(frame_of(error, heads=count, methods=count), "head", "h"), "method", "m")
+    references = named(references_of(count), "head", "h")
+    figure = study_figure(rows, references, "output_fro_rel")
+    assert [axes.get_title() for axes in figure.axes[1:]] == NAMES
+    assert legend_of(figure)[:count] == NAMES
+    (legend,) = figure.legends
+    texts = [axes.title for axes in figure.axes] + legend.get_texts()
+    assert not any(text.get_parse_math() for text in texts)
+    assert len(plot_study(rows, references, tmp_path)) == len(FIELDS)  # no warning either
+
+
+def test_edges_name_methods_as_they_stand() -> None:
+    rows = frame_of(lambda *_: math.inf).replace({"method": {"m0": "$unclosed"}})
+    figure = study_figure(rows, references_of(), "row_kl_mean")
+    texts = [text for axes in figure.axes for text in axes.texts]
+    assert any("$unclosed" in text.get_text() for text in texts)
+    assert not any(text.get_parse_math() for text in texts)
+    figure.canvas.draw()
+
+
+def test_pictures_do_not_depend_on_settings_of_the_user(tmp_path: Path) -> None:
+    import matplotlib
+
+    rows, references = frame_of(error), references_of()
+    plain, styled = tmp_path / "plain", tmp_path / "styled"
+    for folder in (plain, styled):
+        folder.mkdir()
+    plot_study(rows, references, plain)
+    settings: Any = {
+        "text.usetex": True,
+        "axes.facecolor": "red",
+        "font.size": 30.0,
+        "savefig.dpi": 17,
+        "savefig.transparent": True,
+        "lines.linewidth": 9.0,
+        "axes.formatter.use_locale": True,
+    }
+    with matplotlib.rc_context(settings):
+        plot_study(rows, references, styled)
+        left: Any = matplotlib.rcParams
+        assert all(left[name] == value for name, value in settings.items())
+    for field in FIELDS:
+        assert (styled / f"{field}.png").read_bytes() == (plain / f"{field}.png").read_bytes()
+
+
+def test_a_picture_that_fails_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = plots._draw_figure
+
+    def fail(frame: Any, references: Any, field: str, bounds: Any) -> Figure:
+        if field in ("skill", "row_kl_mean"):
+            raise RuntimeError("no ink")
+        return whole(frame, references, field, bounds)
+
+    monkeypatch.setattr(plots, "_draw_figure", fail)
+    message = (
+        "pictures are missing beside the results: row_kl_mean (RuntimeError: no ink) and 1 more"
+    )
+    with pytest.warns(RuntimeWarning, match=f"^{re.escape(message)}$"):
+        paths = plot_study(frame_of(error), references_of(), tmp_path)
+    assert len(paths) == len(FIELDS) - 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import csv
+import dataclasses
+import enum
+import errno
+import functools
+import importlib
 import json
 import math
 import os
@@ -12,20 +19,28 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import joblib
+import ml_dtypes
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
+from sklearn.mixture import GaussianMixture
 
 import sketchattn as sa
+from sketchattn.base import parallel
+from sketchattn.base.content import content
 from sketchattn.base.draws import Draw
-from sketchattn.base.files import decode, encode
+from sketchattn.base.files import decode, encode, write_bytes
 from sketchattn.errors.reports import FIELDS
 from sketchattn.heads.inputs import as_heads
 from sketchattn.operators.base import AttentionOperator
+from sketchattn.partitions import Plan, Ragged, label_plan
 from sketchattn.problem import AttentionProblem
 from sketchattn.studies import grid, measure
 from sketchattn.studies import journal as journal_module
@@ -493,6 +508,194 @@ def test_parameters_tell_methods_apart() -> None:
     assert describe_method(Weighted(2, np.zeros(3))) == describe_method(Weighted(2, np.zeros(3)))
 
 
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@dataclasses.dataclass
+class Setting:
+    weights: Any
+    label: str = ""
+
+
+class Point(NamedTuple):
+    x: Any
+
+
+class Spoken:
+    """Has a representation of its own that leaves its content out."""
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+
+    def __repr__(self) -> str:
+        return "Spoken(...)"
+
+
+class Opaque:
+    pass
+
+
+def double(x: Any) -> Any:
+    return 2 * x
+
+
+def one_in(n: int, i: int) -> Any:
+    x = np.zeros(n)
+    x[i] = 1.0
+    return x
+
+
+BIG, OTHER = one_in(3000, 1500), one_in(3000, 1501)
+
+
+def plan_of(n: int, swapped: bool) -> Plan:
+    """Return spans of two keys; swapped, the first two rows see each other as a region."""
+    keys = list(range(n))
+    rest = [[j for j in keys if j != i] for i in range(n)]
+    direct = [[i] for i in keys]
+    if swapped:
+        direct[0], rest[0] = rest[0], direct[0]
+    return Plan.from_lists(n, direct, rest, [[i] for i in keys])
+
+
+# Pairs of values that differ, of which most look alike.
+UNLIKE: dict[str, tuple[Any, ...]] = {
+    "numbers": (1, 1.0),
+    "flags": (1, True),
+    "zeros": (0.0, -0.0),
+    "not numbers": (math.nan, math.inf),
+    "arrays": (BIG, OTHER),
+    "dtypes": (np.zeros(3), np.zeros(3, np.float32)),
+    "shapes": (np.zeros((2, 3)), np.zeros((3, 2))),
+    "objects": (np.array([1, BIG], object), np.array([1, OTHER], object)),
+    "fields": (
+        np.zeros(2000, [("a", "i4"), ("b", "f8")]),
+        np.array([(0, 0.0)] * 1999 + [(0, 1.0)], [("a", "i4"), ("b", "f8")]),
+    ),
+    "masks": (np.ma.masked_array(BIG, BIG > 0), np.ma.masked_array(BIG, BIG > 1)),
+    "halves": (np.ones(2, ml_dtypes.float8_e5m2).view("V1"), np.ones(2, ml_dtypes.float8_e4m3fn)),
+    "lists": ([1, [BIG]], [1, [OTHER]]),
+    "kinds of sequences": ([1], (1,)),
+    "long lists": (list(range(3000)), [*range(2999), 0]),
+    "mappings": ({"s": {"w": BIG}}, {"s": {"w": OTHER}}),
+    "read-only mappings": (
+        types.MappingProxyType({"w": BIG}),
+        types.MappingProxyType({"w": OTHER}),
+    ),
+    "sets": ({1, 2}, {1, 3}),
+    "deques": (collections.deque([BIG]), collections.deque([OTHER])),
+    "tuples": (Point(BIG), Point(OTHER)),
+    "dataclasses": (Setting(BIG), Setting(OTHER)),
+    "plans": (plan_of(40, False), plan_of(40, True)),
+    "ragged": (Ragged.of([[0]] * 2000), Ragged.of([[0]] * 1999 + [[1]])),
+    "own representations": (Spoken(BIG), Spoken(OTHER)),
+    "frames": (pd.DataFrame({"w": BIG}), pd.DataFrame({"w": OTHER})),
+    "columns": (pd.DataFrame({"w": BIG}), pd.DataFrame({"v": BIG})),
+    "kinds of columns": (pd.DataFrame({"w": [1], "v": [2]}), pd.DataFrame({"w": [1], "v": [2.0]})),
+    "index": (pd.Series([1, 2], index=["a", "b"]), pd.Series([1, 2], index=["b", "a"])),
+    "sparse": (scipy.sparse.diags_array(BIG), scipy.sparse.diags_array(OTHER)),
+    "problems": (small_heads(1)[0], small_heads(1, rng=1)[0]),
+    "heads": (small_heads(2), small_heads(2, rng=1)),
+    "methods": (sa.Combiner(labels=BIG), sa.Combiner(labels=OTHER)),
+    "estimators": (GaussianMixture(means_init=BIG), GaussianMixture(means_init=OTHER)),
+    "functions": (double, one_in),
+    "partial": (functools.partial(one_in, 3), functools.partial(one_in, 4)),
+    "classes": (sa.JL, sa.TopK),
+    "enumerations": (Colour.RED, Colour.BLUE),
+    "paths": (Path("a"), Path("b")),
+    "bytes": (b"a" * 100, b"a" * 99 + b"b"),
+    "generators": (np.random.default_rng(0), np.random.default_rng(1)),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNLIKE))
+def test_the_content_of_a_parameter_decides_its_key(kind: str) -> None:
+    first, second = UNLIKE[kind]
+    assert content(first) != content(second)
+    copied = types.MappingProxyType(dict(first)) if "read-only" in kind else copy.deepcopy(first)
+    assert content(copied) == content(first)
+
+
+def test_tensors_are_told_apart_by_their_content() -> None:
+    torch = pytest.importorskip("torch")
+    first, second = torch.tensor(BIG), torch.tensor(OTHER)
+    assert content(first) != content(second)
+    assert content(first) == content(first.clone().requires_grad_())
+    assert content(torch.ones(2, dtype=torch.bfloat16)) != content(torch.ones(2))
+
+
+def test_a_study_tells_plans_apart(tmp_path: Path) -> None:
+    n = 1024  # NumPy prints arrays of so many entries in part
+    head = sa.make_heads("clustered", n=n, d=4, rng=0)[0]
+    # Positions in the middle change regions, which NumPy leaves out when it prints.
+    labels = np.arange(n) // 32
+    moved = labels.copy()
+    moved[256:768] = labels[256:768].reshape(2, 256)[::-1].T.reshape(-1)
+    first, second = (label_plan(x) for x in (labels, moved))
+    assert repr(first) == repr(second)
+    same_sizes = [sa.Combiner(pattern=plan) for plan in (first, second)]
+    options: dict[str, Any] = {"ranks": [8], "seeds": 1, "pictures": False, "out": tmp_path}
+    both = sa.study(head, methods={"a": same_sizes[0], "b": same_sizes[1]}, **options)
+    for label, method in zip("ab", same_sizes, strict=True):
+        wanted = sa.error_report(head, method.approximate(head)).output_fro_rel
+        found = both.frame[both.frame["method"] == label]["output_fro_rel"].item()
+        assert found == pytest.approx(wanted, rel=1e-12)
+
+
+class Weights(list[int]):
+    """A list that copies share."""
+
+    def __deepcopy__(self, memo: object) -> Weights:
+        return self
+
+
+class Weighted(sa.UniformColumns):
+    """Has a parameter of any kind."""
+
+    def __init__(self, rank: int = 2, weights: Any = None) -> None:
+        super().__init__(rank)
+        self.weights = weights
+
+
+def test_what_has_no_content_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("work began before the refusal")
+
+    def local(x: Any) -> Any:
+        return x
+
+    monkeypatch.setattr(run_module, "run_head", work)
+    held: list[Any] = []
+    held.append(held)
+    module = Opaque.__module__
+    cases = {
+        f"an object of {module}.Opaque as 'weights' of Weighted; make it a dataclass, or give it "
+        f"__reduce__": Opaque(),
+        "a lambda as 'weights' of Weighted; define it at the top level of a module": lambda x: x,
+        f"{local.__qualname__!r}, which cannot be imported as 'weights' of Weighted; define it at "
+        f"the top level of a module": [local],
+        "generator, which can be read only once as 'weights' of Weighted; make it a list": (
+            x for x in (1, 2)
+        ),
+        "list that holds itself as 'weights' of Weighted; unroll it": held,
+    }
+    for words, value in cases.items():
+        message = f"methods must have parameters that are told apart by their content, got {words}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            sa.study(BASE, methods=Weighted(2, value), ranks=[2])
+
+
+def test_rows_are_found_again_when_a_method_changes_its_parameters() -> None:
+    class Counting(Weighted):
+        def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+            self.weights.append(1)
+            return super()._approximate(problem, draw)
+
+    assert len(run(None, methods={"counting": Counting(2, Weights())}).frame) == 27
+
+
 SCRIPT = """
 import sys, time
 import sketchattn as sa
@@ -554,8 +757,8 @@ def test_a_killed_study_continues_to_the_same_rows(tmp_path: Path, jobs: int, mo
     assert again.returncode == 0
     # Nothing that was finished is computed again: its lines stay, and no key appears twice.
     assert output.split() == [str(CELLS - left), str(left)]
-    for file, content in before.items():
-        assert file.read_bytes().startswith(content[: content.rfind(b"\n") + 1])
+    for file, old in before.items():
+        assert file.read_bytes().startswith(old[: old.rfind(b"\n") + 1])
     keys = cell_keys(journal_lines(tmp_path))
     assert len(keys) == len(set(keys)) == CELLS
 
@@ -605,10 +808,21 @@ def test_two_studies_do_not_write_one_folder(tmp_path: Path) -> None:
     assert run(tmp_path).computed == CELLS  # free again
 
 
+def dead_process() -> int:
+    """Return the number of a process that is over."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
 def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
-    (tmp_path / "cells" / ".lock").write_text(f"{'0' * 32} {journal_module._host()} 999999999\n")
+    lock = tmp_path / "cells" / ".lock"
+    lock.write_bytes(b"")
+    text = f"{'0' * 32} {journal_module._host()} {dead_process()}\n"
+    journal_module.holder_of(lock).write_text(text)
     assert run(tmp_path).computed == CELLS
+    assert not journal_module.holder_of(lock).exists()
 
 
 def test_a_worker_stops_when_its_study_lost_the_folder(tmp_path: Path) -> None:
@@ -631,9 +845,14 @@ def test_a_worker_stops_when_its_study_lost_the_folder(tmp_path: Path) -> None:
         name, found = measure.run_head(measure.HeadTask(problem, cells, journal, lock, token, 1))
         assert (name, len(found)) == (problem.name, 1)
         assert journal.read_bytes().count(b"\n") == 1
-        text = lock.read_text()
-    lock.write_text(text)  # as after SIGKILL: the token is there, nobody holds the lock
+        text = journal_module.holder_of(lock).read_text()
+    # As after SIGKILL: the token is there, its process is gone.
+    gone = text.replace(str(os.getpid()), str(dead_process()))
+    journal_module.holder_of(lock).write_text(gone)
     assert not journal_module.is_held(lock, token)
+    elsewhere = text.replace(journal_module._host(), "another-machine")
+    journal_module.holder_of(lock).write_text(elsewhere)
+    assert journal_module.is_held(lock, token)  # whose processes are not seen from here
     assert not journal_module.is_held(tmp_path / "missing", token)
 
 
@@ -645,6 +864,225 @@ def test_a_worker_that_cannot_see_the_folder_still_computes(tmp_path: Path) -> N
     task = measure.HeadTask(problem, cells, elsewhere / "a.jsonl", elsewhere / ".lock", "f" * 32, 1)
     assert len(measure.run_head(task)[1]) == 2
     assert not elsewhere.exists()
+
+
+# --- file systems -------------------------------------------------------------------------------
+
+fcntl: Any = None if sys.platform == "win32" else importlib.import_module("fcntl")
+NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+
+
+@pytest.mark.skipif(fcntl is None, reason="simulates the locks of POSIX")
+@pytest.mark.parametrize("code", NO_LOCKS)
+def test_a_file_system_without_locks_holds_studies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert len(run(None).frame) == 27
+    assert run(tmp_path).computed == CELLS
+    assert run(tmp_path).reused == CELLS  # nothing is left behind that would look like a lock
+    lock = tmp_path / "cells" / ".lock"
+    with journal_module.lock_folder(lock, tmp_path) as token:
+        assert journal_module.is_held(lock, token)
+        with pytest.raises(ValueError, match=r"^out must be a folder that no other study writes"):
+            run(tmp_path)
+    assert run(tmp_path).reused == CELLS
+
+
+def test_a_study_without_a_folder_needs_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a lock was asked for")
+
+    monkeypatch.setattr(journal_module, "_acquire", refuse)
+    assert run(None).computed == CELLS
+
+
+@pytest.mark.parametrize("digit", ["values", "seed", "rank"])
+def test_a_changed_digit_is_computed_again(tmp_path: Path, digit: str) -> None:
+    whole = run(tmp_path)
+    victim = sorted((tmp_path / "cells").glob("*.jsonl"))[0]
+    lines = victim.read_text().splitlines(keepends=True)
+    record = json.loads(lines[12])
+    if digit == "values":
+        old, new = str(record["values"]["skill"]), str(record["values"]["skill"] / 2)
+    else:
+        old, new = f'"{digit}": {record[digit]}', f'"{digit}": {record[digit] + 1}'
+    assert old in lines[12]
+    lines[12] = lines[12].replace(old, new, 1)
+    victim.write_text("".join(lines))
+    again = run(tmp_path)
+    assert (again.computed, again.reused) == (1, CELLS - 1)
+    assert same_rows(whole, again)
+
+
+def test_a_full_disk_names_the_file_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, ranks=[2], seeds=1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    write = os.write
+
+    def half(handle: int, data: bytes) -> int:
+        return (
+            write(handle, data[: len(data) // 2]) if data.startswith(b"{") else write(handle, data)
+        )
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", half)
+        with pytest.raises(OSError, match=r"cells.*\.jsonl could not be written whole \(No space "):
+            run(tmp_path)
+    now = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {p: now[p] for p in before} == before
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", refuse)
+        with pytest.raises(OSError, match=r"free some space and start again$"):
+            write_bytes(tmp_path / "results.csv", b"new")
+    assert (tmp_path / "results.csv").read_bytes() == before[tmp_path / "results.csv"]
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(now)  # no temporary file
+    assert same_rows(run(tmp_path), run(None))
+
+
+def test_files_are_written_through_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "results.csv", tmp_path / "results.csv"
+    for there in (False, True):  # to nothing yet, and to a file
+        if not there:
+            link.symlink_to(target)
+        write_bytes(link, b"new" if there else b"first")
+        assert link.is_symlink()
+        assert target.read_bytes() == (b"new" if there else b"first")
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    write_bytes(tmp_path / ("x" * 255), b"new")
+    assert [len(p.name) for p in tmp_path.iterdir()] == [255]
+    with pytest.raises(OSError, match=r"could not be written whole .*; choose a shorter name$"):
+        write_bytes(tmp_path / ("x" * 256), b"new")
+    with pytest.raises(FileNotFoundError, match="; make its folder first$"):
+        write_bytes(tmp_path / "no" / "x", b"new")
+
+
+def test_what_is_in_a_folder_belongs_to_its_rows(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ranks": [2], "seeds": 1, "out": tmp_path}
+    first = sa.study(small_heads(1), methods="uniform", **options)
+    (tmp_path / "mine.png").write_bytes(b"of somebody else")
+    again = sa.study(small_heads(1), methods="uniform", pictures=False, **options)
+    assert again.computed == 0
+    assert all(path.exists() for path in first.pictures)  # the same rows
+    sa.study(small_heads(1), methods="jl", pictures=False, **options)
+    assert [p.name for p in tmp_path.glob("*.png")] == ["mine.png"]
+
+
+# --- other backends, and workers without a parent -----------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading", "sequential", "multiprocessing"])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_backends_of_joblib_give_the_same_rows(backend: str, jobs: int) -> None:
+    options: dict[str, Any] = {"ranks": [2], "seeds": 2}
+    one = run(None, **options)
+    with joblib.parallel_config(backend):
+        found = run(None, jobs=jobs, **options)
+        checked = sa.theory.validate("sketching.moment_countsketch", BASE, trials=9, jobs=jobs)
+    assert same_rows(found, one)
+    assert len(checked.rows) == 4
+
+
+ORPHANS = """
+import os, sys
+import sketchattn as sa
+
+class Slow(sa.UniformColumns):
+    def _approximate(self, problem, draw):
+        open(os.path.join(sys.argv[1], f"{os.getpid()}.worker"), "w").close()
+        import time
+        time.sleep(0.2)
+        return super()._approximate(problem, draw)
+
+heads = sa.make_heads("clustered", n=24, d=4, heads=3, rng=0)
+sa.study(heads, methods={"slow": Slow(rank=4)}, ranks=[2], seeds=10000, jobs=2,
+         out=sys.argv[1], pictures=False)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_workers_of_a_killed_study_end(tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(ORPHANS.replace("sys.argv[1]", repr(str(tmp_path))))
+    root = str(Path(sa.__file__).parents[1])
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": paths},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while len(list(tmp_path.glob("*.worker"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        workers = [int(p.stem) for p in tmp_path.glob("*.worker")]
+        assert process.pid not in workers
+        deadline = time.monotonic() + 60
+        while any(parallel.is_alive(worker) for worker in workers):
+            assert time.monotonic() < deadline, "a worker outlived its study"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+OWN = """
+import dataclasses
+import sketchattn as sa
+
+@dataclasses.dataclass
+class Setting:
+    factor: int
+
+def double(x):
+    return 2 * x
+
+class Own(sa.UniformColumns):
+    def __init__(self, rank, setting=None, function=None):
+        super().__init__(rank)
+        self.setting = setting
+        self.function = function
+
+heads = sa.make_heads("clustered", n=24, d=4, heads=2, rng=0)
+method = Own(rank=4, setting=Setting(3), function=double)
+one, two = (sa.study(heads, methods={"own": method, "uniform": "uniform"}, ranks=[2], seeds=2,
+                     jobs=jobs) for jobs in (1, 2))
+errors = [x.frame["output_fro_rel"].tolist() for x in (one, two)]
+assert errors[0] == errors[1]
+print(two.computed)
+"""
+
+
+def test_a_method_of_a_script_runs_in_two_jobs(tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(OWN)
+    root = str(Path(sa.__file__).parents[1])
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    found = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.split() == [str(2 * (4 + 2 + 2))]
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -2,28 +2,66 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+# What to do about an error of the file system.
+_REMEDIES = {
+    errno.ENOSPC: "free some space and start again",
+    errno.EDQUOT: "free some space and start again",
+    errno.EFBIG: "free some space and start again",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder that can be written to",
+    errno.EPERM: "choose a folder that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "make its folder first",
+    errno.EISDIR: "choose another name",
+    errno.ENOTDIR: "choose another folder",
+    errno.EEXIST: "choose another folder",
+}
+
+
+@contextmanager
+def writing(path: str | PathLike[str]) -> Iterator[None]:
+    """Say in one line which file could not be written, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # it says so already
+            raise
+        reason = error.strerror or type(error).__name__
+        remedy = _REMEDIES.get(error.errno, "look at its folder")
+        raise type(error)(
+            f"{os.fspath(path)} could not be written whole ({reason}); {remedy}"
+        ) from error
+
 
 def write_bytes(path: str | PathLike[str], data: bytes) -> None:
-    """Replace the file ``path`` by ``data`` in one step; an interruption leaves the old file."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Replace the file ``path`` by ``data`` in one step; an interruption leaves the old file.
+
+    A link stays one: what it points to is replaced.
+    """
+    with writing(path):
+        target = Path(os.path.realpath(path) if os.path.islink(path) else path)
+        # As short as any name may be, however long that of the file is.
+        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: str | PathLike[str], text: str) -> None:
@@ -31,13 +69,36 @@ def write_text(path: str | PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def append_bytes(path: str | PathLike[str], data: bytes) -> None:
+    """Append to a file in one write; what could not be written whole is taken back."""
+    with writing(path):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(handle).st_size
+            try:
+                if os.write(handle, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+
+
+def make_folder(path: str | PathLike[str]) -> Path:
+    """Return a folder that is there now, with the folders that it is in."""
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def as_folder(out: Any) -> Path | None:
-    """Return a path that is a folder or nothing yet; refuse a file."""
+    """Return a path that is a folder or nothing yet; ``~`` is the home folder; refuse a file."""
     if out is None:
         return None
     if not isinstance(out, str | PathLike):
         raise TypeError(f"out must be a path, got {type(out).__name__}; name a folder")
-    folder = Path(out)
+    folder = Path(os.path.expanduser(out))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {str(folder)!r}; name another")
     return folder

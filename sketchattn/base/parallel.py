@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import numbers
+import os
+import platform
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
@@ -42,13 +47,62 @@ def check_progress(progress: object) -> bool:
 
 
 def in_parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int) -> Generator[R, None, None]:
-    """Yield the results of tasks as they are finished, on the current backend of joblib."""
-    from joblib import Parallel, delayed
+    """Yield the results of tasks as they are finished, on the current backend of joblib.
 
+    Processes that were started for the tasks end with this one, however it ends.
+    """
+    from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
+
+    here = (platform.node(), os.getpid())
+    # Some backends return everything at the end.
+    lazy = bool(getattr(get_active_backend()[0], "supports_return_generator", False))
     # Arrays travel whole: memory-mapped files of the parent would not reach other machines.
-    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None)
-    results = parallel(delayed(work)(task) for task in tasks)
+    options = {"n_jobs": jobs, "max_nbytes": None}
+    calls = (delayed(_tethered)(work, here, task) for task in tasks)
+    if jobs == 1 and not lazy:
+        yield from map(work, tasks)
+    elif not lazy:
+        yield from Parallel(**options)(calls)
+    else:
+        results = Parallel(return_as="generator_unordered", **options)(calls)
+        try:
+            yield from results
+        finally:
+            results.close()  # an interruption ends the workers too
+
+
+def is_alive(process: int) -> bool:
+    """Say whether a process of this machine lives; where that cannot be found out it does."""
+    if os.name != "posix":
+        return True
     try:
-        yield from results
-    finally:
-        results.close()  # an interruption ends the workers too
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+_tethers: set[int] = set()  # parents that are watched
+
+
+def _tethered(work: Callable[[T], R], parent: tuple[str, int], task: T) -> R:
+    """Return what the work returns, in a process that does not outlive the one that asked."""
+    host, process = parent
+    if os.name == "posix" and process != os.getpid() and host == platform.node():
+        if process == os.getppid():
+            if process not in _tethers:
+                _tethers.add(process)
+                threading.Thread(target=_follow, args=(process,), daemon=True).start()
+        elif multiprocessing.current_process().name.startswith("Loky") and not is_alive(process):
+            os._exit(1)
+    return work(task)
+
+
+def _follow(parent: int) -> None:
+    """End this process when it has lost its parent: nobody waits for its results."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

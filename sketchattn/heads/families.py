@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 
 from ..base.arguments import closest
 from ..base.draws import Rng, as_generator
+from ..base.floating import without_floating_errors
 from .container import Heads, Triple
 
 # name -> recipe(rng, heads, n, d, *, parameters) that returns q, k, v in float64
@@ -24,6 +25,7 @@ def _family(recipe: Callable[..., Triple]) -> Callable[..., Triple]:
     return recipe
 
 
+@without_floating_errors
 def make_heads(
     family: str,
     n: int,

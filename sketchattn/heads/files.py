@@ -7,7 +7,9 @@ A file holds the tensors ``q``, ``k`` and ``v`` of shape (heads, n, d), optional
 
 from __future__ import annotations
 
+import importlib.resources
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -29,8 +31,9 @@ Array = NDArray[Any]
 # name -> file in the folder data
 BUNDLED = {"minilm": "minilm_n512.safetensors"}
 
-_DATA = Path(__file__).parent / "data"
 _DEFAULT_SCALE = "1/sqrt(d)"
+# What Git leaves in place of a large file that was not fetched.
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def load_heads(name: str = "minilm") -> Heads:
@@ -68,7 +71,9 @@ def load_heads(name: str = "minilm") -> Heads:
         raise ValueError(
             f"name must be a bundled set of heads, got {name!r}{closest(name, BUNDLED)}{hint}"
         )
-    return _read(_DATA / BUNDLED[name], name)
+    # The package may lie in an archive.
+    source = importlib.resources.files(__package__) / "data" / BUNDLED[name]
+    return _read(source.read_bytes(), Path(BUNDLED[name]), name)
 
 
 def read_heads(path: str | PathLike[str]) -> Heads:
@@ -78,10 +83,10 @@ def read_heads(path: str | PathLike[str]) -> Heads:
     ----------
     path : str or path
         The file holds the tensors ``q`` (heads, n_q, d), ``k`` (heads, n_k, d) and ``v``
-        (heads, n_k, d_v) in float16, bfloat16, float32 or float64, optionally a boolean
-        ``key_mask`` (heads, n_k), and metadata (arrays of no axis in ``.npz``): ``scale``, by
-        default "1/sqrt(d)"; ``causal``, by default "false"; ``heads``, a JSON list;
-        ``description``.
+        (heads, n_k, d_v) in float16, float32 or float64, or bfloat16 in ``.safetensors``,
+        optionally a boolean ``key_mask`` (heads, n_k), and metadata (arrays of no axis in
+        ``.npz``): ``scale``, by default "1/sqrt(d)"; ``causal``, by default "false"; ``heads``,
+        a JSON list; ``description``.
 
     Returns
     -------
@@ -111,7 +116,8 @@ def read_heads(path: str | PathLike[str]) -> Heads:
         raise ValueError(
             f"path must be an existing file, got {str(source)!r}; check its folder and name"
         )
-    return _read(source, source.stem)
+    raw = source.read_bytes()
+    return _read(raw, source, source.stem)
 
 
 def write_heads(
@@ -170,7 +176,7 @@ def write_heads(
 def _check_path(path: object) -> Path:
     if not isinstance(path, str | PathLike):
         raise TypeError(f"path must be a string or a path, got {type(path).__name__}; name a file")
-    source = Path(path)
+    source = Path(os.path.expanduser(path))
     if source.suffix not in _READERS:
         raise ValueError(
             f"path must end in {' or '.join(_READERS)}, got {str(source)!r}; "
@@ -179,9 +185,13 @@ def _check_path(path: object) -> Path:
     return source
 
 
-def _read(source: Path, stem: str) -> Heads:
-    raw = source.read_bytes()
+def _read(raw: bytes, source: Path, stem: str) -> Heads:
     try:
+        if raw.startswith(_POINTER):
+            raise ValueError(
+                "the file must hold the heads themselves, got a pointer of Git LFS to them; "
+                "fetch it with: git lfs pull"
+            )
         tensors, entries = _READERS[source.suffix](raw)
         return _decode(tensors, entries, stem)
     except TypeError as error:
@@ -240,6 +250,8 @@ def _from_npz(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
         zlib.error,
     ) as error:
         raise _unreadable(error, ".npz") from error
+    for name, x in arrays.items():
+        refuse_nameless(x, name)
     named = {*TENSORS, "key_mask"}
     tensors = {name: x for name, x in arrays.items() if name in named or np.ndim(x)}
     entries: dict[str, str] = {}
@@ -254,6 +266,17 @@ def _from_npz(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
     if not isinstance(free, dict):
         raise ValueError(f"metadata must be a JSON object, got {text!r}; correct the file")
     return tensors, {name: str(x) for name, x in free.items()} | entries
+
+
+def refuse_nameless(x: object, name: str) -> None:
+    """Refuse numbers of a type that NumPy's files have no name for, such as bfloat16."""
+    # What an archive holds beside arrays comes as bytes.
+    if isinstance(x, np.ndarray) and x.dtype.kind == "V" and x.dtype.names is None:
+        raise TypeError(
+            f"{name} must be stored as float16, float32 or float64, got {x.dtype.itemsize} bytes "
+            f"a number of an unnamed type, as NumPy writes bfloat16; store it as float32, or as "
+            f"BF16 in .safetensors"
+        )
 
 
 def _from_json(text: str) -> object:

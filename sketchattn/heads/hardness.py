@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.floating import without_floating_errors
 from ..problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -83,6 +84,7 @@ class HardnessReport:
         return dataclasses.asdict(self)
 
 
+@without_floating_errors
 def describe(problem: AttentionProblem) -> HardnessReport:
     """Measure how hard a problem is to approximate.
 
@@ -192,6 +194,8 @@ def _stream_rows(problem: AttentionProblem, rows: Array) -> tuple[Array, float]:
             logits[~seen] = 0.0
         top = max(top, float(logits.max()), -float(logits.min()))
         gap = np.subtract(wide.logsumexp[pick][:, None], logits, out=logits)
+        if seen is not None:  # hidden logits may be above all that a row sees
+            gap[~seen] = 0.0
         weights = np.exp(-gap)
         if seen is not None:
             weights[~seen] = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -28,7 +29,8 @@ def as_heads(heads: Any) -> list[AttentionProblem]:
     if isinstance(heads, PathLike):
         heads = read_heads(heads)
     elif isinstance(heads, str):
-        named_file = Path(heads).suffix in (".safetensors", ".npz") or Path(heads).is_file()
+        path = Path(os.path.expanduser(heads))
+        named_file = path.suffix in (".safetensors", ".npz") or path.is_file()
         heads = read_heads(heads) if named_file else load_heads(heads)
     if isinstance(heads, AttentionProblem):
         heads = [heads]

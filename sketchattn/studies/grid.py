@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 from sklearn.base import clone
 
+from ..base.content import UnreadableError, content
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method
 from ..zoo.base import methods as registered
@@ -30,20 +29,27 @@ def default_ranks(n_k: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method under the label that it has in the study."""
+    """A method under the label that it has in the study.
+
+    ``text`` is the method with its parameters, ``texts`` the same by rank: made once, so that the
+    row of a cell is found again whatever a method does to its parameters.
+    """
 
     label: str
     method: Method
     ranked: bool
     randomized: bool
     oracle: bool
+    text: str
+    texts: dict[int | None, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, label: str, method: Method) -> Variant:
         """Return a method with what its traits say."""
         traits = method.traits
         ranked = traits.uses_rank and "rank" in method.get_params(deep=False)
-        return cls(label, method, ranked, traits.randomized, traits.oracle)
+        text = describe_method(method)
+        return cls(label, method, ranked, traits.randomized, traits.oracle, text)
 
     def at(self, rank: int) -> Method:
         """Return the method with this rank, if it has one."""
@@ -51,6 +57,13 @@ class Variant:
         if self.ranked:
             chosen.set_params(rank=rank)
         return chosen
+
+    def text_at(self, rank: int) -> str:
+        """Return the method with this rank as text."""
+        own = rank if self.ranked else None
+        if own not in self.texts:
+            self.texts[own] = describe_method(self.at(rank))
+        return self.texts[own]
 
     def check(self, problem: AttentionProblem, ranks: Sequence[int]) -> None:
         """Refuse a head that the method cannot honour at one of the ranks."""
@@ -88,7 +101,12 @@ class Cell(NamedTuple):
 
 
 def describe_method(method: Method) -> str:
-    """Return a method with all its parameters as text that is the same in every process.
+    """Return a method with the content of all its parameters, the same text in every process.
+
+    Raises
+    ------
+    TypeError
+        For a parameter whose content cannot be read: two of them could not be told apart.
 
     Examples
     --------
@@ -97,20 +115,19 @@ def describe_method(method: Method) -> str:
     'sketchattn.zoo.baselines.TopK(rank=4, renormalize=True)'
     """
     cls = type(method)
-    parameters = sorted(method.get_params(deep=False).items())
-    listed = ", ".join(f"{name}={_describe_value(x)}" for name, x in parameters)
+    pairs = sorted(method.get_params(deep=False).items())
+    listed = ", ".join(f"{name}={_content_of(cls, name, value)}" for name, value in pairs)
     return f"{cls.__module__}.{cls.__qualname__}({listed})"
 
 
-def _describe_value(x: object) -> str:
-    if isinstance(x, np.ndarray):  # its repr would leave entries out
-        digest = hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
-        return f"array({x.dtype.str}, {x.shape}, sha256={digest})"
-    if isinstance(x, np.generic):
-        return repr(x.item())
-    if isinstance(x, Method):
-        return describe_method(x)
-    return repr(x)
+def _content_of(cls: type[Method], name: str, value: object) -> str:
+    try:
+        return content(value)
+    except UnreadableError as error:
+        raise TypeError(
+            f"methods must have parameters that are told apart by their content, got "
+            f"{error.what} as {name!r} of {cls.__name__}; {error.remedy}"
+        ) from error
 
 
 def make_cells(variants: Sequence[Variant], ranks: list[int], seeds: list[int]) -> list[Cell]:
@@ -123,7 +140,7 @@ def make_cells(variants: Sequence[Variant], ranks: list[int], seeds: list[int]) 
         first = variant.at(order[0])
         for rank in order if variant.ranked else order[:1]:
             method = variant.at(rank)
-            text = describe_method(method)
+            text = variant.text_at(rank)
             for seed in seeds if variant.randomized else seeds[:1]:
                 key = (text, seed if variant.randomized else None)
                 cell = Cell(

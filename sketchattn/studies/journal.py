@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
-import sys
-import time
 import uuid
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..base.files import decode, encode, write_bytes
+from ..base.files import decode, encode, write_bytes, write_text, writing
+from ..base.parallel import is_alive
 from ..problem import AttentionProblem
 from .grid import Cell
 from .summary import COLUMNS, Key, Values
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 def journal_name(problem: AttentionProblem) -> str:
@@ -30,7 +34,7 @@ def journal_name(problem: AttentionProblem) -> str:
 
 
 def format_line(digest: str, cell: Cell, values: Values) -> bytes:
-    """Return the line of a finished cell: the head that it is about, its key, and its values."""
+    """Return the line of a finished cell: head, key, values, and a checksum of these."""
     record = {
         "problem": digest,
         "method": cell.key[0],
@@ -39,26 +43,33 @@ def format_line(digest: str, cell: Cell, values: Values) -> bytes:
         "version": __version__,
         "values": {name: encode(x) for name, x in values.items()},
     }
-    return json.dumps(record, allow_nan=False).encode() + b"\n"
+    return json.dumps({**record, "sum": _checksum(record)}, allow_nan=False).encode() + b"\n"
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """Return what tells whether a record is the one that was written."""
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record of one line, None if it is not whole."""
+    """Return the record of one line, None if it is not what was written."""
     try:
         record = json.loads(line)
+        if record.pop("sum") != _checksum(record):
+            return None
         values = {name: decode(record["values"][name]) for name in COLUMNS[4:]}
         whole = all(
             isinstance(x, int | float) or (name in ("bytes", "effective_rank") and x is None)
             for name, x in values.items()
         )
         known = {"problem", "method", "seed", "version"} <= set(record)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return {**record, "values": values} if whole and known else None
 
 
 def read_journal(path: Path, digest: str) -> dict[Key, Values]:
-    """Return the finished cells of one head, and delete lines that are not whole.
+    """Return the finished cells of one head, and delete lines that are not what was written.
 
     Parameters
     ----------
@@ -67,10 +78,9 @@ def read_journal(path: Path, digest: str) -> dict[Key, Values]:
     digest : str
         ``problem.digest``; lines about other heads or written by other versions do not count.
     """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    raw = path.read_bytes()
     found: dict[Key, Values] = {}
     kept = []
     for line in raw.splitlines(keepends=True):
@@ -85,77 +95,87 @@ def read_journal(path: Path, digest: str) -> dict[Key, Values]:
     return found
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Append one line in one write, so that a killed process leaves whole lines behind."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        written = os.write(handle, line)
-        if written != len(line):
-            raise OSError(f"{path} could not be written whole; free some space and start again")
-    finally:
-        os.close(handle)
-
-
 # --- one study a folder -------------------------------------------------------------------------
 
-_TOKEN = 32  # characters
-_LOCKED_BYTE = 1 << 20  # behind the text: Windows refuses to read bytes that are locked
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(handle: int) -> bool:
-        os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(handle: int) -> bool:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+# File systems that know no locks (some of Lustre, NFS and FUSE) say so with one of these.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
-def _holder(handle: int) -> list[str]:
-    """Return token, host and process that a lock file names."""
-    os.lseek(handle, 0, os.SEEK_SET)
-    return os.read(handle, 1024).decode(errors="replace").split()
+def holder_of(lock: Path) -> Path:
+    """Return the file that names token, host and process of the study that holds a lock."""
+    return lock.with_name(f"{lock.name}-holder")
+
+
+def _holder(lock: Path) -> list[str]:
+    """Return token, host and process of the study that holds a lock, or held it when it died."""
+    try:
+        return holder_of(lock).read_text(errors="replace").split()
+    except OSError:
+        return []
 
 
 @contextmanager
 def lock_folder(path: Path, folder: Path) -> Iterator[str]:
     """Hold a folder for this study and yield its token.
 
-    The system releases the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, however it ends.  On file systems without
+    locks there is a file in its place, which a study that died on another machine leaves behind.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = _acquire(path, folder)
     try:
-        for _ in range(20):  # a worker may be looking whether its study is alive
-            if _try_lock(handle):
-                break
-            time.sleep(0.05)
-        else:
-            holder = _holder(handle)
-            process = f"process {holder[2]}" if len(holder) == 3 else "another process"
-            raise ValueError(
-                f"out must be a folder that no other study writes to, got {str(folder)!r}, which "
-                f"{process} holds; wait for it or name another folder"
-            )
-        token = uuid.uuid4().hex
-        os.ftruncate(handle, 0)
-        os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, f"{token} {_host()} {os.getpid()}\n".encode())
-        yield token
-        os.ftruncate(handle, 0)
+        with named_holder(path) as token:
+            yield token
     finally:
-        os.close(handle)
+        lock.release()
+
+
+@contextmanager
+def named_holder(path: Path) -> Iterator[str]:
+    """Write who holds a folder, for its workers, and yield the token."""
+    token = uuid.uuid4().hex
+    write_text(holder_of(path), f"{token} {_host()} {os.getpid()}\n")
+    try:
+        yield token
+    finally:
+        with suppress(OSError):
+            holder_of(path).unlink()
+
+
+def _acquire(path: Path, folder: Path) -> BaseFileLock:
+    """Return the lock of a folder, held; refuse a folder that another study holds."""
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    found: BaseFileLock = FileLock(path)
+    with writing(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FileLock says that it falls back to a file
+        try:
+            try:
+                return _held(found)
+            except (OSError, NotImplementedError) as error:
+                unknown = isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS
+                if isinstance(error, Timeout) or not unknown:
+                    raise
+                # Another file: what FileLock has made of the first looks like a held one.
+                found = SoftFileLock(path.with_name(f"{path.name}-soft"))
+                return _held(found)
+        except Timeout:
+            pass
+    holder = _holder(path)
+    process = f"process {holder[2]}" if len(holder) == 3 else "another process"
+    if len(holder) == 3 and holder[1] != _host():
+        process += f" of {holder[1]}"
+    left = f", or delete {found.lock_file} if that process is gone"
+    soft = isinstance(found, SoftFileLock)
+    raise ValueError(
+        f"out must be a folder that no other study writes to, got {str(folder)!r}, which "
+        f"{process} holds; wait for it or name another folder{left if soft else ''}"
+    )
+
+
+def _held(lock: BaseFileLock) -> BaseFileLock:
+    # Old workers may look whether their study is alive: try for a second.
+    lock.acquire(timeout=1.0, poll_interval=0.05)
+    return lock
 
 
 def _host() -> str:
@@ -165,18 +185,11 @@ def _host() -> str:
 def is_held(path: Path, token: str) -> bool:
     """Say whether the study that a worker belongs to still holds its folder.
 
-    After a killed study its workers live on for a while; they must not write beside the study
+    After a killed study its workers live on for a moment; they must not write beside the study
     that continues it.
     """
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError:
+    holder = _holder(path)
+    if len(holder) != 3 or holder[0] != token:
         return False
-    try:
-        holder = _holder(handle)
-        if not holder or holder[0] != token:
-            return False
-        # Locks of another machine may be invisible here; then the token decides alone.
-        return holder[1] != _host() or not _try_lock(handle)
-    finally:
-        os.close(handle)
+    # Processes of another machine are not seen here; then the token decides alone.
+    return holder[1] != _host() or is_alive(int(holder[2]))

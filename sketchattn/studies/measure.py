@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..base.files import append_bytes
 from ..errors.reports import error_report
 from ..kernels._threads import blas_single_thread, cpu_count, limit_threads
 from ..problem import AttentionProblem
 from ..zoo.base import Method
 from .grid import Cell
-from .journal import append_line, format_line, is_held
+from .journal import format_line, holder_of, is_held
 from .summary import Key, Values
 
 # A cell is timed again while all its runs took less than this, three times at most.
@@ -70,7 +71,7 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
     problem = task.problem
     found: dict[Key, Values] = {}
     warmed: set[str] = set()
-    shared = task.lock.exists()  # a worker on another machine may not see the folder
+    shared = holder_of(task.lock).exists()  # a worker on another machine may not see the folder
     with ExitStack() as stack:
         if task.jobs > 1:
             stack.enter_context(limit_threads(max(1, cpu_count() // task.jobs)))
@@ -94,5 +95,5 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
             warmed.add(cell.label)
             found[cell.key] = values
             if shared:
-                append_line(task.journal, format_line(problem.digest, cell, values))
+                append_bytes(task.journal, format_line(problem.digest, cell, values))
     return str(problem.name), found

@@ -7,8 +7,8 @@ floors and predictors are in every panel, in black and grey; methods are in colo
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.drawing import as_png, make_figure, plain_style
 from ..base.files import write_bytes
 from ..errors.reports import FIELDS
 from .summary import PREDICTORS, REFERENCES, quantiles
@@ -117,7 +118,7 @@ def plot_study(
     out: str | PathLike[str],
     bounds: pd.DataFrame | None = None,
 ) -> list[Path]:
-    """Draw one PNG for each error measure.
+    """Draw one PNG for each error measure; those that cannot be drawn cost one warning.
 
     Parameters
     ----------
@@ -133,6 +134,11 @@ def plot_study(
     list of Path
         In the order of the fields.
 
+    Warns
+    -----
+    RuntimeWarning
+        If pictures are missing, and why the first is.
+
     Examples
     --------
     >>> import tempfile
@@ -144,14 +150,25 @@ def plot_study(
     >>> paths[0].name, len(paths)
     ('output_fro_rel.png', 10)
     """
-    paths = []
+    paths, missing = [], []
     for field in FIELDS:
-        figure = study_figure(frame, references, field, bounds)
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
         path = Path(out) / f"{field}.png"
-        write_bytes(path, buffer.getvalue())
-        paths.append(path)
+        try:
+            with plain_style():
+                figure = _draw_figure(frame, references, field, bounds)
+                data = as_png(figure, dpi=120, metadata={"Software": None})
+            write_bytes(path, data)
+        except Exception as error:  # of the drawing, of a font, of the file system
+            missing.append(f"{field} ({type(error).__name__}: {error})")
+        else:
+            paths.append(path)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        warnings.warn(
+            f"pictures are missing beside the results: {missing[0]}{more}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return paths
 
 
@@ -186,9 +203,13 @@ def study_figure(
     triangle that points down, infinities as one that points up; the legend says so.  More than 15
     heads are drawn in part, evenly spaced, and the title says so; the first panel covers them all.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with plain_style():
+        return _draw_figure(frame, references, field, bounds)
 
+
+def _draw_figure(
+    frame: pd.DataFrame, references: pd.DataFrame, field: str, bounds: pd.DataFrame | None
+) -> Figure:
     heads = list(dict.fromkeys(frame["head"])) or list(dict.fromkeys(references["head"]))
     own = frame[~frame["method"].isin(REFERENCES)]
     methods = list(dict.fromkeys(own["method"]))
@@ -220,8 +241,7 @@ def study_figure(
     width, height = 0.8 + 2.6 * columns, 2.0 * rows
     top = 0.8 if "\n" in title else 0.6
     bottom = 0.75 + 0.22 * math.ceil(entries / legend_columns)
-    figure = Figure(figsize=(width, height + top + bottom))
-    FigureCanvasAgg(figure)
+    figure = make_figure(figsize=(width, height + top + bottom))
     grid = figure.add_gridspec(
         rows,
         columns,
@@ -253,7 +273,7 @@ def study_figure(
             _format_axes(axes, scale, sorted({r for c in curves for r in c.ranks}))
             axes.patch.set_facecolor("#f7f7f4")
         letters, points = (60, 10) if size > 1 else (30, 8)
-        axes.set_title(_shorten(name, letters), fontsize=points, pad=6)
+        axes.set_title(_shorten(name, letters), fontsize=points, pad=6, parse_math=False)
         axes.tick_params(
             labelsize=9 if size > 1 else 7,
             pad=2,
@@ -264,8 +284,11 @@ def study_figure(
         axes.set_axisbelow(True)
     figure.suptitle(title, fontsize=11, y=1 - 0.1 / (height + top + bottom), va="top")
     figure.text(0.5, (bottom - 0.45) / (height + top + bottom), "rank r", ha="center", fontsize=10)
-    figure.legend(
-        handles=_legend_handles(methods, limits, notes, field),
+    handles = _legend_handles(methods, limits, notes, field)
+    labels = [str(handle.get_label()) for handle in handles]
+    legend = figure.legend(
+        handles=handles,
+        labels=["x"] * len(handles),  # Matplotlib leaves names out that begin with "_"
         loc="upper center",
         bbox_to_anchor=(0.5, (bottom - 0.5) / (height + top + bottom)),
         ncols=legend_columns,
@@ -273,6 +296,9 @@ def study_figure(
         frameon=False,
         handlelength=3.2,
     )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
+        text.set_parse_math(False)
     return figure
 
 
@@ -549,6 +575,7 @@ def _name_edges(axes: Axes, on_edge: dict[str, list[str]], field: str) -> None:
                 color="0.25",
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.5},
                 zorder=6.0,
+                parse_math=False,
             )
 
 

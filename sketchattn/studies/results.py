@@ -17,7 +17,7 @@ from ..base.files import write_text
 from ..base.machine import machine
 from ..errors.reports import FIELDS
 from ..problem import AttentionProblem
-from .grid import Variant, describe_method
+from .grid import Variant
 from .plan import Plan
 from .summary import COLUMNS, Key, Values, is_missing
 
@@ -33,17 +33,23 @@ def tabulate(plan: Plan, found: Found) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def write_results(plan: Plan, folder: Path, frame: pd.DataFrame, beside: pd.DataFrame) -> None:
-    """Write the rows, the bounds and the settings of a study into its folder."""
-    _write_csv(folder / "results.csv", frame)
-    _write_csv(folder / "references.csv", beside)
+    """Write the rows, the bounds and the settings of a study into its folder.
+
+    Pictures that are there stay if they are those of the same rows.
+    """
+    tables = {"results.csv": _csv(frame), "references.csv": _csv(beside)}
     if len(plan.bounds):
-        _write_csv(folder / "bounds.csv", plan.bounds)
-    else:  # of an earlier study
-        (folder / "bounds.csv").unlink(missing_ok=True)
+        tables["bounds.csv"] = _csv(plan.bounds)
+    wanted = {**dict.fromkeys(("bounds.csv",)), **tables}
+    if any(_read(folder / name) != text for name, text in wanted.items()):
+        for name in ("study.json", "bounds.csv", *(f"{field}.png" for field in FIELDS)):
+            (folder / name).unlink(missing_ok=True)
+    for name, text in tables.items():
+        write_text(folder / name, text)
     settings = {
         "version": __version__,
         "heads": [_describe_head(p) for p in plan.problems],
-        "methods": {v.label: describe_method(v.method) for v in plan.variants},
+        "methods": {v.label: v.text for v in plan.variants},
         "left_out": plan.left_out,
         "ranks": plan.ranks,
         "seeds": plan.seeds,
@@ -54,19 +60,23 @@ def write_results(plan: Plan, folder: Path, frame: pd.DataFrame, beside: pd.Data
     write_text(folder / "study.json", json.dumps(settings, indent=2) + "\n")
 
 
+def _read(path: Path) -> str | None:
+    """Return the text of a file as it stands, None if there is none."""
+    return path.read_bytes().decode(errors="replace") if path.is_file() else None
+
+
 def _frame(
     plan: Plan, variants: Sequence[Variant], seeds: Sequence[int], found: Found
 ) -> pd.DataFrame:
     """Return the full grid in order: head, method, rank, seed."""
     rows: list[list[Any]] = []
-    keys = {(v.label, rank): describe_method(v.at(rank)) for v in variants for rank in plan.ranks}
     for problem in plan.problems:
         done = found[str(problem.name)]
         for variant in variants:
             for rank in plan.ranks:
                 for seed in seeds:
                     own = seed if variant.randomized else None
-                    values = done[keys[variant.label, rank], own]
+                    values = done[variant.text_at(rank), own]
                     rows.append(
                         [problem.name, variant.label, rank, seed]
                         + [values[name] for name in COLUMNS[4:]]
@@ -79,14 +89,14 @@ def _frame(
     return frame.astype(kinds)
 
 
-def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Write a frame so that reading gives the same numbers: "inf", "nan", or empty for no rank."""
+def _csv(frame: pd.DataFrame) -> str:
+    """Return a frame so that reading gives the same numbers: "inf", "nan", or empty for no rank."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(frame.columns)
     for row in frame.itertuples(index=False):
         writer.writerow("" if is_missing(x) else x for x in row)
-    write_text(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _describe_head(problem: AttentionProblem) -> dict[str, Any]:

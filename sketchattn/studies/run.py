@@ -14,10 +14,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base.files import make_folder
+from ..base.floating import without_floating_errors
 from ..base.parallel import in_parallel
 from ..heads.inputs import renamed
 from ..problem import AttentionProblem
-from .journal import journal_name, lock_folder, read_journal
+from .journal import journal_name, lock_folder, named_holder, read_journal
 from .measure import HeadTask, run_head
 from .plan import MethodsLike, Plan, make_plan
 from .progress import Progress
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ..heads.container import Heads
 
 
+@without_floating_errors
 def study(
     heads: Heads | AttentionProblem | Sequence[AttentionProblem] | str | PathLike[str],
     methods: MethodsLike = None,
@@ -63,11 +66,13 @@ def study(
         numbers do not depend on it, ``seconds`` does.
     out : path, optional
         Folder for ``results.csv``, ``references.csv``, ``study.json``, one PNG for each error
-        measure, and the journals in ``cells``.
+        measure, and the journals in ``cells``.  What is there of other rows is replaced or
+        deleted, pictures too.
     resume : bool, default True
         Take the cells that the folder holds from an earlier study, finished or killed, of the
-        same heads, methods with the same parameters, seeds and library version; ``False``
-        computes all of them again.  Code that you changed without its version is not noticed.
+        same heads, methods with parameters of the same content, seeds and library version;
+        ``False`` computes all of them again.  Code that you changed without its version is not
+        noticed.
     pictures : bool, default True
         Draw the pictures into ``out``.
     progress : bool, optional
@@ -85,10 +90,18 @@ def study(
     ------
     TypeError, ValueError
         Before any work, for a method that cannot honour a head, ranks above n_k, repeated names,
-        empty heads, heads without values, unknown names, a bound that is about no error measure
-        or about none of the methods, or a folder that another study holds.
+        empty heads, heads without values, unknown names, a parameter whose content cannot be read
+        (as that of a lambda), a bound that is about no error measure or about none of the
+        methods, or a folder that another study holds.
+    OSError
+        If a file cannot be written: its name and what to do.  Finished cells stay in the folder.
     RuntimeError
         If a method fails on a head.  Finished cells stay in the folder.
+
+    Warns
+    -----
+    RuntimeWarning
+        If pictures could not be drawn; the results are there.
 
     Notes
     -----
@@ -150,15 +163,14 @@ def study(
 @contextmanager
 def _journals(folder: Path | None) -> Iterator[tuple[Path, str]]:
     """Hold the folder of a study, a temporary one without any; yield that of the journals."""
-    if folder is None:
+    if folder is None:  # nobody else knows this one: there is nothing to lock
         with (
             tempfile.TemporaryDirectory(prefix="sketchattn-") as temporary,
-            _journals(Path(temporary)) as held,
+            named_holder(Path(temporary, ".lock")) as token,
         ):
-            yield held
+            yield Path(temporary), token
         return
-    journals = folder / "cells"
-    journals.mkdir(parents=True, exist_ok=True)
+    journals = make_folder(folder / "cells")
     with lock_folder(journals / ".lock", folder) as token:
         yield journals, token
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import bound
@@ -116,22 +118,16 @@ def _resolved(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _equal(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Compare parameters, of which some may be arrays."""
-    return set(given) == set(wanted) and all(
-        type(x) is type(wanted[name]) and x == wanted[name]
-        if isinstance(x, str | dict)
-        else _plain_equal(x, wanted[name])
-        for name, x in given.items()
-    )
-
-
-def _plain_equal(given: Any, wanted: Any) -> bool:
+def _equal(given: Any, wanted: Any) -> bool:
+    """Compare parameters: equal names and numbers, mappings by what they hold; no arrays."""
     if given is wanted:
         return True
-    if not isinstance(given, bool | int | float) or not isinstance(wanted, bool | int | float):
-        return False
-    return given == wanted
+    if isinstance(given, Mapping) and isinstance(wanted, Mapping):
+        return set(given) == set(wanted) and all(_equal(x, wanted[n]) for n, x in given.items())
+    if isinstance(given, str) or isinstance(wanted, str):
+        return type(given) is type(wanted) and bool(given == wanted)
+    plain = (bool, int, float, np.bool_, np.number)
+    return isinstance(given, plain) and isinstance(wanted, plain) and bool(given == wanted)
 
 
 _CURVES: dict[str, ErrorBound] = {}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ...base.drawing import as_png, make_figure, plain_style
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import sample
@@ -40,25 +40,25 @@ class Picture(NamedTuple):
     entropy: int
 
 
-def picture(task: Picture) -> tuple[str, bytes]:
-    """Return the id of a claim and its picture as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def picture(task: Picture) -> tuple[str, bytes | str]:
+    """Return the id of a claim and its picture as PNG, or why there is none."""
     claim = get_entry(task.claim).claim
-    figure = Figure(figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    with limit_threads(1):
-        for i, panel in enumerate(task.panels):
-            axes = figure.add_subplot(1, len(task.panels), i + 1)
-            draw(axes, claim, steps_of(claim, as_instance(panel.problem), task.entropy))
-            axes.set_title(f"{panel.name}: {panel.status}", fontsize=9)
-    title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
-    figure.suptitle(title, fontsize=10)
-    figure.supylabel(textwrap.fill(claim.observes, 60), fontsize=8)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return task.claim, buffer.getvalue()
+    try:
+        with limit_threads(1), plain_style():
+            figure = make_figure(
+                figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained"
+            )
+            for i, panel in enumerate(task.panels):
+                axes = figure.add_subplot(1, len(task.panels), i + 1)
+                draw(axes, claim, steps_of(claim, as_instance(panel.problem), task.entropy))
+                title = f"{panel.name}: {panel.status}"
+                axes.set_title(title, fontsize=9, parse_math=False)
+            title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
+            figure.suptitle(title, fontsize=10, parse_math=False)
+            figure.supylabel(textwrap.fill(claim.observes, 60), fontsize=8, parse_math=False)
+            return task.claim, as_png(figure)
+    except Exception as error:  # of the drawing, or of a claim at other parameters
+        return task.claim, f"{type(error).__name__}: {error}"
 
 
 class Step(NamedTuple):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from ...base.arguments import closest
 from ...base.draws import Rng, entropy_of
-from ...base.files import write_bytes
+from ...base.files import make_folder, write_bytes
 from ...base.parallel import check_jobs, check_progress, in_parallel
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
@@ -92,7 +94,8 @@ class ValidationResult:
         Parameters
         ----------
         out : path
-            Folder; made if there is none.  ``<claim>.png`` is replaced in one step.
+            Folder; made if there is none.  ``<claim>.png`` is replaced in one step; those of
+            claims without a row are deleted.
         jobs : int, default 1
             Claims that are drawn at the same time.
         progress : bool, optional
@@ -102,18 +105,36 @@ class ValidationResult:
         -------
         list of Path
             In the order of the rows.
+
+        Warns
+        -----
+        RuntimeWarning
+            If pictures are missing, and why the first is.
         """
         workers, show = check_jobs(jobs, "claim"), check_progress(progress)
-        folder = Path(out)
         by_claim: dict[str, list[Verdict]] = {}
         for row in self.rows:
             by_claim.setdefault(row.claim.id, []).append(row.verdict)
         tasks = [Picture(name, self._panels(x), self.entropy) for name, x in by_claim.items()]
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = {name: folder / f"{name}.png" for name in by_claim}
-        for name, data in _in_parallel(picture, tasks, workers, show, "pictures", "claim"):
-            write_bytes(paths[name], data)
-        return list(paths.values())
+        folder = make_folder(os.path.expanduser(out))
+        for name in all_claims():  # of an earlier run
+            if name not in by_claim:
+                (folder / f"{name}.png").unlink(missing_ok=True)
+        paths, missing = {name: folder / f"{name}.png" for name in by_claim}, {}
+        for name, drawn in _in_parallel(picture, tasks, workers, show, "pictures", "claim"):
+            refused = drawn if isinstance(drawn, str) else _refusal(paths[name], drawn)
+            if refused is not None:
+                missing[name] = refused
+                paths[name].unlink(missing_ok=True)
+        if missing:
+            first, *others = missing
+            more = f" and {len(others)} more" if others else ""
+            warnings.warn(
+                f"pictures are missing beside the verdicts: {first} ({missing[first]}){more}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return [path for name, path in paths.items() if name not in missing]
 
     def _panels(self, verdicts: Sequence[Verdict]) -> tuple[Panel, ...]:
         """Return the first named instance and the first head to which a claim applies."""
@@ -127,6 +148,15 @@ class ValidationResult:
         return tuple(
             Panel(self._heads.get(v.instance, v.instance), v.instance, v.status) for v in shown
         )
+
+
+def _refusal(path: Path, data: bytes) -> str | None:
+    """Write a picture; return why it could not be written."""
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 # --- running ------------------------------------------------------------------------------------
