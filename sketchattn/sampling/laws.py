@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..base.arguments import as_array, as_real, closest, stacked
 from ..base.draws import Rng, as_generator
 from ..kernels._threads import blas_single_thread
+from ..operators.steep import is_steep, tiles_of
 from ..problem import AttentionProblem
 from .draws import check_probabilities
 from .leverage import as_matrix, leverage_scores, leverage_scores_fast
@@ -183,10 +184,29 @@ def log_column_norms_of_heads(
             counts=np.ones(rows.shape[1]) if counts is None else counts,
             positions=rows + first.offset if first.causal else None,
         )
-    for head, problem in zip(norms, problems, strict=True):
+    for head, problem, chosen in zip(norms, problems, rows, strict=True):
+        if is_steep(problem) and len(chosen):
+            head[:] = _log_norms_of_steep(problem, chosen, counts)
         if problem.key_mask is not None:
             head[~problem.key_mask] = -np.inf
     return norms
+
+
+def _log_norms_of_steep(problem: AttentionProblem, rows: Array, counts: Array | None) -> Array:
+    """Return `log_column_norms` from rows that are formed: ``2 (L_ij - lse_i)`` has no digits."""
+    norms = np.full(problem.n_k, -np.inf)
+    log_counts = np.zeros(len(rows)) if counts is None else np.log(counts)
+    for positions, logits in tiles_of(problem, rows):
+        top = logits.max(axis=1, keepdims=True)
+        seen = top[:, 0] > -np.inf
+        if not seen.any():
+            continue
+        logits = logits[seen] - top[seen]
+        with np.errstate(under="ignore"):
+            logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            pairs = 2 * logits + log_counts[positions[seen], None]
+            norms = np.logaddexp(norms, np.logaddexp.reduce(pairs, axis=0))
+    return 0.5 * norms
 
 
 class _FromMatrices:

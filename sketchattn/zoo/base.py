@@ -341,6 +341,29 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         """Return the approximation; arguments are checked."""
 
 
+@dataclass(frozen=True)
+class InFloat64:
+    """Make the same approximation in float64 when it is called.
+
+    It is pickled with the operator that keeps it; a function inside a method could not be.
+
+    Attributes
+    ----------
+    build : callable
+        A bound method, of a problem and ``rest``.
+    problem : AttentionProblem
+    rest : tuple
+    """
+
+    build: Callable[..., Any]
+    problem: AttentionProblem
+    rest: tuple[Any, ...] = ()
+
+    def __call__(self) -> Any:
+        """Return the approximation in float64."""
+        return self.build(self.problem.astype(np.float64), *self.rest)
+
+
 C = TypeVar("C", bound="NamedTuple")
 
 
