@@ -160,7 +160,7 @@ def test_generic_logits_of_any_size(dtype: Any, size: float, options: dict[str, 
 def test_methods_that_are_exact_at_full_rank_are_exact_at_any_size(
     method: sa.Method, dtype: Any, size: float
 ) -> None:
-    problem = representable(2.0 ** np.round(np.log2(size)), dtype)
+    problem = representable(float(2.0 ** np.round(np.log2(size))), dtype)
     seen = method.approximate(problem, rng=0)
     u = unit_roundoff(dtype)
     bound = bound_of_logits(problem)

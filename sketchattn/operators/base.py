@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from ..base.quiet import quiet
+
 Array = NDArray[Any]
 Index = ArrayLike | slice
 
@@ -62,6 +64,10 @@ class AttentionOperator(Operator):
     """
 
     path = "sketch"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        quiet(cls, "__init__", "_matmat", "_rmatmat")
 
     def __init__(
         self, shape: tuple[int, int], dtype: Any, effective_rank: int | None = None

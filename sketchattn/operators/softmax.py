@@ -128,8 +128,8 @@ class SoftmaxAttention(AttentionOperator):
         if problem.causal:
             last = np.arange(problem.n_q) + problem.offset
             logits[chosen[None, :] > last[:, None]] = -np.inf
-        weights: Array = np.exp(logits, out=logits)
-        return weights.astype(self.dtype, copy=False)
+        np.exp(logits, out=logits)
+        return logits.astype(self.dtype, copy=False)
 
     def row_norms(self) -> Array:
         """Return the Euclidean norms of the rows, float64 (n_q,).
@@ -169,8 +169,9 @@ def entries(problem: Head, columns: Array) -> Array:
             made[positions] = np.take_along_axis(weights, columns[positions], axis=1)
         return made
     q, k, _ = problem.astype(np.float64).arrays
-    logits: Array = (k[columns] @ (problem.scale * q)[:, :, None])[:, :, 0]
-    return np.exp(logits - normalizer(problem)[:, None])
+    logits = (k[columns] @ (problem.scale * q)[:, :, None])[:, :, 0]
+    weights: Array = np.exp(logits - normalizer(problem)[:, None])
+    return weights
 
 
 def exact_of(problem: Head) -> SoftmaxAttention:

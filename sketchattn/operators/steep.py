@@ -82,7 +82,7 @@ def tiles_of(problem: Head, rows: Array) -> Iterator[tuple[Array, Array]]:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             logits = (problem.scale * q[first : first + TILE]) @ k.T
         logits = logits[rows[positions] - first]
-        seen = np.full(len(logits), problem.n_k > 0)
+        seen: Array = np.full(len(logits), problem.n_k > 0)
         if hidden:
             visible = problem.visible(rows[positions])
             np.copyto(logits, -np.inf, where=~visible)

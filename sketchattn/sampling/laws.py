@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, as_real, closest, stacked
 from ..base.draws import Rng, as_generator
+from ..base.floating import without_floating_errors
 from ..kernels._threads import blas_single_thread
 from ..operators.steep import is_steep, tiles_of
 from ..problem import AttentionProblem
@@ -118,6 +119,7 @@ class _FromProblem:
         return np.ones(self.n) if v is None else _ratio(_norms(v))
 
 
+@without_floating_errors
 def log_column_norms(
     problem: AttentionProblem, rows: Array, lse: Array, counts: Array | None = None
 ) -> Array:
@@ -322,6 +324,7 @@ def check_pilots(pilots: object) -> int | Array:
     return rows.astype(np.int64)
 
 
+@without_floating_errors
 def pilot_rows(source: Any, pilots: int | ArrayLike = 64, rng: Rng = None) -> Array:
     """Return pilot rows: drawn uniformly with replacement, or the given ones, checked.
 
@@ -420,6 +423,7 @@ def _unnormalized(
     return ridge_leverage_recursive(kernel, lam, rng=rng).scores
 
 
+@without_floating_errors
 def probabilities(
     law: str | ArrayLike,
     source: Any,
@@ -505,6 +509,7 @@ def probabilities(
     return p
 
 
+@without_floating_errors
 def check_unbiased(p: ArrayLike, source: Any) -> None:
     """Refuse a law that never draws a column which contributes: the estimate would be biased.
 

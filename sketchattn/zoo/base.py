@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator
 
 from ..base.arguments import check_rank, closest, stacked
 from ..base.draws import Draw, Rng, as_generator
+from ..base.quiet import quiet
 from ..operators.base import AttentionOperator
 from ..problem import AttentionProblem
 
@@ -33,7 +34,8 @@ class Traits:
     randomized : bool
         The draw depends on ``rng``.
     row_stochastic, nonnegative : bool
-        Rows of ``Ahat`` that see a key sum to one; entries are not negative.
+        Rows of ``Ahat`` that see a key sum to one; entries are not negative.  Where columns are
+        drawn for all rows and nothing stands for the others, rows that see none of them are zero.
     target : str
         The matrix that is approximated: "softmax" or the name of another kernel.
     claims : tuple of str
@@ -147,6 +149,10 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
 
     name: str
     draw_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        quiet(cls)
 
     @property
     @abstractmethod
@@ -363,6 +369,8 @@ class InFloat64:
         """Return the approximation in float64."""
         return self.build(self.problem.astype(np.float64), *self.rest)
 
+
+quiet(Method)
 
 C = TypeVar("C", bound="NamedTuple")
 

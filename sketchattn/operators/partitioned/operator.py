@@ -231,7 +231,8 @@ class PartitionedAttention(AttentionOperator):
         """
         if is_steep(self.problem):
             return self.layout.transposed_by_rows(self.data, self._cast(y), only_far=only_far)
-        data = Data(*(np.asarray(x, np.float64) for x in self.data[:-1]), self.problem.scale)
+        q, k, f, keys, bits = (np.asarray(x, np.float64) for x in self.data[:-1])
+        data = Data(q, k, f, keys, bits, self.problem.scale)
         if self._wide_lse is None:
             none = (np.empty((n, 0)) for n in (self.shape[1], len(self.layout.lo)))
             self._wide_lse = self.layout.solve(data, *none)[1]
