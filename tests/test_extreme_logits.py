@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from method_cases import unit_roundoff
+from method_cases import CASES, IDS, MethodCase, supports, unit_roundoff
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -185,3 +185,89 @@ def test_rows_that_see_small_keys_only_do_not_depend_on_later_ones(dtype: Any, s
     keep = np.arange(N_K) != 3
     plain = sa.AttentionProblem(q, k, v, key_mask=keep).output
     assert np.array_equal(plain, sa.AttentionProblem(q, hidden, v, key_mask=keep).output)
+
+
+# --- every method -------------------------------------------------------------------------------
+
+EXTREMES = {np.float32: (1e4, 1e8, 1e30), np.float64: (1e8, 1e30, 1e300)}
+SIGHTS: list[dict[str, Any]] = [
+    {},
+    {"causal": True},
+    {"key_mask": np.arange(8) == 4},
+    {"key_mask": np.zeros(8, bool)},
+]
+# Methods whose rows hold drawn columns only: a row that sees none of them is zero.
+DRAWN_COLUMNS = ("uniform", "column_sampling")
+
+
+def extreme(size: float, low: bool, dtype: Any, **options: Any) -> sa.AttentionProblem:
+    """Return a problem with logits of about a size, or all of them at about minus that."""
+    rng = np.random.default_rng(3)
+    q, k = rng.standard_normal((2, 8, D))
+    if low:
+        q, k = np.abs(q), -np.abs(k)
+    v = rng.standard_normal((8, 3)).astype(dtype)
+    root = size**0.5
+    return sa.AttentionProblem((root * q).astype(dtype), (root * k).astype(dtype), v, **options)
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["both signs", "low"])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_methods_give_one_matrix_or_refuse(case: MethodCase, dtype: Any, low: bool) -> None:
+    traits, refusals = case.traits, list[str]()
+    for size in EXTREMES[dtype]:
+        for options in SIGHTS:
+            problem = extreme(size, low, dtype, **options)
+            if not supports(case, problem):
+                continue
+            try:
+                ahat = case(3).approximate(problem, rng=0)
+                dense = ahat.to_dense().astype(np.float64)
+                back = (ahat.T @ np.eye(8, dtype=dtype)).T.astype(np.float64)
+                out = case(3).attend(problem, rng=0)
+            except ValueError as refusal:
+                refusals.append(str(refusal))
+                continue
+            seen = problem.visible()
+            size_of = max(1.0, float(np.abs(dense).sum(axis=1).max()))
+            # Sums of eight terms of this size, and of the factors of a product.
+            slack = 1000 * unit_roundoff(dtype) * size_of
+            for made in (dense, back):
+                assert np.all(np.isfinite(made))
+                if not traits.oracle or traits.causal or not problem.causal:
+                    assert np.all(made[~seen] == 0)
+                if traits.row_stochastic:
+                    some = seen.any(axis=1)
+                    if case.name in DRAWN_COLUMNS:
+                        columns = case(3).draw(problem, rng=0)["columns"]
+                        some &= seen[:, columns].any(axis=1)
+                    assert np.abs(made.sum(axis=1)[some] - 1).max(initial=0.0) <= slack
+            assert np.abs(out - dense @ problem.values).max() <= slack * 10
+    for text in refusals:
+        assert " must be finite" in text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(np.float32, 1e25), (np.float64, 1e160)])
+def test_rows_of_overflowed_logits_are_not_empty_ones(dtype: Any, size: float) -> None:
+    q = np.full((3, 2), size, dtype)
+    v = np.eye(3, dtype=dtype)
+    problem = sa.AttentionProblem(q, -q, v)
+    calls = [
+        lambda: sa.attention(q, -q, v),
+        lambda: sa.attention(q, -q, v, attn_mask=np.zeros((3, 3), dtype)),
+        lambda: problem.output,
+        lambda: problem.exact @ v,
+        lambda: problem.exact.T @ v,
+        lambda: problem.exact.columns([0]),
+        lambda: problem.exact.row_sums(),
+        lambda: sa.Skeinformer(rank=2).approximate(problem, rng=0),
+        lambda: sa.Nystromformer(rank=2).approximate(problem, rng=0),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^scale \* q @ k\.T must be finite in float"):
+            call()
+    # What is hidden is empty, whatever it holds.
+    hidden = sa.attention(q, -q, v, attn_mask=np.zeros((3, 3), bool))
+    assert not hidden.any()

@@ -165,8 +165,8 @@ def entries(problem: Head, columns: Array) -> Array:
     """Return ``A_ij`` for the columns j of each row, int (n_q, t), none hidden; float64."""
     if is_steep(problem):
         made = np.empty(columns.shape)
-        for positions, weights, _ in softmax_tiles(problem, np.arange(problem.n_q)):
-            made[positions] = np.take_along_axis(weights, columns[positions], axis=1)
+        for positions, rows, _ in softmax_tiles(problem, np.arange(problem.n_q)):
+            made[positions] = np.take_along_axis(rows, columns[positions], axis=1)
         return made
     q, k, _ = problem.astype(np.float64).arrays
     logits = (k[columns] @ (problem.scale * q)[:, :, None])[:, :, 0]

@@ -40,6 +40,35 @@ def steep_rows(problem: Head) -> Array:
 
     Keys that a row does not see do not decide how it is computed.
     """
+    return problem.cached("steep_rows", lambda: np.flatnonzero(_bounds(problem) > STEEP))
+
+
+def check_overflow(problem: Head) -> None:
+    """Refuse visible logits beyond the precision of the problem, in base 2 as kernels hold them.
+
+    An approximation that meets one cannot tell it from a key that is hidden.
+    """
+    most = float(np.finfo(problem.dtype).max) / 2
+
+    def check() -> bool:
+        rows = np.flatnonzero(~(_bounds(problem) <= most))
+        for positions, logits in tiles_of(problem, rows):
+            wrong = ((np.abs(logits) > most) & problem.visible(rows[positions])).any(axis=1)
+            if wrong.any():
+                _refuse(problem, rows[positions][wrong])
+        return True
+
+    problem.cached("overflow", check)
+
+
+def _refuse(problem: Head, rows: Array) -> None:
+    lse = np.zeros(problem.n_q, problem.dtype)
+    lse[rows] = np.nan
+    check_logits(lse)
+
+
+def _bounds(problem: Head) -> Array:
+    """Return ``|scale| |q_i| max_j |k_j|`` of all rows, j over visible keys, float64."""
 
     def find() -> Array:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -52,11 +81,11 @@ def steep_rows(problem: Head) -> Array:
                 largest = reach[np.clip(last, 0, problem.n_k)]
             else:
                 largest = np.full(problem.n_q, keys.max(initial=0.0))
-            bound = abs(problem.scale) * _norms(problem.q) * largest
-            # 0 times a norm that overflowed is 0: all logits of the row are.
-            return np.flatnonzero(bound > STEEP)
+            # 0 times a norm that overflowed is NaN, and above nothing: such logits are 0.
+            bounds: Array = np.abs(problem.scale) * _norms(problem.q) * largest
+            return bounds
 
-    return problem.cached("steep_rows", find)
+    return problem.cached("bounds", find)
 
 
 def is_steep(problem: Head) -> bool:
@@ -82,18 +111,14 @@ def tiles_of(problem: Head, rows: Array) -> Iterator[tuple[Array, Array]]:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             logits = (problem.scale * q[first : first + TILE]) @ k.T
         logits = logits[rows[positions] - first]
-        seen: Array = np.full(len(logits), problem.n_k > 0)
+        seen = problem.visible_counts()[rows[positions]] > 0
         if hidden:
-            visible = problem.visible(rows[positions])
-            np.copyto(logits, -np.inf, where=~visible)
-            seen = visible.any(axis=1)
+            np.copyto(logits, -np.inf, where=~problem.visible(rows[positions]))
         with np.errstate(invalid="ignore"):
             top = logits.max(axis=1, initial=-np.inf)
             wrong = seen & ~(np.abs(top) <= most)
         if wrong.any():
-            lse = np.zeros(problem.n_q, problem.dtype)
-            lse[rows[positions][wrong]] = np.nan
-            check_logits(lse)
+            _refuse(problem, rows[positions][wrong])
         yield positions, logits
 
 

@@ -15,6 +15,7 @@ from ..base.arguments import check_rank, closest, stacked
 from ..base.draws import Draw, Rng, as_generator
 from ..base.quiet import quiet
 from ..operators.base import AttentionOperator
+from ..operators.steep import check_overflow
 from ..problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -181,6 +182,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         if hasattr(self, "rank"):
             check_rank(self.rank, problem.n_k)
         self._check_parameters()
+        check_overflow(problem)
 
     def _check_parameters(self) -> None:
         """Refuse hyper-parameters out of range; the base class knows only ``rank``."""

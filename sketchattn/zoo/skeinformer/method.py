@@ -19,6 +19,7 @@ from ...base.draws import Draw, Rng, as_generator, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.sampled import SampledAttention
+from ...operators.steep import check_overflow
 from ...problem import AttentionProblem
 from ...sampling.draws import gumbel_top, sample_with_replacement
 from ...sampling.laws import (
@@ -230,6 +231,7 @@ class Skeinformer(Method):
             )
         check_rank(self.rank, problem.n_k)
         self._check_parameters()
+        check_overflow(problem)
 
     def _check_parameters(self) -> None:
         check_preset(self, Components(), PRESETS)
