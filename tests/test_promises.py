@@ -77,13 +77,15 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 @every_method
-@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_promises_hold_for_degenerate_problems(
-    case: MethodCase, dtype: Any, name: str, mask: str
-) -> None:
-    problem = changed(name, dtype, **MASKS[mask])
+def test_promises_hold_for_degenerate_problems(case: MethodCase, name: str) -> None:
+    dtype = (np.float32, np.float64)[NAMES.index(name) % 2]
+    for mask in MASKS:
+        keep_promises(case, changed(name, dtype, **MASKS[mask]))
+
+
+def keep_promises(case: MethodCase, problem: sa.AttentionProblem) -> None:
+    """Check what the traits of a method say of its approximations of a problem."""
     traits = case.traits
     if not supports(case, problem):
         with pytest.raises(ValueError, match="must be"):
@@ -91,7 +93,7 @@ def test_promises_hold_for_degenerate_problems(
         return
     truth, seen = dense_attention(problem), problem.visible()
     tolerance = rounding(problem)
-    for rank in (1, 3, N):
+    for rank in (3, N):
         if not traits.uses_rank and rank < N:
             continue
         ahat = case(rank).approximate(problem, rng=1)
@@ -122,7 +124,7 @@ def test_promises_hold_for_degenerate_problems(
 
 @every_method
 @pytest.mark.parametrize("mask", ["causal", "last keys"])
-@pytest.mark.parametrize("name", [*NAMES, "random"])
+@pytest.mark.parametrize("name", ["zero values at the end", "equal keys", "padding", "random"])
 def test_a_row_does_not_depend_on_later_tokens(case: MethodCase, name: str, mask: str) -> None:
     if not (case.traits.causal and case.traits.autoregressive):
         pytest.skip("no such promise")
