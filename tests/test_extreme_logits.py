@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -254,7 +255,7 @@ def test_rows_of_overflowed_logits_are_not_empty_ones(dtype: Any, size: float) -
     q = np.full((3, 2), size, dtype)
     v = np.eye(3, dtype=dtype)
     problem = sa.AttentionProblem(q, -q, v)
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: sa.attention(q, -q, v),
         lambda: sa.attention(q, -q, v, attn_mask=np.zeros((3, 3), dtype)),
         lambda: problem.output,

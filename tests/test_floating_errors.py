@@ -19,7 +19,7 @@ MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"key_mask": np.arange(8) >
 
 def peaked(dtype: Any, **options: Any) -> sa.AttentionProblem:
     """Return a problem with logits of some hundreds: most exponentials underflow."""
-    q, k, v = make_problem(8, 8, dtype)
+    q, k, v = (np.array(x) for x in make_problem(8, 8, dtype))
     return sa.AttentionProblem(30 * q, 30 * k, v, **options)
 
 
