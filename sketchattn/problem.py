@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from .base.head import Head
+from .base.quiet import quiet
 
 if TYPE_CHECKING:
     from .operators.softmax import SoftmaxAttention
@@ -97,3 +98,6 @@ class AttentionProblem(Head):
     def logsumexp(self) -> Array:
         """Natural logarithm of the row sums of ``exp(L)`` (n_q,), -inf for an empty row."""
         return self._solution[1]
+
+
+quiet(AttentionProblem, "_solution")

@@ -2087,3 +2087,22 @@ def test_what_the_tables_change_is_what_is_refused() -> None:
     assert attention(X, X, X).shape == X.shape
     assert attention(X, X, X, **UNIFORM, rng=0).shape == X.shape
     assert attention(X, X, X, Plain()).shape == X.shape
+
+
+def test_arguments_of_other_libraries_are_pointed_to_ours() -> None:
+    x = np.ones((3, 2))
+    text = (
+        "is_causal must be given as causal, got is_causal=True; pass causal=True, or 'top-left' or "
+        "'bottom-right' where n_q != n_k"
+    )
+    more: dict[str, Any] = {"is_causal": True}
+    for method in ("exact", "uniform"):
+        with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+            sa.attention(x, x, x, method, **more)
+    text = (
+        "dropout_p must be left out, got 0.0; there is no dropout here, weights are those of "
+        "inference"
+    )
+    more = {"dropout_p": 0.0}
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        sa.attention(x, x, x, **more)

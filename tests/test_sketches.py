@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 from naive import naive_cosines, naive_hadamard, naive_sketch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
@@ -1362,3 +1363,33 @@ def test_dense_products_are_the_sums_of_the_formula(r: int, n: int, m: int, dtyp
     assert (np.abs(found - expected.reshape(r, m)) <= slack).all()
     with limit_threads(1):
         assert np.array_equal(sketching.dense_product(a, x), found)
+
+
+# --- sparse input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", sketches())
+def test_sparse_input_gives_what_dense_input_gives(
+    kind: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sketch = make_sketch(kind, 4, 12, rng=0, dtype=dtype)
+    x = np.random.default_rng(0).integers(-1, 2, (12, 5)).astype(dtype)
+    wanted, back = sketch @ x, sketch.T @ x[:4]
+    for entries in (1 << 22, 24):  # all columns at once, two at a time
+        monkeypatch.setattr("sketchattn.sketches.base.SPARSE_ENTRIES", entries)
+        for form in ("csr", "csc", "coo"):
+            for make in (scipy.sparse.csr_matrix, scipy.sparse.csr_array):
+                given: Any = make(x).asformat(form)  # stubs of SciPy know dense input only
+                fewer: Any = make(x[:4]).asformat(form)
+                product, transposed = sketch @ given, sketch.T @ fewer
+                assert isinstance(product, np.ndarray)
+                assert isinstance(transposed, np.ndarray)
+                bound = 12 * 12 * np.finfo(dtype).eps * np.abs(sketch.to_dense()).max()
+                assert np.abs(product - wanted).max() <= bound
+                assert np.abs(transposed - back).max() <= bound
+        assert np.array_equal(sketch.apply(scipy.sparse.csr_matrix((12, 0))), np.empty((4, 0)))
+    with pytest.raises(ValueError, match=re.escape("x must have shape (n,) or (n, m) with n = 12")):
+        sketch.apply(scipy.sparse.csr_matrix((5, 2)))
+    with pytest.raises(TypeError, match="x must hold real numbers, got complex128"):
+        sketch.apply(scipy.sparse.csr_matrix(np.zeros((12, 2), np.complex128)))

@@ -26,6 +26,7 @@ from .arguments import (
     float_dtype,
     prepare,
 )
+from .quiet import quiet
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -283,6 +284,9 @@ class Head:
                 h.update(np.ascontiguousarray(x).data)
         h.update(f"{self.scale!r};{self.causal!r};".encode())
         return h.hexdigest()
+
+
+quiet(Head, "__init__")
 
 
 def _rebuild(kind: type[Head], arrays: HeadArrays, options: dict[str, Any]) -> Head:

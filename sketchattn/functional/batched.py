@@ -9,8 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import Causal
 from ..base.draws import Rng
+from ..base.floating import without_floating_errors
 from .approximate import approximate
 from .call import check_call
+from .checks import check_foreign
 from .exact import check_exact, exact, is_exact
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def attention(
 ) -> tuple[Array, Array]: ...
 
 
+@without_floating_errors
 def attention(
     q: object,
     k: object,
@@ -168,6 +171,7 @@ def attention(
     >>> sa.attention(x, x, x, "uniform", rank=2, rng=0).shape
     (2, 3, 5, 4)
     """
+    check_foreign(parameters)
     call = check_call(
         q,
         k,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -192,3 +192,20 @@ def check_sink(sink: ArrayLike, layout: Layout) -> Array:
         )
     check_finite(logits, "sink")
     return logits
+
+
+def check_foreign(parameters: Mapping[str, Any]) -> None:
+    """Refuse arguments that other libraries have under another name, or that there is no use for.
+
+    They are no parameters of a method: the remedy is not among its names.
+    """
+    if "is_causal" in parameters:
+        raise TypeError(
+            f"is_causal must be given as causal, got is_causal={parameters['is_causal']!r}; "
+            f"pass causal=True, or 'top-left' or 'bottom-right' where n_q != n_k"
+        )
+    if "dropout_p" in parameters:
+        raise TypeError(
+            f"dropout_p must be left out, got {parameters['dropout_p']!r}; "
+            f"there is no dropout here, weights are those of inference"
+        )

@@ -12,7 +12,7 @@ from ..base.arguments import check_logits
 from ..base.draws import Rng, as_generator
 from ..operators.reference import reference_attention
 from .call import Call
-from .hidden import add_non_finite, without_hidden
+from .hidden import add_non_finite, lost_rows, without_hidden
 
 if TYPE_CHECKING:
     from ..zoo.base import Method
@@ -57,7 +57,7 @@ def exact(call: Call) -> tuple[Array, Array]:
     product = reference_attention if call.reference else softmax_product
     if clean:
         out, lse = product(q, k, v, **options)
-        check_logits(lse)
+        check_logits(np.where(lost_rows(lse, k.shape[1], call.terms), np.nan, lse))
         return out, lse
     if call.reference:
         return product(q, k, v, **options)

@@ -11,6 +11,9 @@ from .call import Terms
 
 Array = NDArray[Any]
 
+# Entries of a block of logits, or of visible entries, of chosen rows.
+_BLOCK_ENTRIES = 1 << 20
+
 
 def _seen(terms: Terms, h: int, rows: Array, keys: Array) -> tuple[Array, Array | None]:
     """Return the visible set (rows, keys) of a head, and the bias there."""
@@ -70,8 +73,19 @@ def without_hidden(n_q: int, k: Array, v: Array, terms: Terms) -> tuple[Array, A
     return np.where(shown, k, k.dtype.type(0)), np.where(shown, v, v.dtype.type(0))
 
 
-# Entries of a block of logits between rows and keys that are not finite.
-_BLOCK_ENTRIES = 1 << 20
+def lost_rows(lse: Array, n_k: int, terms: Terms) -> Array:
+    """Return the rows (H, n_q) that see a key and whose logits are -inf all the same.
+
+    Such logits overflowed: what is empty is decided by masks, not by sums.
+    """
+    lost: Array = np.isneginf(lse)
+    step = max(1, _BLOCK_ENTRIES // max(1, n_k))
+    for h in np.flatnonzero(lost.any(axis=1)):
+        rows = np.flatnonzero(lost[h])
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            lost[h, part] = _seen(terms, int(h), part, np.arange(n_k))[0].any(axis=1)
+    return lost
 
 
 def add_non_finite(out: Array, lse: Array, q: Array, k: Array, v: Array, terms: Terms) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from ..base.quiet import quiet
+
 Array = NDArray[Any]
 Index = ArrayLike | slice
 
@@ -75,9 +77,7 @@ class AttentionOperator(Operator):
         product really overflows to, or NaN, is in its result.
         """
         super().__init_subclass__(**options)
-        for name in PRODUCTS:
-            if name in cls.__dict__:
-                setattr(cls, name, np.errstate(all="ignore")(cls.__dict__[name]))
+        quiet(cls, "__init__", *PRODUCTS)
 
     def __init__(
         self, shape: tuple[int, int], dtype: Any, effective_rank: int | None = None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..base.arguments import check_logits, stacked
 from ..base.head import Head
 from ..kernels._threads import product
+from .steep import softmax_tiles, steep_rows, tiles_of
 
 Array = NDArray[Any]
 
@@ -36,7 +37,14 @@ def softmax_over(problem: Head, columns: Array, weights: Array | None = None) ->
         logits += np.log(weights).astype(problem.dtype)
     if problem.causal:
         logits[columns[None, :] > (np.arange(problem.n_q) + problem.offset)[:, None]] = -np.inf
-    return row_softmax(logits)
+    weights_made = row_softmax(logits)
+    steep = steep_rows(problem)
+    for positions, wide in tiles_of(problem, steep):
+        chosen = wide[:, columns]
+        if weights is not None:
+            chosen += np.log(weights)
+        weights_made[steep[positions]] = row_softmax(chosen)
+    return weights_made
 
 
 def _problem_masks(problem: Head) -> dict[str, Any]:
@@ -57,7 +65,26 @@ def solve(problem: Head, x: Array | None, factor: float = 1.0) -> tuple[Array, A
     out, lse = softmax_product(
         q[None], k[None], x[None], scale=factor * problem.scale, **_problem_masks(problem)
     )
+    if factor == 1:
+        _solve_steep(problem, np.arange(problem.n_q), x, out[0], lse[0])
     return out[0], lse[0]
+
+
+def _solve_steep(problem: Head, rows: Array, x: Array, out: Array, lse: Array) -> None:
+    """Put the steep ones of chosen rows into ``A_I X`` (s, m) and their logsumexp (s,)."""
+    steep = np.flatnonzero(np.isin(rows, steep_rows(problem)))
+    values = x.astype(np.float64, copy=False) if len(steep) else x
+    for positions, weights, normalizer in softmax_tiles(problem, rows[steep]):
+        out[steep[positions]] = weights @ values
+        lse[steep[positions]] = normalizer
+
+
+def normalizer(problem: Head) -> Array:
+    """Return the logsumexp of a problem in float64, from logits in float64; computed once."""
+    if problem.dtype == np.float64:
+        return solution(problem)[1]
+    wide = problem.astype(np.float64)
+    return problem.cached("normalizer", lambda: solve(wide, None)[1])
 
 
 def solution(problem: Head) -> tuple[Array, Array]:
@@ -91,11 +118,20 @@ def solve_rows_of_heads(
     ``problems`` differ in their arrays and masks only; ``rows`` int (H, s), ``x (H, n_k, m)``.
     Neither the number of heads nor what the others hold changes a bit of a head.
     """
+    first = problems[0]
+    x = np.empty((len(rows), first.n_k, 0), first.dtype) if x is None else x
+    out, lse = _solve_rows_of_heads(problems, rows, x)
+    for h, problem in enumerate(problems):
+        _solve_steep(problem, rows[h], x[h], out[h], lse[h])
+    return out, lse
+
+
+def _solve_rows_of_heads(problems: Sequence[Head], rows: Array, x: Array) -> tuple[Array, Array]:
+    """Return the same by one pass of the kernel."""
     from ..kernels.softmax import row_tile, softmax_product
 
     first = problems[0]
     heads, count = rows.shape
-    x = np.empty((heads, first.n_k, 0), first.dtype) if x is None else x
     q = np.stack([problem.arrays.q[i] for problem, i in zip(problems, rows, strict=True)])
     if first.n_k >= 2 * PART_KEYS and not first.causal and count < PART_KEYS:
         made = [_solve_in_parts(*args) for args in zip(problems, q, x, strict=True)]

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, as_integer, as_real, check_finite, check_flag
 from ..base.draws import Rng, as_generator
+from ..base.floating import without_floating_errors
 
 Array = NDArray[Any]
 
@@ -125,6 +126,7 @@ def check_size(rank: object) -> int:
     return count
 
 
+@without_floating_errors
 def check_probabilities(p: ArrayLike, n: int | None = None, name: str = "p") -> Array:
     """Return a law as a new float64 array that sums to one.
 
@@ -176,6 +178,7 @@ def _draw(
     return ColumnDraw(columns.astype(np.int64), weights, probabilities, n, rank, replace)
 
 
+@without_floating_errors
 def sample_with_replacement(p: ArrayLike, rank: int, rng: Rng = None) -> ColumnDraw:
     """Draw ``rank`` columns independently from p, with weights ``1/(rank p_j)``.
 
@@ -218,6 +221,7 @@ def sample_with_replacement(p: ArrayLike, rank: int, rng: Rng = None) -> ColumnD
     return _draw(columns, 1.0 / (r * law[columns]), law[columns], len(law), r, True)
 
 
+@without_floating_errors
 def sample_uniform(
     n: int, rank: int, rng: Rng = None, *, keep: ArrayLike | None = None
 ) -> ColumnDraw:
@@ -297,6 +301,7 @@ def gumbel_top(log_p: Array, count: int, rng: np.random.Generator) -> tuple[Arra
     return support[order], priority[order]
 
 
+@without_floating_errors
 def sample_gumbel(p: ArrayLike, rank: int, rng: Rng = None) -> ColumnDraw:
     """Draw ``rank`` distinct columns one after another from p, with unbiased priority weights.
 
@@ -347,6 +352,7 @@ def sample_gumbel(p: ArrayLike, rank: int, rng: Rng = None) -> ColumnDraw:
     return _draw(chosen, 1.0 / kept, kept, len(law), r, False)
 
 
+@without_floating_errors
 def inclusion_probabilities(p: ArrayLike, rank: float) -> Array:
     """Return ``pi_j = min(1, tau p_j)`` with tau such that the sum is ``rank`` (water-filling).
 
@@ -392,6 +398,7 @@ def inclusion_probabilities(p: ArrayLike, rank: float) -> Array:
     return pi
 
 
+@without_floating_errors
 def sample_poisson(p: ArrayLike, rank: float, rng: Rng = None) -> ColumnDraw:
     """Keep every column independently with probability ``pi_j = min(1, tau p_j)``, ``sum = rank``.
 
@@ -424,6 +431,7 @@ def sample_poisson(p: ArrayLike, rank: float, rng: Rng = None) -> ColumnDraw:
     return _draw(columns, 1.0 / pi[columns], pi[columns], len(pi), math.ceil(rank), False)
 
 
+@without_floating_errors
 def sample_columns(p: ArrayLike, rank: int, rng: Rng = None, *, replace: bool = True) -> ColumnDraw:
     """Draw ``rank`` columns from a law, with replacement or without, with unbiased weights.
 
@@ -457,6 +465,7 @@ def sample_columns(p: ArrayLike, rank: int, rng: Rng = None, *, replace: bool = 
     return sample_gumbel(law, rank, rng)
 
 
+@without_floating_errors
 def self_normalize(entries: Array, weights: Array) -> Array:
     """Return ``w_j A_ij / sum_l w_l A_il``: the self-normalised (Hajek) form of a draw.
 

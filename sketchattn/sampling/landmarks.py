@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, as_integer, check_choice, check_finite, float_dtype
+from ..base.floating import without_floating_errors
 
 Array = NDArray[Any]
 
@@ -33,6 +34,7 @@ class Clusters(NamedTuple):
     counts: Array
 
 
+@without_floating_errors
 def segment_means(x: ArrayLike, r: int) -> Array:
     """Return the means of r segments of consecutive rows; the first n mod r have one row more.
 
@@ -66,6 +68,7 @@ def segment_means(x: ArrayLike, r: int) -> Array:
     return np.asarray(np.concatenate([first, rest]))
 
 
+@without_floating_errors
 def segment_labels(n: int, r: int) -> Array:
     """Return the segment of each of n rows: those whose means `segment_means` returns.
 
@@ -89,6 +92,7 @@ def segment_labels(n: int, r: int) -> Array:
     return np.repeat(np.arange(r), _sizes(n, r))
 
 
+@without_floating_errors
 def nearest(x: ArrayLike, centers: ArrayLike) -> Array:
     """Return for each row the nearest of several centres, the first one of equals.
 
@@ -138,6 +142,7 @@ def nearest(x: ArrayLike, centers: ArrayLike) -> Array:
     return np.concatenate([np.zeros(0, np.int64), *map_pieces(work, pieces)]).astype(np.int64)
 
 
+@without_floating_errors
 def kmeans(
     x: ArrayLike, r: int, seed: int, *, steps: int = 8, sample: int | None = None
 ) -> Clusters:
@@ -225,6 +230,7 @@ def _lloyd(rows: Array, r: int, seed: int, steps: int, *, greedy: bool) -> Array
         return np.asarray(model.fit(rows).cluster_centers_, np.float64)
 
 
+@without_floating_errors
 def around(x: ArrayLike, centers: ArrayLike) -> Clusters:
     """Cluster rows around given centres, without those to which no row is nearest.
 
@@ -253,6 +259,7 @@ def around(x: ArrayLike, centers: ArrayLike) -> Clusters:
     )
 
 
+@without_floating_errors
 def chosen_rows(x: ArrayLike, r: int, law: str, rng: np.random.Generator) -> Array:
     """Draw r distinct rows, uniformly or by leverage, in drawing order.
 
@@ -290,6 +297,7 @@ def chosen_rows(x: ArrayLike, r: int, law: str, rng: np.random.Generator) -> Arr
     return np.asarray(order, np.int64)
 
 
+@without_floating_errors
 def pivoted_rows(x: ArrayLike, r: int, rng: np.random.Generator) -> Array:
     """Return the first r pivots of the column-pivoted QR factorisation of ``x^T``.
 

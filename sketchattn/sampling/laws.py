@@ -16,7 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, as_real, closest, stacked
 from ..base.draws import Rng, as_generator
+from ..base.floating import without_floating_errors
 from ..kernels._threads import blas_single_thread
+from ..operators.steep import is_steep, tiles_of
 from ..problem import AttentionProblem
 from .draws import check_probabilities
 from .leverage import as_matrix, leverage_scores, leverage_scores_fast
@@ -117,6 +119,7 @@ class _FromProblem:
         return np.ones(self.n) if v is None else _ratio(_norms(v))
 
 
+@without_floating_errors
 def log_column_norms(
     problem: AttentionProblem, rows: Array, lse: Array, counts: Array | None = None
 ) -> Array:
@@ -183,10 +186,29 @@ def log_column_norms_of_heads(
             counts=np.ones(rows.shape[1]) if counts is None else counts,
             positions=rows + first.offset if first.causal else None,
         )
-    for head, problem in zip(norms, problems, strict=True):
+    for head, problem, chosen in zip(norms, problems, rows, strict=True):
+        if is_steep(problem) and len(chosen):
+            head[:] = _log_norms_of_steep(problem, chosen, counts)
         if problem.key_mask is not None:
             head[~problem.key_mask] = -np.inf
     return norms
+
+
+def _log_norms_of_steep(problem: AttentionProblem, rows: Array, counts: Array | None) -> Array:
+    """Return `log_column_norms` from rows that are formed: ``2 (L_ij - lse_i)`` has no digits."""
+    norms = np.full(problem.n_k, -np.inf)
+    log_counts = np.zeros(len(rows)) if counts is None else np.log(counts)
+    for positions, logits in tiles_of(problem, rows):
+        top = logits.max(axis=1, keepdims=True)
+        seen = top[:, 0] > -np.inf
+        if not seen.any():
+            continue
+        logits = logits[seen] - top[seen]
+        with np.errstate(under="ignore"):
+            logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            pairs = 2 * logits + log_counts[positions[seen], None]
+            norms = np.logaddexp(norms, np.logaddexp.reduce(pairs, axis=0))
+    return 0.5 * norms
 
 
 class _FromMatrices:
@@ -302,6 +324,7 @@ def check_pilots(pilots: object) -> int | Array:
     return rows.astype(np.int64)
 
 
+@without_floating_errors
 def pilot_rows(source: Any, pilots: int | ArrayLike = 64, rng: Rng = None) -> Array:
     """Return pilot rows: drawn uniformly with replacement, or the given ones, checked.
 
@@ -400,6 +423,7 @@ def _unnormalized(
     return ridge_leverage_recursive(kernel, lam, rng=rng).scores
 
 
+@without_floating_errors
 def probabilities(
     law: str | ArrayLike,
     source: Any,
@@ -485,6 +509,7 @@ def probabilities(
     return p
 
 
+@without_floating_errors
 def check_unbiased(p: ArrayLike, source: Any) -> None:
     """Refuse a law that never draws a column which contributes: the estimate would be biased.
 

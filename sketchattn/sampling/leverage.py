@@ -26,6 +26,7 @@ from ..base.arguments import (
     float_dtype,
 )
 from ..base.draws import Rng, as_generator
+from ..base.floating import without_floating_errors
 from ..kernels._threads import blas_single_thread, map_pieces
 from .draws import check_probabilities
 
@@ -183,6 +184,7 @@ def _squares(basis: Array) -> Array:
     return scores
 
 
+@without_floating_errors
 def leverage_scores(
     x: ArrayLike, *, k: int | None = None, tol: float | None = None, method: str = "auto"
 ) -> Array:
@@ -263,6 +265,7 @@ def leverage_scores(
     return _squares(_orthonormal_basis(matrix, None, tol))
 
 
+@without_floating_errors
 def fast_sketch_rows(n: int, q: int, error: float = 0.1, delta: float = 0.1) -> int:
     """Return the sketch rows that keep n fast leverage scores within ``1 +- error``.
 
@@ -321,6 +324,7 @@ def fast_sketch_rows(n: int, q: int, error: float = 0.1, delta: float = 0.1) -> 
     return int(high)
 
 
+@without_floating_errors
 def leverage_scores_fast(
     x: ArrayLike,
     *,
@@ -440,6 +444,7 @@ def _truncated_inverse(z: Array, tol: float | None) -> Array:
     return inverse
 
 
+@without_floating_errors
 def leverage_quality(p: ArrayLike, leverage: ArrayLike) -> float:
     """Return ``beta = min_i p_i q / l_i`` over ``l_i > 0``, with q the sum of the scores.
 
@@ -483,6 +488,7 @@ def _scores(leverage: ArrayLike) -> Array:
     return scores.astype(np.float64)
 
 
+@without_floating_errors
 def leverage_approx_factor(gam: float, e: float = 0.0) -> float:
     """Return ``beta = (1-gam)(1-e)/((1+gam)(1+e))`` that fast scores keep after normalisation.
 
@@ -504,6 +510,7 @@ def leverage_approx_factor(gam: float, e: float = 0.0) -> float:
     return (1 - gam) * (1 - e) / ((1 + gam) * (1 + e))
 
 
+@without_floating_errors
 @blas_single_thread()
 def css_relative_error(x: ArrayLike, columns: ArrayLike, k: int) -> float:
     """Return ``|X - C C^+ X|_F / |X - X_k|_F`` of a column subset.

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, as_real, check_count, check_positive
 from ..base.draws import Rng, as_generator
+from ..base.floating import without_floating_errors
 from ..kernels._threads import blas_single_thread
 from .draws import ColumnDraw
 from .leverage import as_matrix
@@ -142,6 +143,7 @@ def _eigh(kernel: Any) -> tuple[Array, Array]:
     return np.maximum(values, 0.0), vectors
 
 
+@without_floating_errors
 @blas_single_thread()
 def ridge_leverage(kernel: Any, lam: float) -> Array:
     """Return the ridge leverage scores ``l_i = (K (K + lam I)^{-1})_ii``.
@@ -177,6 +179,7 @@ def ridge_leverage(kernel: Any, lam: float) -> Array:
     return scores
 
 
+@without_floating_errors
 @blas_single_thread()
 def d_eff(kernel: Any, lam: float) -> float:
     """Return the effective dimension ``sum_k s_k/(s_k + lam)`` of a kernel matrix.
@@ -226,6 +229,7 @@ class RecursiveRidge(NamedTuple):
     draw: ColumnDraw
 
 
+@without_floating_errors
 def ridge_leverage_recursive(
     kernel: Any,
     lam: float,
@@ -337,6 +341,7 @@ def _ridge_from_sample(
     return scores
 
 
+@without_floating_errors
 @blas_single_thread()
 def nystrom_factor(kernel: Any, columns: ArrayLike, tol: float | None = None) -> Array:
     """Return F (n, q) with ``Kt = F F^T = K_:J (K_JJ)^+ K_J:``, the Nystrom approximation of K.
@@ -414,6 +419,7 @@ class PsdCheck(NamedTuple):
     within: bool
 
 
+@without_floating_errors
 @blas_single_thread()
 def ridge_psd_check(kernel: Any, approximation: ArrayLike, lam: float) -> PsdCheck:
     """Check ``0 <= K - Kt <= lam I`` in the semidefinite order by eigenvalues.

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 
 from ..base.arguments import as_array, check_integer, closest
 from ..base.draws import Rng, as_generator, entropy_of
+from ..base.floating import without_floating_errors
+from ..base.quiet import quiet
 
 Array = NDArray[Any]
 
@@ -21,6 +24,9 @@ else:
     Operator = LinearOperator  # SciPy's class can be subscripted from 1.17 on only
 S = TypeVar("S", bound="Sketch")
 C = TypeVar("C", bound="type[Sketch]")
+
+# Entries of a piece of a sparse matrix that is made dense at a time.
+SPARSE_ENTRIES = 1 << 22
 
 _REGISTRY: dict[str, type[Sketch]] = {}
 
@@ -50,6 +56,7 @@ def sketches() -> dict[str, type[Sketch]]:
     return dict(sorted(_REGISTRY.items()))
 
 
+@without_floating_errors
 def make_sketch(
     kind: str, r: int, n: int, rng: Rng = None, *, dtype: DTypeLike = np.float64, **parameters: Any
 ) -> Sketch:
@@ -204,6 +211,10 @@ class Sketch(Operator):
     kind: ClassVar[str] = ""
     array_names: ClassVar[tuple[str, ...]] = ()
     parameter_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        quiet(cls)
 
     isometry_scale: float
     _arrays: dict[str, Array]
@@ -367,13 +378,13 @@ class Sketch(Operator):
 
         Parameters
         ----------
-        x : array of shape (n,) or (n, m)
+        x : array of shape (n,) or (n, m), or SciPy sparse matrix or array (n, m)
             Real numbers; they are converted to the dtype of the sketch.
 
         Returns
         -------
         ndarray of shape (r,) or (r, m)
-            In the dtype of the sketch.
+            In the dtype of the sketch; dense for sparse x too.
 
         Raises
         ------
@@ -389,13 +400,13 @@ class Sketch(Operator):
 
         Parameters
         ----------
-        y : array of shape (r,) or (r, m)
+        y : array of shape (r,) or (r, m), or SciPy sparse matrix or array (r, m)
             Real numbers; they are converted to the dtype of the sketch.
 
         Returns
         -------
         ndarray of shape (n,) or (n, m)
-            In the dtype of the sketch.
+            In the dtype of the sketch; dense for sparse y too.
 
         Raises
         ------
@@ -406,9 +417,23 @@ class Sketch(Operator):
         """
         return self._product(y, "y", 0, self._apply_transpose)
 
+    def _of_sparse(self, x: Any, name: str, axis: int, multiply: Callable[[Array], Array]) -> Array:
+        """Return the product with a SciPy matrix, a few of its columns in memory at a time."""
+        if x.ndim == 1 or x.dtype.kind not in "fiub" or x.shape[0] != self.shape[axis]:
+            return self._product(x.toarray(), name, axis, multiply)  # refused there
+        columns = x.tocsc()
+        out = np.empty((self.shape[1 - axis], x.shape[1]), self.dtype)
+        step = max(1, SPARSE_ENTRIES // x.shape[0])
+        for start in range(0, x.shape[1], step):
+            piece = columns[:, start : start + step].toarray()
+            out[:, start : start + step] = multiply(self._cast(piece))
+        return out
+
     def _product(
         self, x: object, name: str, axis: int, multiply: Callable[[Array], Array]
     ) -> Array:
+        if issparse(x):
+            return self._of_sparse(x, name, axis, multiply)
         array = as_array(x, name)
         length = self.shape[axis]
         if array.dtype.kind not in "fiub":
@@ -486,3 +511,6 @@ class Sketch(Operator):
     @abstractmethod
     def _nested(self, r1: int) -> dict[str, Array]:
         """Return the arrays of the first ``r1 < r`` rows, or refuse with the reason."""
+
+
+quiet(Sketch)

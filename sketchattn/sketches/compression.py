@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, check_choice, check_finite, check_integer
 from ..base.draws import Rng
+from ..base.floating import without_floating_errors
 from ..problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -92,6 +93,7 @@ def check_width_in(d_in: object, d: int, kind: str) -> int:
 # --- the maps -----------------------------------------------------------------------------------
 
 
+@without_floating_errors
 def draw_projection(d: int, d_in: int, kind: str, rng: Rng = None) -> Array:
     """Draw R (d, d_in) with ``E[R R^T] = I``, the map of both sides of a random kind.
 
@@ -133,6 +135,7 @@ def draw_projection(d: int, d_in: int, kind: str, rng: Rng = None) -> Array:
     return np.ascontiguousarray(make_sketch(kind, width, wide, rng).to_dense().T)
 
 
+@without_floating_errors
 def fit_compression(
     problem: AttentionProblem,
     d_in: int,
@@ -278,6 +281,7 @@ def _project(x: Array, shift: Array, matrix: Array, keep: Array | None) -> Array
     return out
 
 
+@without_floating_errors
 def apply_compression(problem: AttentionProblem, maps: Compression) -> AttentionProblem:
     """Return the problem with its queries and keys compressed by given maps.
 
@@ -327,6 +331,7 @@ def apply_compression(problem: AttentionProblem, maps: Compression) -> Attention
     )
 
 
+@without_floating_errors
 def compress_problem(
     problem: AttentionProblem,
     d_in: int,
@@ -365,6 +370,7 @@ def compress_problem(
     return apply_compression(problem, maps)
 
 
+@without_floating_errors
 def compress(
     q: ArrayLike,
     k: ArrayLike,

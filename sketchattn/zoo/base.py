@@ -13,7 +13,9 @@ from sklearn.base import BaseEstimator
 
 from ..base.arguments import check_rank, closest, stacked
 from ..base.draws import Draw, Rng, as_generator
+from ..base.quiet import quiet
 from ..operators.base import AttentionOperator
+from ..operators.steep import check_overflow
 from ..problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -33,7 +35,8 @@ class Traits:
     randomized : bool
         The draw depends on ``rng``.
     row_stochastic, nonnegative : bool
-        Rows of ``Ahat`` that see a key sum to one; entries are not negative.
+        Rows of ``Ahat`` that see a key sum to one; entries are not negative.  Where columns are
+        drawn for all rows and nothing stands for the others, rows that see none of them are zero.
     target : str
         The matrix that is approximated: "softmax" or the name of another kernel.
     claims : tuple of str
@@ -148,6 +151,10 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     name: str
     draw_names: tuple[str, ...] = ()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        quiet(cls)
+
     @property
     @abstractmethod
     def traits(self) -> Traits:
@@ -175,6 +182,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         if hasattr(self, "rank"):
             check_rank(self.rank, problem.n_k)
         self._check_parameters()
+        check_overflow(problem)
 
     def _check_parameters(self) -> None:
         """Refuse hyper-parameters out of range; the base class knows only ``rank``."""
@@ -340,6 +348,31 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         """Return the approximation; arguments are checked."""
 
+
+@dataclass(frozen=True)
+class InFloat64:
+    """Make the same approximation in float64 when it is called.
+
+    It is pickled with the operator that keeps it; a function inside a method could not be.
+
+    Attributes
+    ----------
+    build : callable
+        A bound method, of a problem and ``rest``.
+    problem : AttentionProblem
+    rest : tuple
+    """
+
+    build: Callable[..., Any]
+    problem: AttentionProblem
+    rest: tuple[Any, ...] = ()
+
+    def __call__(self) -> Any:
+        """Return the approximation in float64."""
+        return self.build(self.problem.astype(np.float64), *self.rest)
+
+
+quiet(Method)
 
 C = TypeVar("C", bound="NamedTuple")
 

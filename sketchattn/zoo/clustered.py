@@ -20,12 +20,12 @@ from ..base.draws import Draw, check_draw
 from ..base.head import Head
 from ..operators.base import AttentionOperator, Index, pick
 from ..operators.factored import Assignment, FactoredAttention, zero_attention
-from ..operators.softmax import SoftmaxAttention
-from ..operators.solve import solution
+from ..operators.softmax import SoftmaxAttention, entries
+from ..operators.steep import is_steep
 from ..problem import AttentionProblem
 from ..sampling.landmarks import kmeans
 from ..sketches.base import streams
-from .base import Method, Traits, register
+from .base import InFloat64, Method, Traits, register
 
 Array = NDArray[Any]
 
@@ -233,11 +233,13 @@ class ImprovedClusteredAttention(AttentionOperator):
         scale = self.dtype.type(centers.scale)
         keys = centers.k[top]
         # Weights of the centroids on their top keys, from the normaliser of the whole row.
-        own = (keys @ (scale * centers.q)[:, :, None])[:, :, 0]
-        self.shared: Array = np.exp(own - solution(centers)[1][:, None])
-        mass = self.shared.sum(axis=1)
+        wide = entries(centers, top)
+        self.shared: Array = wide.astype(self.dtype)
+        mass = wide.sum(axis=1).astype(self.dtype)
         self.weights = np.empty((len(q), top.shape[1]), self.dtype)  # in the order of clusters
         sorted_q = scale * q[self.order]
+        if is_steep(Head.adopt(q, centers.k[top].reshape(-1, q.shape[1]), scale=centers.scale)):
+            sorted_q, keys = centers.scale * q[self.order].astype(np.float64), keys.astype(float)
 
         def work(c: int, rows: slice) -> None:
             logits = sorted_q[rows] @ keys[c].T
@@ -498,9 +500,7 @@ class Clustered(Method):
             )
         unpack = Assignment(labels, m, dtype=problem.dtype)
 
-        def remake() -> FactoredAttention:
-            return self._plain(problem.astype(np.float64), labels, m)
-
+        remake = InFloat64(self._plain, problem, (labels, m))
         return FactoredAttention(unpack, None, right.exact, m, remake=remake)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:

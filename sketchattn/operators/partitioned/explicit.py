@@ -63,14 +63,7 @@ class Explicit(Layout):
         self, data: Data, y: Array, lse: Array, *, only_far: bool = False
     ) -> tuple[Array, Array]:
         """Return the two parts of ``Ahat^T Y``."""
-        out = np.zeros((self.n_k, y.shape[1]), y.dtype)
-        z = np.zeros((len(self.lo), y.shape[1]), y.dtype)
-        for rows in self.chunks():
-            mine, theirs, _ = weights_of(self, data, rows)
-            z += theirs.T @ y[rows]
-            if not only_far:
-                out += mine.T @ y[rows]
-        return out, z
+        return self.transposed_by_rows(data, y, only_far=only_far)
 
     def gather(self, z: Array, out: Array) -> None:
         """Add ``sum_t lam_t(j) z_t`` to ``out``."""

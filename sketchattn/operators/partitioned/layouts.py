@@ -12,7 +12,7 @@ from ...base.arguments import check_logits
 from ...base.head import Head
 from ...partitions.plans import Plan
 from ...partitions.ragged import Ragged
-from .passes import EMPTY, LOG2E, Data, slot_logits
+from .passes import EMPTY, Data, slot_logits
 from .summaries import Reference, Rule, Summaries
 
 Array = NDArray[Any]
@@ -284,6 +284,19 @@ class Layout(ABC):
     ) -> tuple[Array, Array]:
         """Return the direct part of ``Ahat^T Y`` (n_k, m), and ``sum_i rho_i(t) y_i`` (r, m)."""
 
+    def transposed_by_rows(
+        self, data: Data, y: Array, *, only_far: bool = False
+    ) -> tuple[Array, Array]:
+        """Return what `transposed` does from rows that are listed, each divided by its own sum."""
+        out = np.zeros((self.n_k, y.shape[1]), y.dtype)
+        z = np.zeros((len(self.lo), y.shape[1]), y.dtype)
+        for rows in self.chunks():
+            mine, theirs, _ = weights_of(self, data, rows)
+            z += theirs.T @ y[rows]
+            if not only_far:
+                out += mine.T @ y[rows]
+        return out, z
+
     @abstractmethod
     def gather(self, z: Array, out: Array) -> None:
         """Add ``sum_t lam_t(j) z_t`` to ``out`` (n_k, m)."""
@@ -361,14 +374,23 @@ def weights_of(layout: Layout, data: Data, rows: Array) -> tuple[Any, Any, Array
     direct, regions = layout.slots(rows)
     d_logits, r_logits, lse = slot_logits(data, rows, direct, regions)
     check_logits(lse)
-    shift = np.where(np.isfinite(lse), lse, 0) * data.q.dtype.type(LOG2E)
+    # Each row by its own largest logit and its own sum: a rounded log Zhat would not sum to one.
+    owners = direct.owner, regions.owner
+    high = np.full(len(rows), -np.inf, d_logits.dtype)
+    for owner, logits in zip(owners, (d_logits, r_logits), strict=True):
+        np.maximum.at(high, owner, logits)
+    high[np.isneginf(high)] = 0
+    weights = [np.exp2(x - high[o]) for o, x in zip(owners, (d_logits, r_logits), strict=True)]
+    total = np.zeros(len(rows))
+    for owner, w in zip(owners, weights, strict=True):
+        total += np.bincount(owner, w, minlength=len(rows))
+    total[total == 0] = 1
     made = []
-    for logits, lists, width in (
-        (d_logits, direct, layout.n_k),
-        (r_logits, regions, len(layout.lo)),
+    for w, owner, lists, width in zip(
+        weights, owners, (direct, regions), (layout.n_k, len(layout.lo)), strict=True
     ):
-        weights = np.exp2(logits - np.repeat(shift, lists.sizes))
-        made.append(csr_array((weights, lists.items, lists.starts), shape=(len(rows), width)))
+        w = (w / total[owner]).astype(d_logits.dtype, copy=False)
+        made.append(csr_array((w, lists.items, lists.starts), shape=(len(rows), width)))
     return made[0], made[1], lse
 
 

@@ -17,6 +17,7 @@ from ...base.arguments import check_logits
 from ...base.head import Head
 from ...partitions.plans import Plan
 from ..base import AttentionOperator, Index, pick
+from ..steep import is_steep
 from .explicit import Explicit
 from .layouts import CHUNK_SLOTS, Layout, weights_of
 from .passes import LOG2E, Data
@@ -118,6 +119,7 @@ class PartitionedAttention(AttentionOperator):
         )
         self._remake = remake
         self._lse: Array | None = None
+        self._wide_lse: Array | None = None
 
     # --- what it is made of ---------------------------------------------------------------------
 
@@ -217,9 +219,26 @@ class PartitionedAttention(AttentionOperator):
         return out
 
     def _rmatmat(self, y: Array) -> Array:
-        out, z = self.layout.transposed(self.data, self._cast(y), self.log_normalizer)
+        out, z = self._transposed(y, only_far=False)
         self.layout.gather(z, out)
         return out
+
+    def _transposed(self, y: Array, *, only_far: bool) -> tuple[Array, Array]:
+        """Return the parts of ``Ahat^T Y`` in keys and in regions.
+
+        Logits less their normaliser have its rounding: both are in float64, and rows whose logits
+        are too large for that are divided by their own sums.
+        """
+        if is_steep(self.problem):
+            return self.layout.transposed_by_rows(self.data, self._cast(y), only_far=only_far)
+        q, k, f, keys, bits = (np.asarray(x, np.float64) for x in self.data[:-1])
+        data = Data(q, k, f, keys, bits, self.problem.scale)
+        if self._wide_lse is None:
+            none = (np.empty((n, 0)) for n in (self.shape[1], len(self.layout.lo)))
+            self._wide_lse = self.layout.solve(data, *none)[1]
+        wide = np.require(y, np.float64, ["C", "W", "A"])
+        out, z = self.layout.transposed(data, wide, self._wide_lse, only_far=only_far)
+        return out.astype(self.dtype, copy=False), z.astype(self.dtype, copy=False)
 
     def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
@@ -247,8 +266,7 @@ class PartitionedAttention(AttentionOperator):
         """Return ``sum_i rho_i(t) y_i`` (r, m) over all rows, or over some; y (n_q, m)."""
         if rows is not None:
             return np.asarray(self.region_masses(rows).T @ y[rows])
-        given = self._cast(y)
-        return self.layout.transposed(self.data, given, self.log_normalizer, only_far=True)[1]
+        return self._transposed(y, only_far=True)[1]
 
 
 class MixtureAttention(AttentionOperator):

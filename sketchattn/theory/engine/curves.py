@@ -14,6 +14,7 @@ from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import bound
 from .instances import Instance, as_instance
+from .records import reduced
 from .registry import get_record
 from .topics import load
 
@@ -60,6 +61,9 @@ class ErrorBound:
     method: str
     parameters: Mapping[str, Any]
     _convert: Convert = dataclasses.field(repr=False, default=same)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)
 
     def __str__(self) -> str:
         listed = ", ".join(f"{name}={value!r}" for name, value in self.parameters.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,11 +60,27 @@ class Claim:
         """Names of the built-in instances that have a record, in order."""
         return tuple(x for x in self.recorded if x != HEADS and "/" not in x)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python objects, for JSON."""
         out = asdict_shallow(self)
         out["assumptions"] = list(self.assumptions)
         return out
+
+
+def reduced(record: Any) -> tuple[Any, ...]:
+    """Return how a record is pickled: read-only mappings, which cannot be, go as dictionaries."""
+    fields = (getattr(record, name) for name in record.__dataclass_fields__)
+    return _remade, (
+        type(record),
+        tuple(dict(x) if isinstance(x, MappingProxyType) else x for x in fields),
+    )
+
+
+def _remade(kind: type[Any], fields: tuple[Any, ...]) -> Any:
+    return kind(*(MappingProxyType(x) if isinstance(x, dict) else x for x in fields))
 
 
 def asdict_shallow(record: Any) -> dict[str, Any]:

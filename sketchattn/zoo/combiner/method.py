@@ -33,7 +33,7 @@ from ...partitions.patterns import (
 )
 from ...partitions.plans import Plan
 from ...problem import AttentionProblem
-from ..base import Method, Traits, check_preset, in_force, register
+from ..base import InFloat64, Method, Traits, check_preset, in_force, register
 from .choices import (
     BIASES,
     CLAIMS,
@@ -565,7 +565,7 @@ class Combiner(Method):
                 lower_bound=is_variational(reference, rule) and pattern != "axial_joint",
                 bilinear=is_variational(reference, rule) and pattern != "axial_joint",
                 causal_safe=flags.causal_safe,
-                remake=lambda: self._part(problem.astype(np.float64), pattern, draw),
+                remake=InFloat64(self._part, problem, (pattern, draw)),
             )
 
         layout = base.layout

@@ -47,7 +47,7 @@ from ...sketches.compression import (
     draw_projection,
     fit_compression,
 )
-from ..base import Method, Traits, check_preset, in_force, register
+from ..base import InFloat64, Method, Traits, check_preset, in_force, register
 from ..nystromformer import filter_inverse, pseudo_inverse, small_softmax
 from .choices import (
     CORES,
@@ -490,9 +490,7 @@ class DBA(Method):
         core = self._core_matrix(small, queries, keys, counts)
         unpack = self._unpack(problem, small, queries, keys, counts, pack, draw)
 
-        def remake() -> FactoredAttention:
-            return self._build(problem.astype(np.float64), draw)
-
+        remake = InFloat64(self._build, problem, (draw,))
         sizes = [len(side.marks) for side in (queries, keys) if side is not None]
         return FactoredAttention(unpack, core, pack, min(sizes), remake=remake)
 

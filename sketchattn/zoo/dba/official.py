@@ -24,6 +24,7 @@ from ...base.arguments import (
     closest,
     float_dtype,
 )
+from ...base.floating import without_floating_errors
 from ...operators.factored import FactoredAttention
 
 Array = NDArray[Any]
@@ -274,6 +275,7 @@ class DBAResult:
         return FactoredAttention(self.unpack[at], self.core[at], self.pack[at])
 
 
+@without_floating_errors
 def dba_layer(
     x: ArrayLike,
     state: ArrayLike,
@@ -407,6 +409,7 @@ def dba_layer(
     return DBAResult(output, short, unpack, core, pack)
 
 
+@without_floating_errors
 def dba_block(
     x: ArrayLike,
     state: ArrayLike,

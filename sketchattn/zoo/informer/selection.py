@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...base.arguments import as_array
+from ...base.floating import without_floating_errors
 from ...problem import AttentionProblem
 from ..base import check_problem
 from .arguments import check_pilots
@@ -46,6 +47,7 @@ class SelectionRegret:
     rows: int
 
 
+@without_floating_errors
 def selection_regret(
     problem: AttentionProblem, rows: ArrayLike, *, fill: str = "masked_mean"
 ) -> SelectionRegret:

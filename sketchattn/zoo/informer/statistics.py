@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...base.arguments import as_array, check_name, stacked
+from ...base.floating import without_floating_errors
 from ...problem import AttentionProblem
 from ..base import check_problem
 from .arguments import DIVISORS, SCOPES, check_samples, last_key
@@ -22,6 +23,7 @@ WHOLE = ("row_norm", "oracle")
 STATISTICS = (*SAMPLED, *WHOLE, "random")
 
 
+@without_floating_errors
 def row_statistic(
     problem: AttentionProblem,
     statistic: str = "max_mean",

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...base.arguments import as_array, check_integer, check_name, check_rank
+from ...base.floating import without_floating_errors
 from ...kernels._threads import blas_single_thread
 from ...problem import AttentionProblem
 from .method import Linformer
@@ -179,6 +180,7 @@ def _better_e(heads: Sequence[_Head], e: Array, f: Array, steps: int) -> Array:
     return np.asarray(found.x).reshape(shape)
 
 
+@without_floating_errors
 @blas_single_thread()
 def fit_linformer(
     problems: AttentionProblem | Sequence[AttentionProblem],

@@ -20,7 +20,7 @@ from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...problem import AttentionProblem
 from ...sketches.base import Sketch, make_sketch, sketches, streams
-from ..base import Method, Traits, register
+from ..base import InFloat64, Method, Traits, register
 from .initialisations import INITIALISATIONS, initialise
 from .projections import (
     FIXED,
@@ -386,15 +386,14 @@ class Linformer(Method):
         self, problem: AttentionProblem, e: Projection | None, f: Projection
     ) -> ReducedAttention:
         bias, empty = self._blocks(problem)
-
-        def remake() -> ReducedAttention:
-            again = None if e is None else e.wide()
-            return self._reduced(problem.astype(np.float64), again, f.wide())
-
         wide = problem.dtype == np.float64
-        return ReducedAttention(
-            problem, self._keys(problem, e), f, bias, empty, None if wide else remake
-        )
+        remake = None if wide else InFloat64(self._reduced_wide, problem, (e, f))
+        return ReducedAttention(problem, self._keys(problem, e), f, bias, empty, remake)
+
+    def _reduced_wide(
+        self, problem: AttentionProblem, e: Projection | None, f: Projection
+    ) -> ReducedAttention:
+        return self._reduced(problem, None if e is None else e.wide(), f.wide())
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         if not self.is_linear:

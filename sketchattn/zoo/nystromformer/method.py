@@ -28,7 +28,7 @@ from ...operators.factored import FactoredAttention, zero_attention
 from ...problem import AttentionProblem
 from ...sampling.landmarks import chosen_rows, kmeans, segment_means
 from ...sketches.base import streams
-from ..base import Method, Traits, check_preset, in_force, register
+from ..base import InFloat64, Method, Traits, check_preset, in_force, register
 from .choices import (
     FACTOR_CLAIMS,
     INVERSE_CLAIMS,
@@ -311,9 +311,7 @@ class Nystromformer(Method):
             right = AttentionProblem(queries, k, scale=problem.scale, key_mask=problem.key_mask)
         z = self.inverse(small_softmax(queries, keys, problem.scale)).astype(problem.dtype)
 
-        def remake() -> FactoredAttention:
-            return self._factored(problem.astype(np.float64), draw, renormalize)
-
+        remake = InFloat64(self._factored, problem, (draw, renormalize))
         budget = min(len(queries), self._budget(problem))
         kind = RenormalizedAttention if renormalize else FactoredAttention
         return kind(left.exact, z, right.exact, budget, remake=remake)

@@ -30,7 +30,7 @@ from ...operators.factored import FactoredAttention, zero_attention
 from ...operators.softmax import SoftmaxAttention
 from ...operators.solve import solution
 from ...problem import AttentionProblem
-from ..base import Method, Traits, check_preset, in_force, register
+from ..base import InFloat64, Method, Traits, check_preset, in_force, register
 from .choices import PRESETS, Form, claims_of
 from .features import FEATURES, gaussian_directions
 from .prefix import PrefixAttention
@@ -250,9 +250,7 @@ class Performer(Method):
         if budget == 0 or problem.n_q == 0:
             return zero_attention(problem)
 
-        def remake() -> Any:
-            return self._approximate(problem.astype(np.float64), draw)
-
+        remake = InFloat64(self._approximate, problem, (draw,))
         form = self.form
         if form.features == "trigonometric" or form.eps > 0:
             left, right = self._dense(problem, draw)

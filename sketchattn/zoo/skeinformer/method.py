@@ -19,6 +19,7 @@ from ...base.draws import Draw, Rng, as_generator, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.sampled import SampledAttention
+from ...operators.steep import check_overflow
 from ...problem import AttentionProblem
 from ...sampling.draws import gumbel_top, sample_with_replacement
 from ...sampling.laws import (
@@ -115,7 +116,8 @@ class Skeinformer(Method):
     ``replace=True``, ``normalizer="exact"``, the method "column_sampling".
 
     Without replacement J is the r largest of ``ln p_j + Gumbel_j``, the law of drawing one after
-    another; zero-probability keys are never drawn, and ``effective_rank`` says how many were.
+    another; keys of probability zero are drawn only when ``rank`` asks for all keys and the law
+    has a name; ``effective_rank`` says how many were.
     With ``pilots`` fixed a larger rank extends the draw of a smaller one; with
     ``pilots=None`` the law itself changes with the rank.
 
@@ -229,6 +231,7 @@ class Skeinformer(Method):
             )
         check_rank(self.rank, problem.n_k)
         self._check_parameters()
+        check_overflow(problem)
 
     def _check_parameters(self) -> None:
         check_preset(self, Components(), PRESETS)
@@ -346,7 +349,12 @@ class Skeinformer(Method):
                 sampled = sample_with_replacement(np.exp(log_p), r, rng)
                 out["columns"] = sampled.columns.copy()
             else:
-                out["columns"] = gumbel_top(log_p, r, rng)[0]
+                columns = gumbel_top(log_p, r, rng)[0]
+                if isinstance(c.law, str) and r >= len(problem.kept_keys):
+                    # All keys are asked for: those without a chance come last.
+                    rest = np.setdiff1d(problem.kept_keys, columns)
+                    columns = np.concatenate([columns, rest])
+                out["columns"] = columns
             if c.weights == "importance":
                 count, kept = len(out["columns"]), max(len(problem.kept_keys), 1)
                 p = np.exp(log_p[out["columns"]]) if c.replace else np.full(count, count / kept)
