@@ -6,6 +6,7 @@ are taken at the confidence 1 - 1e-6.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -605,7 +606,7 @@ def test_bernstein_functions_agree_with_each_other() -> None:
 # --- low rank -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sketching.known_spectrum.__globals__["SPECTRA"])
+@pytest.mark.parametrize("name", inspect.unwrap(sketching.known_spectrum).__globals__["SPECTRA"])
 def test_known_spectra_are_known(name: str) -> None:
     matrix, sigma = known_spectrum(name, 30, 20, rng=1)
     assert matrix.shape == (30, 20)

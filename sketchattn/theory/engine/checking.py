@@ -25,6 +25,7 @@ import numpy as np
 
 from ...base.arguments import closest
 from ...base.draws import Rng, entropy_of
+from ...base.floating import without_floating_errors
 from ...kernels._threads import limit_threads
 from .decisions import audit, decide
 from .instances import Instance, as_instance
@@ -71,6 +72,7 @@ def _parameters(entry: Entry, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, **given}
 
 
+@without_floating_errors
 def default_factory(kind: str, r: int, n: int, rng: np.random.Generator, **parameters: Any) -> Any:
     """Return a random operator S (r, n): a sketch, or for ``sample_*`` a draw of columns.
 
@@ -107,6 +109,7 @@ def default_factory(kind: str, r: int, n: int, rng: np.random.Generator, **param
     return make_sketch(kind, r, n, rng, **parameters)
 
 
+@without_floating_errors
 def check(
     id: str,  # noqa: A002  (the name of the field)
     problem: object = None,
@@ -258,6 +261,7 @@ def sample(
         return None
 
 
+@without_floating_errors
 def bound(id: str, problem: object = None, **parameters: Any) -> float:  # noqa: A002
     """Return what a claim puts against its observation, without drawing anything.
 

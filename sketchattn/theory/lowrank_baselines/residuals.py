@@ -11,6 +11,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ...base.floating import without_floating_errors
 from ...problem import AttentionProblem
 from ...sampling.landmarks import segment_means
 from ...zoo.baselines import TopK
@@ -20,6 +21,7 @@ from ...zoo.performer import Performer
 from ..engine.arguments import Float, floats, real, whole
 
 
+@without_floating_errors
 def residual_after(e: ArrayLike, iterations: int) -> Float:
     """Return ``f^(j)(e)``, ``f(e) = (3 e^3 + e^4)/4``: a residual after j steps of the iteration.
 
@@ -50,6 +52,7 @@ def residual_after(e: ArrayLike, iterations: int) -> Float:
     return floats(x)
 
 
+@without_floating_errors
 def median_errors(seeds: range) -> dict[str, list[float]]:
     """Return ``|Ahat - A|_F/|A|_F`` of many ways to invert M, a list over seeds for each.
 
@@ -87,6 +90,7 @@ def median_errors(seeds: range) -> dict[str, list[float]]:
     return found
 
 
+@without_floating_errors
 def floor_errors(problem: AttentionProblem, rank: int) -> dict[str, float]:
     """Return ``|A - Ahat|_F/|A|_F`` of floors, predictors and three methods.
 

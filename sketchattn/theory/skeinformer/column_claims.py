@@ -15,7 +15,7 @@ from ...problem import AttentionProblem
 from ...zoo.base import Method
 from ...zoo.column_sampling import ColumnSampling
 from ...zoo.skeinformer.method import Skeinformer
-from ..engine.arguments import Array
+from ..engine.arguments import Array, log_quotient
 from ..engine.assumptions import PRODUCT, ROWS
 from ..engine.audited import applied, errors, factors, law_of, sampled
 from ..engine.instances import Instance
@@ -459,7 +459,7 @@ def _proposition1_pilot(
         image = applied(drawn, np.concatenate([wide, mark], axis=1))
         context.audit("sum_j w_j p_j", float(image[:, -1] @ image[:, -1]), 1.0)
         values.append(square(image[:, :m].T @ image[:, m:-1] - instance.product) / sizes)
-        eta = 1 + math.sqrt(8 / beta * math.log(1 / delta))
+        eta = 1 + math.sqrt(8 / beta * float(log_quotient(1, delta)))
         bounds.append(eta**2 / (beta * r))
     trivial = (instance.trivial / instance.fro) ** 2
     return Observations(
