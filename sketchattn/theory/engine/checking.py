@@ -27,7 +27,7 @@ from ...base.arguments import closest
 from ...base.draws import Rng, entropy_of
 from ...base.floating import without_floating_errors
 from ...kernels._threads import limit_threads
-from .decisions import audit, decide
+from .decisions import audit, decide, not_seen_yet
 from .instances import Instance, as_instance
 from .records import Observations, Verdict
 from .registry import (
@@ -160,6 +160,8 @@ def check(
       bound); *inconclusive* below 60 trials, or where an error of the size of the theory itself
       could not have been seen.
     - inequality and existence: *violated* by a single observation beyond rounding.
+    - a refuted claim is *inconclusive* too where its counterexample takes more trials to be seen.
+      What is inconclusive ``needs`` a number of trials, which the notes name.
     - *vacuous*: not violated, but the bound is not below what the trivial predictor (zero, or the
       mean of V) reaches, or it asks for as many rows as there are columns; then nothing is drawn.
     - *not applicable*: an assumption fails; the notes say which.
@@ -230,6 +232,9 @@ def run(
             **nothing,
         )
     verdict = decide(entry.claim, seen, confidence)
+    effect = entry.effects.get(instance.name)
+    if effect is not None and verdict.status == "holds":
+        verdict = not_seen_yet(verdict, effect, confidence)
     broken = audit(context.audits, context.fingerprints)
     status, notes = verdict.status, [seen.notes, verdict.notes]
     if broken:

@@ -18,7 +18,7 @@ from ...zoo.baselines import TopK
 from ...zoo.clustered import Clustered
 from ...zoo.nystromformer import Nystromformer, filter_inverse, pseudo_inverse, small_softmax
 from ...zoo.performer import Performer
-from ..engine.arguments import Float, floats, real, whole
+from ..engine.arguments import Array, Float, floats, real, whole
 
 
 @without_floating_errors
@@ -50,6 +50,16 @@ def residual_after(e: ArrayLike, iterations: int) -> Float:
     for _ in range(int(whole(iterations, "iterations", 0))):
         x = x**3 * (3 + x) / 4
     return floats(x)
+
+
+def inverted_after(t: Array, iterations: int) -> Array:
+    """Return ``1 - f^(j)(1 - t)``, with all digits however small t is.
+
+    ``1 - f(1 - t) = t (13 - 15 t + 7 t^2 - t^3)/4`` has no difference of numbers near one.
+    """
+    for _ in range(iterations):
+        t = t * (13 - t * (15 - t * (7 - t))) / 4
+    return t
 
 
 @without_floating_errors
