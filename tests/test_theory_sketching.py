@@ -978,6 +978,23 @@ def test_broken_operators_are_violations_of_every_claim(
     assert found.status == "violated", str(found)
 
 
+def test_wrong_constants_are_noticed_where_nothing_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The two claims without a random operator: a floor that is off, constants that are none."""
+    from sketchattn.theory.sketching import embedding_claims, lowrank_claims
+
+    on = "spectrum-exponential"
+    assert theory.check("sketching.eckart_young_attained", on).status == "holds"
+    floor = lowrank_claims.eckart_young_floor
+    with monkeypatch.context() as patch:
+        patch.setattr(lowrank_claims, "eckart_young_floor", lambda *x: 0.999 * floor(*x))
+        assert theory.check("sketching.eckart_young_attained", on).status == "violated"
+    few = sketching.ose_sjlt(1, 0.5, 0.05)._replace(s=1, r=8)
+    monkeypatch.setattr(embedding_claims, "ose_sjlt", lambda *x: few)
+    assert theory.check("sketching.ose_sjlt", "subspace-512", trials=60).status == "violated"
+
+
 def test_honest_operators_are_not() -> None:
     """The same wrapper without a mutation: what is noticed above is the mutation."""
     for name in ("sketching.moment_srht", "sketching.jl_norm_gaussian", "sketching.rsvd_fro"):
