@@ -443,6 +443,10 @@ def _theorem2_cases(context: Context) -> Iterator[tuple[_Pair, int]]:
         yield pair, int(rng.integers(2, d + 1))
 
 
+# Relative error of a gain that is looked at.
+_GAIN = 1e-5
+
+
 @claim(
     "lowrank_baselines.theorem2",
     title="What orthogonal directions save at least",
@@ -460,9 +464,12 @@ def _theorem2(context: Context) -> Observations:
     for pair, r in _theorem2_cases(context):
         claimed = theorem2_gain(pair.x, pair.y, r)
         iid, ort = (_mse(context, pair, r, orthogonal=x) for x in (False, True))
-        # Both errors are rounded, and their difference is of the order s^2.
-        values.append(claimed / max(iid - ort, 1e-300) if claimed > 1e-9 * iid else 0.0)
-    return Observations(values, 1.0, rounding=1e-5)
+        # Both errors are rounded, and their difference, of the order s^2, is one of e^(s - n2) and
+        # a number near it.
+        rounded = 8 * float(np.finfo(np.float64).eps) * max(iid, math.exp(pair.s - pair.n2))
+        digits = claimed > max(1e-9 * iid, rounded / _GAIN)
+        values.append(claimed / max(iid - ort, 1e-300) if digits else 0.0)
+    return Observations(values, 1.0, rounding=_GAIN)
 
 
 @claim(
