@@ -105,7 +105,7 @@ def test_wrong_bounds_and_projections_are_reported(monkeypatch: pytest.MonkeyPat
     """Claims about formulas and the library's own projections: constants, and blocks."""
     from sketchattn.theory.linformer import projection_claims
 
-    pooled, perturbed = projection_claims.pooling_bound, projection_claims.perturbation_bound
+    pooled, perturbed = pooling_bound, perturbation_bound
     for name, attribute, wrong in (
         ("pooling", "pooling_bound", lambda *x: tuple(1e-2 * y for y in pooled(*x))),
         ("perturbation", "perturbation_bound", lambda x: 0.6 * perturbed(x)),

@@ -131,7 +131,7 @@ def planted(change: Callable[[Array], Array]) -> Callable[..., Any]:
         if kind == "softmax":
             logits = given["logits"] - given["logits"].max(axis=1, keepdims=True)
             weights = np.exp(logits)
-            return change(weights / weights.sum(axis=1, keepdims=True))
+            return change(np.asarray(weights / weights.sum(axis=1, keepdims=True)))
         if kind == "clustered":
             found = clustered(given["problem"], given["labels"], given["top_keys"])
             return change(found)
@@ -145,7 +145,7 @@ def clustered(problem: sa.AttentionProblem, labels: Array, top: int | None) -> A
     logits = problem.scale * problem.q @ problem.k.T
     exact = np.exp(logits - logits.max(axis=1, keepdims=True))
     exact /= exact.sum(axis=1, keepdims=True)
-    out = np.empty_like(exact)
+    out: Array = np.empty_like(exact)
     for c in np.unique(labels):
         mine = labels == c
         row = problem.scale * problem.q[mine].mean(axis=0) @ problem.k.T
@@ -161,7 +161,8 @@ def clustered(problem: sa.AttentionProblem, labels: Array, top: int | None) -> A
 
 
 def larger(x: Array) -> Array:
-    return x * (1 + 1e-6)
+    out: Array = x * (1 + 1e-6)
+    return out
 
 
 PLANTED = [

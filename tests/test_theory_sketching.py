@@ -986,7 +986,7 @@ def test_wrong_constants_are_noticed_where_nothing_is_drawn(
 
     on = "spectrum-exponential"
     assert theory.check("sketching.eckart_young_attained", on).status == "holds"
-    floor = lowrank_claims.eckart_young_floor
+    floor = sketching.eckart_young_floor
     with monkeypatch.context() as patch:
         patch.setattr(lowrank_claims, "eckart_young_floor", lambda *x: 0.999 * floor(*x))
         assert theory.check("sketching.eckart_young_attained", on).status == "violated"
