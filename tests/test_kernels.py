@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import sketchattn as sa
 from sketchattn.kernels import softmax
 from sketchattn.kernels._jit import FASTMATH, kernel
+from sketchattn.kernels.partitioned import all_threads, line_means
 
 Array = NDArray[Any]
 COMPILED = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]  # set at run time
@@ -611,3 +612,45 @@ def test_divergence_is_infinite_only_on_the_support() -> None:
     assert np.flatnonzero(np.isinf(compared(case, other)[:, 3])).tolist() == [4]
     other[5, 0] = -1e-30
     assert np.flatnonzero(np.isinf(compared(case, other)[:, 3])).tolist() == [4, 5]
+
+
+# --- lines of regions -------------------------------------------------------------------------
+
+
+def line_parts(mode: int, low: int, cut: int, past: int, high: int) -> list[int]:
+    """Return the slots of a line before, after or without a place."""
+    before, after = list(range(low, cut)), list(range(past, high))
+    return {1: before, 2: after, 3: before + after}[mode]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("mode", [1, 2, 3])
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0])
+def test_lines_have_the_mean_the_weight_and_the_entropy_of_their_keys(
+    mode: int, size: float
+) -> None:
+    """Each region against its keys: two lines of ten and six keys in random order, five places."""
+    rng = np.random.default_rng(mode)
+    x, e = rng.standard_normal((16, 3)), size * rng.standard_normal(16)
+    items = rng.permutation(16)
+    low, high, sites = np.array([0, 10]), np.array([10, 16]), 5
+    cut = np.concatenate([np.minimum(low + 2 * g, high) for g in range(sites)])
+    past = np.concatenate([np.minimum(low + 2 * (g + 1), high) for g in range(sites)])
+    out, log_weight, entropy = np.empty((10, 3)), np.empty(10), np.empty(10)
+    all_threads(line_means, x, e, items, low, high, cut, past, sites, mode, None,
+                out, log_weight, entropy)  # fmt: skip
+    for t in range(10):
+        keys = items[line_parts(mode, low[t % 2], cut[t], past[t], high[t % 2])]
+        if not len(keys):
+            assert log_weight[t] == entropy[t] == -np.inf
+            assert not out[t].any()
+            continue
+        weights = np.exp(e[keys] - e[keys].max())
+        total = weights.sum()
+        weights /= total
+        # Logarithms of up to 2 size 3 are rounded in sums of ten terms.
+        allowed = 1e-14 * (1 + 10 * size)
+        inside = -np.sum(np.where(weights > 0, weights * np.log(np.maximum(weights, 1e-300)), 0))
+        assert abs(log_weight[t] - (e[keys].max() + np.log(total))) <= allowed
+        assert abs(entropy[t] - inside) <= allowed
+        assert np.abs(out[t] - weights @ x[keys]).max() <= allowed

@@ -27,7 +27,7 @@ import sketchattn as sa
 from sketchattn.base.draws import Draw
 from sketchattn.kernels import sketching
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.sketches.base import Sketch, make_sketch, sketches
+from sketchattn.sketches.base import Sketch, make_sketch, random_signs, sketches
 from sketchattn.sketches.dense import GivenSketch, check_sketch
 
 Array = NDArray[Any]
@@ -325,6 +325,61 @@ def test_frequencies_of_buckets_and_signs(global_random_seed: int) -> None:
     assert not deviates(joint, N_MANY / (2 * r), 2 * r - 1)
     # A negative control: buckets that skip one row.
     assert deviates(np.bincount(draw["hash"] % (r - 1), minlength=r), N_MANY / r, r - 1)
+
+
+def dependence(rows: Array, signs: Array) -> float:
+    """Return the largest correlation over draws of a row and a sign, in standard errors."""
+    x, y = (np.asarray(z, np.float64).reshape(len(z), -1) for z in (rows, signs))
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    sizes = np.outer(np.linalg.norm(x, axis=0), np.linalg.norm(y, axis=0))
+    return float(np.abs(x.T @ y / sizes).max()) * math.sqrt(len(x))
+
+
+# Two rows a column, so that there is something to draw among eight.
+SIGNED: list[tuple[str, dict[str, Any]]] = [
+    ("countsketch", {}),
+    ("sjlt", {"s": 2}),
+    ("osnap", {"s": 2}),
+    ("srht", {}),
+    ("dct", {}),
+]
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("kind", "parameters"), SIGNED)
+def test_signs_tell_nothing_about_rows(
+    kind: str, parameters: dict[str, Any], global_random_seed: int
+) -> None:
+    """Of 16 columns, all pairs of a row and a sign: generators of one seed give related numbers.
+
+    1024 pairs at most, each correlation is normal with the standard error 1/sqrt(2000): beyond 6
+    for one of them has a chance of 2e-6.
+    """
+    rng = np.random.default_rng(global_random_seed)
+    name = "rows" if kind in ORTHOGONAL else "hash"
+    draws = [make_sketch(kind, 8, 16, rng, **parameters).arrays for _ in range(2000)]
+    rows, signs = (np.stack([draw[x] for draw in draws]) for x in (name, "signs"))
+    assert dependence(rows, signs) < 6
+    # A negative control: one generator's numbers for both.
+    seeds = range(2000)
+    same_rows = np.stack([np.random.default_rng(i).integers(0, 8, 16, np.int32) for i in seeds])
+    same_signs = np.stack([random_signs(np.random.default_rng(i), 16) for i in seeds])
+    assert dependence(same_rows, same_signs) > 6
+
+
+@pytest.mark.parametrize(("kind", "parameters"), SIGNED)
+def test_signs_do_not_depend_on_how_many_rows_were_drawn(
+    kind: str, parameters: dict[str, Any]
+) -> None:
+    """Each array has a stream of its own, whatever is drawn beside it."""
+
+    def signs(r: int, n: int) -> Array:
+        return make_sketch(kind, r, n, 5, **parameters).arrays["signs"]
+
+    few = signs(8, 16)
+    assert np.array_equal(few, signs(8, 40)[:16])
+    for other in (4, 16):
+        assert np.array_equal(few, signs(other, 16))
 
 
 @pytest.mark.statistical

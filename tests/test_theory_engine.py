@@ -20,7 +20,12 @@ from scipy import stats
 import sketchattn as sa
 from sketchattn import theory
 from sketchattn.theory.engine.checking import run
-from sketchattn.theory.engine.decisions import can_certify, clopper_pearson, z_score
+from sketchattn.theory.engine.decisions import (
+    can_certify,
+    clopper_pearson,
+    trials_for_rate,
+    z_score,
+)
 from sketchattn.theory.engine.instances import DENSE_ENTRIES, Instance, instance
 from sketchattn.theory.engine.records import (
     KINDS,
@@ -63,6 +68,13 @@ def decide(kind: str, values: Any, bound: Any, confidence: float = 0.95, **field
     """Return the verdict on given observations."""
     seen = Observations(values, bound, **fields)
     return run(entry(kind, lambda context: seen), pair(), len(values), confidence, 0, {})
+
+
+def with_effect(kind: str, values: Any, bound: Any, effect: float, **fields: Any) -> Verdict:
+    """Return the verdict on a claim that is off by ``effect`` according to its record."""
+    seen = Observations(values, bound, **fields)
+    refuted = entry(kind, lambda context: seen)._replace(effects={"pair": effect})
+    return run(refuted, pair(), len(values), 0.95, 0, {})
 
 
 def normal(mean: float, std: float, count: int) -> Array:
@@ -171,6 +183,78 @@ def test_few_trials_say_nothing_about_a_mean() -> None:
     assert decide("equality", [3.0] * 59, 1.0).status == "inconclusive"
     assert decide("equality", normal(3.0, 0.1, 59), 1.0).status == "inconclusive"
     assert decide("equality", normal(3.0, 0.1, 60), 1.0).status == "violated"
+
+
+def test_what_is_inconclusive_says_how_many_trials_decide() -> None:
+    few = decide("equality", normal(3.0, 0.1, 59), 1.0)
+    assert (few.needs, few.notes.endswith("needs 60 trials")) == (60, True)
+    # 5 x 0.25 against 1.1: with (5 x .25/1.1)^2 times as many trials the error is a fifth.
+    heavy = decide("equality", normal(1.0, 0.25 * math.sqrt(100), 100), 1.1)
+    assert heavy.needs == math.ceil(100 * (5 * 0.25 / 1.1) ** 2)
+    assert f"needs {heavy.needs} trials" in heavy.notes
+    more = decide("equality", normal(1.0, 0.25 * math.sqrt(100), heavy.needs), 1.1)
+    assert more.status == "holds"
+    # A theory of zero is never reached by its own share of an error.
+    assert decide("equality", normal(1.0, 3.0, 100), 0.0).needs is None
+    for failures, trials in ((0, 58), (1, 5), (10, 200), (5, 100), (12, 200)):
+        values = [2.0] * failures + [0.5] * (trials - failures)
+        verdict = decide("tail", values, 1.0, delta=0.05)
+        assert verdict.status == "inconclusive"
+        assert verdict.needs is not None
+        assert verdict.needs > trials
+        assert verdict.notes.endswith(f"needs {verdict.needs} trials")
+    assert decide("tail", [0.5] * 58, 1.0, delta=0.05).needs == 59
+
+
+@pytest.mark.parametrize(("rate", "delta"), [(0.0, 0.05), (0.04, 0.05), (0.07, 0.05), (1.0, 0.4)])
+def test_trials_for_a_rate_are_the_fewest(rate: float, delta: float) -> None:
+    found = trials_for_rate(rate, delta, 0.95)
+    assert found is not None
+    for trials, wanted in ((found, True), (found - 1, False)):
+        if not trials:
+            continue
+        # The limits of Clopper and Pearson are quantiles of beta laws, for any share.
+        failures = rate * trials
+        if rate < delta:
+            decided = stats.beta.cdf(delta, failures + 1, trials - failures) >= 0.95
+        else:
+            decided = stats.beta.cdf(delta, failures, trials - failures + 1) < 0.05
+        assert decided == wanted
+
+
+def test_a_recorded_effect_that_was_not_seen_yet() -> None:
+    # Off by 0.5 standard deviations: five standard errors from 100 trials on.
+    verdict = with_effect("equality", normal(10.5, 1.0, 64), 10.0, 0.5)
+    assert (verdict.status, verdict.needs) == ("inconclusive", math.ceil((5 + 1.6449) ** 2 / 0.25))
+    assert with_effect("equality", normal(10.5, 1.0, 121), 10.0, 0.5).status == "violated"
+    # No trace of the effect where it would have been seen; the other way; where it would not.
+    assert with_effect("equality", normal(10.0, 1.0, 121), 10.0, 0.5).status == "holds"
+    assert with_effect("equality", normal(9.8, 1.0, 64), 10.0, 0.5).status == "holds"
+    assert with_effect("equality", normal(10.0, 1.0, 81), 10.0, 0.5).status == "inconclusive"
+    # Single observations: seven of ten are beyond the bound.
+    few = with_effect("inequality", [0.5, 0.5], 1.0, 0.7)
+    assert (few.status, few.needs) == ("inconclusive", 3)
+    assert with_effect("inequality", [0.5, 2.0], 1.0, 0.7).status == "violated"
+    assert with_effect("inequality", [0.5] * 20, 1.0, 0.7).status == "holds"
+    tail = with_effect("tail", [0.5] * 60, 1.0, 0.2, delta=0.05)
+    assert tail.status == "inconclusive"
+    assert tail.needs == max(61, trials_for_rate(0.2, 0.05, 0.95) or 0)
+    assert with_effect("tail", [0.5] * 100, 1.0, 0.2, delta=0.05).status == "holds"
+
+
+def test_recorded_effects_are_those_of_the_recorded_trials() -> None:
+    found = {name: get_entry(name) for name in theory.claims() if get_entry(name).effects}
+    assert len(found) >= 2
+    for name, known in found.items():
+        assert known.claim.status == "refuted"
+        for on, effect in known.effects.items():
+            assert known.claim.recorded[on] == "violated"
+            verdict = theory.check(name, on)
+            if verdict.z is not None:
+                assert verdict.z / math.sqrt(verdict.trials) == pytest.approx(effect, rel=0.05)
+            else:
+                assert verdict.failures is not None
+                assert verdict.failures / verdict.trials == pytest.approx(effect, rel=0.05)
 
 
 def test_heavy_tails_are_inconclusive_and_not_right() -> None:
@@ -630,6 +714,16 @@ def test_what_differs_from_a_record() -> None:
     assert not expected("inconclusive", "violated", repeats=False)
     assert not expected("violated", "holds", repeats=False)
     assert expected("inconclusive", "inconclusive")
+
+
+def test_what_needs_more_trials_contradicts_no_record() -> None:
+    for recorded in ("violated", "holds"):
+        for trials, needs, wanted in ((60, 61, True), (60, 60, False), (60, None, False)):
+            fields: dict[str, Any] = {"trials": trials, "needs": needs, "repeats": False}
+            if recorded == "violated":
+                assert expected("inconclusive", recorded, **fields) == wanted
+    assert not expected("inconclusive", "violated", trials=60, needs=61, repeats=True)
+    assert not expected("violated", "holds", trials=60, needs=61, repeats=False)
 
 
 def test_bundled_heads_have_a_record() -> None:

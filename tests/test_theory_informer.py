@@ -218,13 +218,26 @@ def test_statuses() -> None:
     check_statuses(CLAIMS)
 
 
-def test_proposition1_has_no_constants_to_check() -> None:
-    verdict = check("informer.proposition1", "clusters", rank=8)
-    assert verdict.status == "not applicable"
-    assert verdict.trials == 0
-    assert "not quantified" in verdict.notes
+def test_proposition1_is_false_without_its_provisos() -> None:
+    # Five logits of 1 and of -1, against 1.01, -3.3 and eight numbers that make the mean zero.
+    even, skewed = np.repeat([1.0, -1.0], 5), np.array([1.01, *(8 * [2.29 / 8]), -3.3])
+    assert skewed.max() > even.max()
+    assert skewed.var() > even.var()
+    gap = float(logsumexp(even) - logsumexp(skewed))
+    verdict = check("informer.proposition1", "skewed-rows")
+    assert (verdict.status, verdict.failures) == ("violated", 1)
+    assert verdict.observed == pytest.approx(gap, rel=1e-9)
     found = rank_agreement(problem_on("clusters"), 8)
-    assert f"Spearman {found.spearman:.3f}" in verdict.notes
+    note = check("informer.proposition1", "clusters", rank=8).notes
+    assert f"Spearman {found.spearman:.3f}" in note
+
+
+@pytest.mark.parametrize("on", ["worked", "two-values"])
+def test_proposition1_is_not_violated_by_everything(on: str) -> None:
+    assert check("informer.proposition1", on).status == "holds"
+    # A measure that falls with Mbar is reported where the honest one is not.
+    broken = statistic("m", lambda x: -x)
+    assert check("informer.proposition1", on, sketch=broken).status == "violated"
 
 
 # --- negative controls ----------------------------------------------------------------------------
@@ -365,8 +378,7 @@ def test_an_implementation_from_the_definition_is_not_reported(name: str, on: st
 
 
 def test_every_theorem_has_a_control() -> None:
-    # Proposition 1 has no bound that could be broken.
-    controlled = {f"informer.{name}" for name, _, _ in CONTROLS} | {"informer.proposition1"}
+    controlled = {f"informer.{name}" for name, _, _ in CONTROLS}
     assert controlled == set(CLAIMS) - REFUTED
 
 

@@ -103,6 +103,27 @@ def test_tables() -> None:
             call()
 
 
+def test_wrong_bounds_and_projections_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claims about formulas and the library's own projections: constants, and blocks."""
+    from sketchattn.theory.linformer import projection_claims
+
+    pooled, perturbed = pooling_bound, perturbation_bound
+    for name, attribute, wrong in (
+        ("pooling", "pooling_bound", lambda *x: tuple(1e-2 * y for y in pooled(*x))),
+        ("perturbation", "perturbation_bound", lambda x: 0.6 * perturbed(x)),
+        (
+            "constant_values",
+            "Linformer",
+            lambda rank, how: sa.Linformer(rank, "given", E=np.full((rank, 256), 1 / 128)),
+        ),
+    ):
+        on = CLAIMS[f"linformer.{name}"].instances[0]
+        assert check(f"linformer.{name}", on, trials=20).status == "holds"
+        with monkeypatch.context() as patch:
+            patch.setattr(projection_claims, attribute, wrong)
+            assert check(f"linformer.{name}", on, trials=20).status == "violated", name
+
+
 # --- Theorem 1 --------------------------------------------------------------------------------
 
 

@@ -472,6 +472,41 @@ def test_bounds_in_the_wrong_order_are_reported(monkeypatch: pytest.MonkeyPatch)
     assert check("skeinformer.bound_order", "reference").status == "violated"
 
 
+# Constants that are wrong in all forms at once, so that their order is right.
+WRONG_FORMS: dict[str, Callable[[ProductBounds, int], dict[str, float]]] = {
+    "a factor": lambda b, r: {x: 1.01 * getattr(b, x) for x in b._fields[:4]},
+    "another rank": lambda b, r: {x: r / (r + 1) * getattr(b, x) for x in b._fields[:4]},
+    "4 for 8": lambda b, r: {"dkm": 0.99 * b.dkm},
+    "T": lambda b, r: {"dkm_T": 0.999 * b.dkm_T},
+    "2 for 1": lambda b, r: {"mcdiarmid_T": 0.999 * b.mcdiarmid_T},
+    "mean": lambda b, r: {"mcdiarmid_exact": 0.999 * b.mcdiarmid_exact},
+}
+
+
+@pytest.mark.parametrize("wrong", sorted(WRONG_FORMS))
+@pytest.mark.parametrize("on", ["reference", "worked"])
+def test_forms_with_wrong_constants_in_the_right_order_are_reported(
+    wrong: str, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check("skeinformer.bound_order", on, trials=3).status == "holds"
+
+    def changed(a: Array, v: Array, p: Array, r: int, *others: Any) -> ProductBounds:
+        found = product_bounds(a, v, p, r, *others)
+        return found._replace(**WRONG_FORMS[wrong](found, r))
+
+    monkeypatch.setattr(column_claims, "product_bounds", changed)
+    assert check("skeinformer.bound_order", on, trials=3).status == "violated"
+
+
+@pytest.mark.parametrize("name", ["sampling_inflation", "realised_beta"])
+def test_a_wrong_cost_of_a_law_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1/beta is far above the sum here: the order of the three holds with wrong numbers too.
+    right = getattr(column_claims, name)
+    factor = 1.001 if name == "sampling_inflation" else 0.999
+    monkeypatch.setattr(column_claims, name, lambda *given: factor * right(*given))
+    assert check("skeinformer.inflation", "reference", trials=3).status == "violated"
+
+
 def same_pilot(kind: str, r: int, n: int, rng: np.random.Generator, **parameters: Any) -> Any:
     """Look at the first row only."""
     return np.zeros(r, np.int64) if kind == "pilot_rows" else scaled(kind, r, n, rng, **parameters)

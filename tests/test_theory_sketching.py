@@ -6,6 +6,7 @@ are taken at the confidence 1 - 1e-6.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -605,7 +606,7 @@ def test_bernstein_functions_agree_with_each_other() -> None:
 # --- low rank -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sketching.known_spectrum.__globals__["SPECTRA"])
+@pytest.mark.parametrize("name", inspect.unwrap(sketching.known_spectrum).__globals__["SPECTRA"])
 def test_known_spectra_are_known(name: str) -> None:
     matrix, sigma = known_spectrum(name, 30, 20, rng=1)
     assert matrix.shape == (30, 20)
@@ -975,6 +976,23 @@ def test_broken_operators_are_violations_of_every_claim(
         **parameters,
     )
     assert found.status == "violated", str(found)
+
+
+def test_wrong_constants_are_noticed_where_nothing_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The two claims without a random operator: a floor that is off, constants that are none."""
+    from sketchattn.theory.sketching import embedding_claims, lowrank_claims
+
+    on = "spectrum-exponential"
+    assert theory.check("sketching.eckart_young_attained", on).status == "holds"
+    floor = sketching.eckart_young_floor
+    with monkeypatch.context() as patch:
+        patch.setattr(lowrank_claims, "eckart_young_floor", lambda *x: 0.999 * floor(*x))
+        assert theory.check("sketching.eckart_young_attained", on).status == "violated"
+    few = sketching.ose_sjlt(1, 0.5, 0.05)._replace(s=1, r=8)
+    monkeypatch.setattr(embedding_claims, "ose_sjlt", lambda *x: few)
+    assert theory.check("sketching.ose_sjlt", "subspace-512", trials=60).status == "violated"
 
 
 def test_honest_operators_are_not() -> None:

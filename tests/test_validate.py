@@ -126,6 +126,51 @@ def test_a_verdict_that_is_not_the_recorded_one_gives_exit_code_1(
     assert json.loads(out)["unexpected"] == 1
 
 
+# Kinds of verdicts that few trials cannot give: a mean, a rate, single observations.
+SLOW_TO_SEE = (
+    "sketching.sample_distinct_with_weights_of_repeated",
+    "lowrank_baselines.keys_suffice",
+    "informer.sampled_maximum",
+    "skeinformer.lemma1_logarithmic",
+)
+
+
+@pytest.mark.parametrize("trials", [1, 2, 5, 20, 59, 60, 100, 150, 199])
+def test_too_few_trials_are_no_news(say: Say, trials: int) -> None:
+    names = ",".join(SLOW_TO_SEE)
+    code, out, err = say("--claims", names, "--heads", MADE, "--trials", trials, "--json")
+    assert (code, err) == (0, "")
+    rows = json.loads(out)["rows"]
+    for row in rows:
+        if row["status"] == "inconclusive":
+            assert row["needs"] > row["trials"]
+            assert f"needs {row['needs']} trials" in row["notes"]
+        else:
+            assert row["needs"] is None
+    found = {row["claim"]: row for row in rows if row["instance"] in ("reference", "blocks")}
+    assert (found[SLOW_TO_SEE[0]]["status"] == "violated") == (trials > 100)
+    assert (found[SLOW_TO_SEE[1]]["status"] == "violated") == (trials > 2)
+
+
+def test_a_refuted_claim_that_is_right_after_all_is_news(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = get_entry(SLOW_TO_SEE[0])
+    honest = get_entry("sketching.moment_sample_value_norm2").observe
+    monkeypatch.setitem(registry._ENTRIES, SLOW_TO_SEE[0], entry._replace(observe=honest))
+    for trials, code in ((100, 1), (59, 0)):
+        found = say("--claims", SLOW_TO_SEE[0], "--heads", MADE, "--trials", trials)
+        assert found[0] == code, found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [1, 2, 20, 60, 100])
+def test_no_number_of_trials_contradicts_the_record(trials: int) -> None:
+    heads = sa.make_heads("clustered", n=32, d=4, rng=0)
+    result = theory.validate(heads=heads, trials=trials)
+    assert not result.unexpected, result.render()
+
+
 def test_a_broken_sketch_gives_exit_code_1(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = checking.default_factory
 

@@ -151,7 +151,6 @@ CONTROLS: dict[str, Factory | None] = {
     "theorem2": changed("feature_mse", lambda x, g: x if g["orthogonal"] else 0.99 * x),
     "theorem2_coefficients": changed("coefficients", lambda x, _: np.sqrt(x)),
     "chebyshev": changed("directions", lambda x, _: 5 * x),
-    "uniform_convergence": None,  # it has no number that could be broken
     "fourier_tail": changed("directions", lambda x, _: 20 * x),
     "favor_factors": changed("performer", exact),
     "favor_stochastic": changed("performer", doubled),
@@ -223,7 +222,6 @@ verdicts(
     "features",
     ("chebyshev", "faint"),
     ("chebyshev", "unit-gaussian"),
-    ("uniform_convergence", "unit-gaussian"),
     ("fourier_tail", "faint"),
     ("favor_factors", "clusters"),
     ("favor_stochastic", "clusters"),

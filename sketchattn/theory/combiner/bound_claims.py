@@ -322,13 +322,16 @@ def with_parts(case: Case, lam: Array, masses: Array, direct: Array) -> Array:
 
 
 def total_divergence(p: Array, log_p: Array, log_q: Array) -> float:
-    """Return ``sum_i KL(p_i | q_i)``, with ``sum p (e^u - 1 - u)``, ``u = ln(q/p)``."""
+    """Return ``sum_i KL(p_i | q_i)``, with ``sum p (e^u - 1 - u)``, ``u = ln(q/p)``.
+
+    Where p underflows the term is q.
+    """
     some = p > 1e-290
     u = np.where(some, log_q - np.where(some, log_p, 0.0), 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         near = np.abs(u) < 1e-3
         terms = np.where(near, u**2 / 2 + u**3 / 6 + u**4 / 24, np.expm1(u) - u)
-        found = np.where(some, p * terms, 0.0)
+        found = np.where(some, p * terms, np.exp(log_q))
     return float(np.sum(found))
 
 

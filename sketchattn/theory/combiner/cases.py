@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...base.floating import without_floating_errors
 from ...operators.partitioned.summaries import Reference
 from ...partitions.patterns import make_plan
 from ...partitions.plans import Plan
@@ -135,6 +136,7 @@ class ExtremalRow(NamedTuple):
     high: float
 
 
+@without_floating_errors
 def extremal_row(
     width: float, share: float, *, with_direct: bool = False, posterior: bool = False
 ) -> ExtremalRow:

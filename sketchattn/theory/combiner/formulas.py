@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ...base.floating import without_floating_errors
 from ...errors.rows import mass_aware_bound
 from ...operators.partitioned.operator import PartitionedAttention
 from ...operators.partitioned.summaries import Reference, Rule
@@ -26,6 +27,7 @@ from ..informer.formulas import variation_bound
 # --- formulas -------------------------------------------------------------------------------------
 
 
+@without_floating_errors
 def specht_log(spread: ArrayLike) -> Float:
     """Return ``ln S(e^R)``, the most that ``ln E e^X - E X`` can be for X with range R.
 
@@ -69,6 +71,7 @@ def divergence(p: Array, log_ratio: Array) -> Array:
     return np.asarray(np.sum(found, axis=-1))
 
 
+@without_floating_errors
 def structural_floor(problem: AttentionProblem, plan: Plan) -> float:
     """Return the least ``|Ahat - A|_F`` of any structured attention with this plan, trained or not.
 
@@ -125,6 +128,7 @@ def log_sum(x: Array) -> Array:
         return np.asarray(shift + np.log(np.exp(x - shift[:, None]).sum(axis=1)))
 
 
+@without_floating_errors
 def pair_span(block: Array) -> float:
     """Return ``max |x_ij - x_i'j - x_ij' + x_i'j'|`` of a block: 0 if and only if it is separable.
 

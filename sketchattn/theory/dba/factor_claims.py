@@ -382,7 +382,7 @@ def _changes(a: Array, eta: float, rng: np.random.Generator) -> list[Array]:
     noise *= 2 * eta / np.where(width > 0, width, 1.0)
     order = rng.permuted(np.tile(np.arange(a.shape[1]), (len(a), 1)), axis=1)
     sums = np.cumsum(np.take_along_axis(a, order, axis=1), axis=1)
-    last = np.argmin(np.abs(sums - 1 / (1 + math.exp(eta))), axis=1)
+    last = np.argmin(np.abs(sums - 1 / (1 + math.exp(min(eta, 700.0)))), axis=1)
     raised = np.arange(a.shape[1]) <= last[:, None]
     split = np.empty_like(a)
     np.put_along_axis(split, order, np.where(raised, eta, -eta), axis=1)

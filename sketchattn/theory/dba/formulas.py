@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..engine.arguments import Array, Int, ceil, matrix_of, real, whole
+from ...base.floating import without_floating_errors
+from ..engine.arguments import Array, Int, ceil, log_quotient, matrix_of, real, whole
 
 # Singular values up to this, relative to the largest, times the size of a matrix, are rounding.
 _CUT = 4 * float(np.finfo(np.float64).eps)
 
 
+@without_floating_errors
 def numerical_rank(x: object) -> int:
     """Return the number of singular values above ``4 max(m, n) eps`` times the largest.
 
@@ -43,6 +45,7 @@ def _basis(x: Array) -> Array:
 # --- logits -------------------------------------------------------------------------------------
 
 
+@without_floating_errors
 def logit_decoder(keys: object, packed: object) -> Array:
     """Return ``W = K (P K)^+``, with which ``L = (scale Q (P K)^T) W^T`` if rank(P K) = rank(K).
 
@@ -91,6 +94,7 @@ class Oblique(NamedTuple):
     left: Array
 
 
+@without_floating_errors
 def oblique_maps(queries: object, keys: object) -> Oblique:
     """Return R (d, d_in) and T (d_in, d) with ``Q R T K^T = Q K^T``, d_in = rank(Q K^T).
 
@@ -125,6 +129,7 @@ def oblique_maps(queries: object, keys: object) -> Oblique:
     return Oblique(first, nt @ np.linalg.pinv(k, rcond=cuts[1]).T)
 
 
+@without_floating_errors
 def exact_projector(queries: object, keys: object) -> Array:
     """Return orthonormal columns W (d, d_in) with ``Q W W^T K^T = Q K^T``, d_in = rank(Q K^T).
 
@@ -162,6 +167,7 @@ def exact_projector(queries: object, keys: object) -> Array:
     return np.ascontiguousarray(rows.T @ kept)
 
 
+@without_floating_errors
 def jl_logit_width(
     n_q: ArrayLike, n_k: ArrayLike, eps: ArrayLike = 0.5, delta: ArrayLike = 0.1
 ) -> Int:
@@ -188,7 +194,7 @@ def jl_logit_width(
     """
     rows, columns = (whole(x, name).astype(np.float64) for x, name in ((n_q, "n_q"), (n_k, "n_k")))
     e, d = real(eps, "eps", 0, 1), real(delta, "delta", 0, 1)
-    return ceil(4 * np.log(4 * rows * columns / d) / (e**2 - e**3))
+    return ceil(4 * log_quotient(4 * rows * columns, d) / (e**2 - e**3))
 
 
 class OutputFactors(NamedTuple):
@@ -204,6 +210,7 @@ class OutputFactors(NamedTuple):
     pack: Array
 
 
+@without_floating_errors
 def output_factors(output: object, values: object, r: int) -> OutputFactors:
     """Return the matrix of rank r with the best output, ``Ahat = O_r V^+``.
 
@@ -249,6 +256,7 @@ def output_factors(output: object, values: object, r: int) -> OutputFactors:
 # --- total positivity ---------------------------------------------------------------------------
 
 
+@without_floating_errors
 def exponential_determinant(queries: object, keys: object) -> float:
     """Return ``det exp(q_i k_j)`` for evenly spaced keys, as a Vandermonde determinant.
 
@@ -302,10 +310,14 @@ def minors(matrix: object) -> Iterator[Array]:
     [[1.0, 2.0, 3.0, 4.0], [-2.0]]
     """
     a = _small(matrix)
-    for r in range(1, min(a.shape) + 1):
+
+    @without_floating_errors  # each is computed when it is asked for
+    def of_order(r: int) -> Array:
         rows, columns = _subsets(a.shape[0], r), _subsets(a.shape[1], r)
         found = np.linalg.det(a[rows[:, None, :, None], columns[None, :, None, :]])
-        yield np.asarray(found).ravel()
+        return np.asarray(found).ravel()
+
+    return map(of_order, range(1, min(a.shape) + 1))
 
 
 def _small(matrix: object) -> Array:
@@ -325,6 +337,7 @@ def _subsets(n: int, r: int) -> Array:
 # --- skeletons ----------------------------------------------------------------------------------
 
 
+@without_floating_errors
 def largest_volume(matrix: object, r: int) -> tuple[Array, Array]:
     """Return the rows I and columns J, r of each, of largest ``|det E[I, J]|``, by brute force.
 
@@ -348,6 +361,7 @@ def largest_volume(matrix: object, r: int) -> tuple[Array, Array]:
     return rows[i], columns[j]
 
 
+@without_floating_errors
 def skeleton_residual(matrix: object, rows: ArrayLike, columns: ArrayLike) -> Array:
     """Return ``E - E[:, J] E[I, J]^-1 E[I, :]``.
 
@@ -390,6 +404,7 @@ class VolumeSampling(NamedTuple):
     bound: float
 
 
+@without_floating_errors
 def volume_sampling(matrix: object, k: int) -> VolumeSampling:
     """Enumerate volume sampling of k columns.
 
@@ -439,6 +454,7 @@ def _residual(a: Array, columns: Array) -> float:
     return float(np.sum(left * left))
 
 
+@without_floating_errors
 def strong_rrqr(matrix: object, k: int, f: float = 2.0) -> Array:
     """Choose k columns whose volume no exchange of two columns raises by more than a factor f.
 
@@ -486,6 +502,7 @@ def strong_rrqr(matrix: object, k: int, f: float = 2.0) -> Array:
     return np.asarray(chosen, np.int64)
 
 
+@without_floating_errors
 def rrqr_factor(k: int, n: int, f: float = 2.0) -> float:
     """Return ``sqrt(1 + f^2 k (n - k))``, over ``sigma_{k+1}`` the error of a strong RRQR.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ from ...base.arguments import as_array, check_finite, closest
 
 Array = NDArray[Any]
 Float = float | NDArray[np.float64]
-Int = int | NDArray[np.int64]
+# A number of rows: inf, and an array of floats, only where int64 cannot hold it.
+Int = int | float | NDArray[np.int64] | NDArray[np.float64]
 
 # A bound that is an integer up to this relative error of its floating-point formula counts as one.
 _CEIL = 1e-12
+_INT64 = np.iinfo(np.int64)
 
 
 def real(
@@ -47,16 +50,22 @@ def real(
 def whole(value: ArrayLike, name: str, low: int = 1, high: int | None = None) -> Array:
     """Return ``value`` as int64, every number between ``low`` and ``high``, both included."""
     x = as_array(value, name)
-    if x.dtype.kind not in "iu":
+    beyond = x.dtype.kind == "O" and all(isinstance(y, int) for y in x.flat)
+    if x.dtype.kind not in "iu" and not beyond:
         raise TypeError(f"{name} must be an integer, got dtype {x.dtype}; round it")
-    x = x.astype(np.int64)
-    bad = (x < low) | (x > high if high is not None else False)
-    if bad.any():
-        most = "" if high is None else f" and at most {high}"
+    bad = x < low
+    too_large = x > (_INT64.max if high is None else high)
+    if bad.any() or too_large.any():
+        most = ""
+        if high is not None:
+            most = f" and at most {high}"
+        elif not bad.any():
+            most = f" and at most {_INT64.max}, the largest of 64 bits"
         raise ValueError(
-            f"{name} must be at least {low}{most}, got {int(x[bad].flat[0])}; change {name}"
+            f"{name} must be at least {low}{most}, got {int(x[bad | too_large].flat[0])}; "
+            f"change {name}"
         )
-    return x
+    return x.astype(np.int64)
 
 
 def floats(x: Array) -> Float:
@@ -65,14 +74,51 @@ def floats(x: Array) -> Float:
     return out
 
 
-def ceil(x: ArrayLike) -> Int:
-    """Round up; a formula whose value is an integer up to rounding stays there."""
-    bound = np.asarray(x, np.float64)
-    with np.errstate(invalid="ignore"):
-        up = np.ceil(bound * (1 - _CEIL))
-    whole = np.maximum(up, 1).astype(np.int64)
-    out: Int = whole.item() if whole.ndim == 0 else whole
+def log_quotient(count: ArrayLike, delta: ArrayLike) -> Array:
+    """Return ``ln(count/delta)`` of positive numbers, also where the quotient overflows."""
+    x, d = np.asarray(count, np.float64), np.asarray(delta, np.float64)
+    with np.errstate(all="ignore"):
+        quotient = x / d
+        out: Array = np.where(np.isfinite(quotient), np.log(quotient), np.log(x) - np.log(d))
     return out
+
+
+def rows_of(numbers: Array) -> Int:
+    """Return numbers of rows, whole or infinite, so that none of them wraps around.
+
+    Parameters
+    ----------
+    numbers : array of float64, or of Python integers and infinities
+        Each at least 1.
+
+    Returns
+    -------
+    int, float or ndarray
+        Of a number an int of any size, or inf; of an array int64, or float64 where an entry is
+        2^63 or more.
+    """
+    if numbers.ndim == 0:
+        one = numbers.item()
+        return one if one == math.inf else int(one)
+    if (numbers < 2.0**63).all():
+        whole: NDArray[np.int64] = numbers.astype(np.int64)
+        return whole
+    out: NDArray[np.float64] = numbers.astype(np.float64)
+    return out
+
+
+def ceil(x: ArrayLike) -> Int:
+    """Round up to at least 1; a formula whose value is an integer up to rounding stays there.
+
+    As `rows_of`: nothing wraps around, and what overflows is infinite.
+    """
+    bound = np.asarray(x, np.float64)
+    if np.isnan(bound).any():
+        raise ValueError("the formula must give a number of rows, got NaN; change its arguments")
+    nearest = np.rint(bound)
+    with np.errstate(invalid="ignore"):  # of inf and inf
+        near = np.abs(bound - nearest) <= _CEIL * nearest
+    return rows_of(np.maximum(np.where(near, nearest, np.ceil(bound)), 1))
 
 
 def matrix_of(x: object, name: str) -> Array:
@@ -127,11 +173,16 @@ def choice(value: object, name: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def smallest(holds: Callable[[int], bool]) -> int:
-    """Return the smallest r >= 1 with ``holds(r)``, which stays true once it is."""
+def smallest(holds: Callable[[int], bool]) -> int | float:
+    """Return the smallest r >= 1 with ``holds(r)``, which stays true once it is.
+
+    Infinite where no r that a float can hold will do.
+    """
     high = 1
     while not holds(high):
         high *= 2
+        if high.bit_length() > sys.float_info.max_exp:
+            return math.inf
     low = high // 2  # does not hold, or is 0
     while high - low > 1:
         middle = (low + high) // 2
@@ -139,10 +190,9 @@ def smallest(holds: Callable[[int], bool]) -> int:
     return high
 
 
-def each(function: Callable[..., int], *arguments: Array) -> Int:
-    """Apply a function of numbers to broadcast arrays."""
+def each(function: Callable[..., int | float], *arguments: Array) -> Int:
+    """Apply a function of numbers to broadcast arrays; as `rows_of`, nothing wraps around."""
     broadcast = np.broadcast_arrays(*arguments)
-    found = [function(*row) for row in zip(*(x.ravel() for x in broadcast), strict=True)]
-    whole = np.array(found, np.int64).reshape(broadcast[0].shape)
-    out: Int = whole.item() if whole.ndim == 0 else whole
-    return out
+    rows = zip(*(x.ravel().tolist() for x in broadcast), strict=True)
+    found = np.array([function(*row) for row in rows], object)
+    return rows_of(found.reshape(broadcast[0].shape))

@@ -25,8 +25,9 @@ import numpy as np
 
 from ...base.arguments import closest
 from ...base.draws import Rng, entropy_of
+from ...base.floating import without_floating_errors
 from ...kernels._threads import limit_threads
-from .decisions import audit, decide
+from .decisions import audit, decide, not_seen_yet
 from .instances import Instance, as_instance
 from .records import Observations, Verdict
 from .registry import (
@@ -71,6 +72,7 @@ def _parameters(entry: Entry, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, **given}
 
 
+@without_floating_errors
 def default_factory(kind: str, r: int, n: int, rng: np.random.Generator, **parameters: Any) -> Any:
     """Return a random operator S (r, n): a sketch, or for ``sample_*`` a draw of columns.
 
@@ -107,6 +109,7 @@ def default_factory(kind: str, r: int, n: int, rng: np.random.Generator, **param
     return make_sketch(kind, r, n, rng, **parameters)
 
 
+@without_floating_errors
 def check(
     id: str,  # noqa: A002  (the name of the field)
     problem: object = None,
@@ -157,6 +160,8 @@ def check(
       bound); *inconclusive* below 60 trials, or where an error of the size of the theory itself
       could not have been seen.
     - inequality and existence: *violated* by a single observation beyond rounding.
+    - a refuted claim is *inconclusive* too where its counterexample takes more trials to be seen.
+      What is inconclusive ``needs`` a number of trials, which the notes name.
     - *vacuous*: not violated, but the bound is not below what the trivial predictor (zero, or the
       mean of V) reaches, or it asks for as many rows as there are columns; then nothing is drawn.
     - *not applicable*: an assumption fails; the notes say which.
@@ -227,6 +232,9 @@ def run(
             **nothing,
         )
     verdict = decide(entry.claim, seen, confidence)
+    effect = entry.effects.get(instance.name)
+    if effect is not None and verdict.status == "holds":
+        verdict = not_seen_yet(verdict, effect, confidence)
     broken = audit(context.audits, context.fingerprints)
     status, notes = verdict.status, [seen.notes, verdict.notes]
     if broken:
@@ -258,6 +266,7 @@ def sample(
         return None
 
 
+@without_floating_errors
 def bound(id: str, problem: object = None, **parameters: Any) -> float:  # noqa: A002
     """Return what a claim puts against its observation, without drawing anything.
 

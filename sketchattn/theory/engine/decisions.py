@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import smallest
 from .records import Claim, Observations, Verdict
 
 Array = NDArray[Any]
@@ -55,6 +57,32 @@ def clopper_pearson(failures: int, trials: int, confidence: float) -> tuple[floa
 def can_certify(delta: float | None, trials: int, confidence: float) -> bool:
     """Return whether ``trials`` without a failure would certify a rate of at most delta."""
     return delta is None or trials == 0 or clopper_pearson(0, trials, confidence)[1] <= delta
+
+
+def trials_for_rate(rate: float, delta: float, confidence: float) -> int | None:
+    """Return the trials from which a share of failures puts one limit on one side of delta.
+
+    Parameters
+    ----------
+    rate : float
+        The share, not delta.
+    delta, confidence : float
+
+    Examples
+    --------
+    >>> trials_for_rate(0.0, 0.05, 0.95), trials_for_rate(1.0, 0.05, 0.95)
+    (59, 1)
+    """
+    from scipy.stats import beta
+
+    def decided(trials: int) -> bool:
+        failures = rate * trials
+        if rate < delta:
+            return bool(beta.ppf(confidence, failures + 1, trials - failures) <= delta)
+        return bool(beta.ppf(1 - confidence, failures, trials - failures + 1) > delta)
+
+    found = smallest(decided)
+    return None if found == math.inf else int(found)
 
 
 # --- means ----------------------------------------------------------------------------------
@@ -143,6 +171,12 @@ def z_score(
     return Mean(mean, used / math.sqrt(count), z, corrected, count)
 
 
+def trials_for_size(found: Mean, size: float) -> int | None:
+    """Return the trials whose mean would show an error of this size, None where none would."""
+    need = found.trials * (ALARM * found.error / size) ** 2 if size > 0 else math.inf
+    return math.ceil(need) if math.isfinite(need) else None
+
+
 def audit(audits: Mapping[str, tuple[float, list[float]]], marks: Sequence[float]) -> str:
     """Return what is wrong with the draws of a check, empty if nothing is.
 
@@ -195,9 +229,17 @@ def _decide_tail(claim: Claim, seen: Observations, values: Array, confidence: fl
     failures = int(np.count_nonzero(~(values <= bounds * (1 + ROUNDING) + seen.rounding)))
     low, high = clopper_pearson(failures, trials, confidence)
     status = "holds" if high <= delta else "violated" if low > delta else "inconclusive"
-    notes = ""
-    if status == "inconclusive" and not can_certify(delta, trials, confidence):
-        notes = f"{trials} trials cannot certify delta = {delta:.3g}"
+    notes, needs = [], None
+    if status == "inconclusive":
+        rate = failures / trials
+        if rate == delta:  # half a failure more
+            rate = (failures + 0.5) / trials
+        needs = trials_for_rate(rate, delta, confidence)
+        if not can_certify(delta, trials, confidence):
+            notes.append(f"{trials} trials cannot certify delta = {delta:.3g}")
+        if needs is not None:
+            needs = max(needs, trials + 1)
+            notes.append(f"needs {needs} trials")
     ratios = values / np.where(bounds > 0, bounds, 1.0)
     bound = float(np.median(bounds))
     observed = float(np.quantile(ratios, max(0.0, 1 - delta), method="higher"))
@@ -214,11 +256,51 @@ def _decide_tail(claim: Claim, seen: Observations, values: Array, confidence: fl
         trials,
         failures,
         (low, high),
-        notes,
+        "; ".join(notes),
         rank=seen.rank,
         delta=delta,
         vacuous=vacuous,
+        needs=needs,
     )
+
+
+def not_seen_yet(verdict: Verdict, effect: float, confidence: float) -> Verdict:
+    """Return "inconclusive" for a refuted claim that held, if too few trials explain that.
+
+    Parameters
+    ----------
+    verdict : Verdict
+        Of a claim that is recorded as violated here, found to hold.
+    effect : float
+        What the recorded trials showed: of a mean the difference from its target in standard
+        deviations of one trial, otherwise the share of observations beyond the bound.
+    confidence : float
+        Of seeing the effect with as many trials as are named.
+
+    Returns
+    -------
+    Verdict
+        As it was where the effect, were it there, would have been seen but with chance 5.7e-7.
+    """
+    from scipy.stats import binom, norm
+
+    count = verdict.trials
+    if verdict.z is not None:
+        excluded = abs(verdict.z - effect * math.sqrt(count)) > ALARM
+        asked: float | None = ((ALARM + float(norm.isf(1 - confidence))) / effect) ** 2
+    else:
+        assert verdict.failures is not None  # rates are counted
+        excluded = bool(binom.cdf(verdict.failures, count, effect) < 2 * norm.sf(ALARM))
+        if verdict.delta is not None:
+            asked = trials_for_rate(effect, verdict.delta, confidence)
+        else:
+            asked = math.log(1 - confidence) / math.log1p(-effect)
+    if excluded:
+        return verdict
+    needs = max(math.ceil(asked or 0), count + 1)
+    note = f"refuted with more trials; needs {needs} trials"
+    notes = "; ".join(x for x in (verdict.notes, note) if x)
+    return replace(verdict, status="inconclusive", notes=notes, needs=needs)
 
 
 def _decide_mean(claim: Claim, seen: Observations, values: Array, confidence: float) -> Verdict:
@@ -229,7 +311,7 @@ def _decide_mean(claim: Claim, seen: Observations, values: Array, confidence: fl
         values, target, rounding=seen.rounding, error=seen.bound_error, spread=seen.spread
     )
     wrong = found.too_large() or (claim.kind == "equality" and found.too_small())
-    notes = []
+    notes, needs = [], None
     for series in seen.series:
         other = z_score(
             series.values, series.target, rounding=math.sqrt(seen.rounding), spread=series.spread
@@ -243,12 +325,16 @@ def _decide_mean(claim: Claim, seen: Observations, values: Array, confidence: fl
         status = "violated"
     elif found.trials < LEAST_TRIALS and found.z != 0.0:
         status = "inconclusive"
+        needs = LEAST_TRIALS
         notes.append(f"a mean of {found.trials} trials; {LEAST_TRIALS} are the least")
     elif ALARM * found.error > abs(target) + seen.rounding and found.z != 0.0:
         status = "inconclusive"
+        needs = trials_for_size(found, abs(target) + seen.rounding)
         notes.append("heavy tails: an error of the size of the theory could not be seen")
     else:
         status = "holds"
+    if needs is not None:
+        notes.append(f"needs {needs} trials")
     half = float(norm.isf((1 - confidence) / 2)) * found.error
     return Verdict(
         claim.id,
@@ -263,14 +349,17 @@ def _decide_mean(claim: Claim, seen: Observations, values: Array, confidence: fl
         rank=seen.rank,
         z=found.z,
         vacuous=_vacuous(target, seen.trivial),
+        needs=needs,
     )
 
 
 def _decide_each(claim: Claim, seen: Observations, values: Array) -> Verdict:
     bounds = np.broadcast_to(np.asarray(seen.bound, np.float64), values.shape)
-    failures = int(np.count_nonzero(~(values <= bounds * (1 + ROUNDING) + seen.rounding)))
+    failed = ~(values <= bounds * (1 + ROUNDING) + seen.rounding)
+    failures = int(np.count_nonzero(failed))
     ratios = [_ratio(float(b), float(x)) for x, b in zip(values, bounds, strict=True)]
-    worst = int(np.argmin(ratios))
+    # Of several beyond their bound one that is beyond rounding too.
+    worst = int(np.argmin(np.where(failed, ratios, np.inf) if failures else ratios))
     return Verdict(
         claim.id,
         "violated" if failures else "holds",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...base.arguments import as_array, check_finite, closest
+from ...base.floating import without_floating_errors
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .topics import load
@@ -225,6 +226,7 @@ def get_instance(name: str) -> Instance:
     return _BUILT[name]
 
 
+@without_floating_errors
 def instances() -> dict[str, Instance]:
     """Return the built-in instances as a dictionary from names.
 
@@ -276,6 +278,7 @@ def _enumeration() -> Made:
     )
 
 
+@without_floating_errors
 def spiked_attention(n: int, t: float) -> Array:
     """Return ``rowsoftmax(t I) = ((e^t - 1) I + 1 1^T)/(e^t + n - 1)``.
 

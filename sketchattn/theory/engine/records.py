@@ -136,6 +136,8 @@ class Verdict:
         Of a mean.
     vacuous : str
         Why the claim promises nothing here, whatever its verdict; empty otherwise.
+    needs : int or None
+        Trials that would decide what is inconclusive; None where nothing is.
     """
 
     claim: str
@@ -152,6 +154,7 @@ class Verdict:
     delta: float | None = None
     z: float | None = None
     vacuous: str = ""
+    needs: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python objects, for JSON."""

@@ -116,6 +116,7 @@ class Entry(NamedTuple):
     assumptions: tuple[Assumption, ...]
     parameters: Mapping[str, Any]
     ladder: tuple[Mapping[str, Any], ...]
+    effects: Mapping[str, float] = MappingProxyType({})
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -134,6 +135,7 @@ def claim(
     assumptions: Sequence[Assumption] = (),
     constants: Mapping[str, float] | None = None,
     ladder: Sequence[Mapping[str, Any]] = (),
+    effects: Mapping[str, float] | None = None,
 ) -> Callable[[Observer], Observer]:
     """Register the observer of a claim.
 
@@ -146,6 +148,10 @@ def claim(
         Constants of the theorem; numeric parameters of the observer are added.
     ladder : sequence of mappings
         Parameters of the steps of its picture, from few to many rows.
+    effects : mapping, optional
+        How far a refuted claim is off on named instances, where that takes some trials to see: of a
+        mean the difference from its target in standard deviations of one trial, otherwise the
+        share of observations beyond the bound.
 
     Returns
     -------
@@ -187,7 +193,8 @@ def claim(
             MappingProxyType(dict(recorded)),
             MappingProxyType({**(constants or {}), **numeric}),
         )
-        _ENTRIES[id] = Entry(record, observe, tuple(assumptions), parameters, tuple(ladder))
+        off = MappingProxyType(dict(effects or {}))
+        _ENTRIES[id] = Entry(record, observe, tuple(assumptions), parameters, tuple(ladder), off)
         return observe
 
     return register

@@ -60,14 +60,18 @@ class Row:
 
         Without a record everything but the violation of a claim that is not refuted is expected.
         With another seed, or other trials, "inconclusive" and "holds" do not contradict each
-        other.
+        other, and what needs more trials than there were contradicts no record.
         """
         status = self.verdict.status
         if self.recorded is None:
             return status != "violated" or self.claim.status == "refuted"
         if status == self.recorded:
             return True
-        return not self.repeats and {status, self.recorded} == {"inconclusive", "holds"}
+        if self.repeats:
+            return False
+        needs = self.verdict.needs
+        too_few = status == "inconclusive" and needs is not None and needs > self.verdict.trials
+        return too_few or {status, self.recorded} == {"inconclusive", "holds"}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict with the source, the record and whether it is expected, for JSON."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ...base.arguments import closest
 from ...base.draws import Rng, entropy_of
 from ...base.files import make_folder, write_bytes
+from ...base.floating import without_floating_errors
 from ...base.parallel import check_jobs, check_progress, in_parallel
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
@@ -234,6 +235,7 @@ def _bundled() -> set[tuple[str | None, str]]:
     return {(problem.name, problem.digest) for name in BUNDLED for problem in load_heads(name)}
 
 
+@without_floating_errors
 def validate(
     claims: str | Sequence[str] | None = None,
     heads: Any = None,

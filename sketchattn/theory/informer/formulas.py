@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...base.arguments import as_array
+from ...base.floating import without_floating_errors
 from ...errors.perturbation import value_diameter
 from ...problem import AttentionProblem
 from ...zoo.informer.statistics import row_statistic
@@ -18,6 +19,7 @@ PAPER = "Zhou et al., arXiv 2012.07436"
 DERIVED = "derived: see the chapter on Informer"
 
 
+@without_floating_errors
 def variation_bound(kl: ArrayLike) -> Float:
     """Return ``min(sqrt(KL/2), sqrt(1 - exp(-KL)))``, at least the total variation.
 
@@ -39,6 +41,7 @@ def variation_bound(kl: ArrayLike) -> Float:
     return floats(np.sqrt(np.minimum(x / 2, -np.expm1(-x))))
 
 
+@without_floating_errors
 def selection_bound(problem: AttentionProblem, rows: ArrayLike, *, measure: str = "kl") -> float:
     """Bound ``|A V - Ahat V|_F^2`` for the exact rows I, from the measure of the others alone.
 
@@ -79,6 +82,7 @@ def selection_bound(problem: AttentionProblem, rows: ArrayLike, *, measure: str 
     return value_diameter(wide.values[wide.kept_keys]) ** 2 * total
 
 
+@without_floating_errors
 def miss_probability(n_k: ArrayLike, samples: ArrayLike) -> Float:
     """Return ``(1 - 1/n_k)^U``: how likely U keys drawn with replacement miss a given one.
 
@@ -115,6 +119,7 @@ class RankAgreement(NamedTuple):
     rows: int
 
 
+@without_floating_errors
 def rank_agreement(problem: AttentionProblem, rows: int) -> RankAgreement:
     """Compare the order of rows by the max-mean ``Mbar_i`` with that by ``M_i``, over all keys.
 

@@ -75,6 +75,17 @@ def _two_rows() -> tuple[Array, Array]:
     return weights / weights.sum(axis=1, keepdims=True), np.eye(4)
 
 
+@instance(
+    "skewed-rows", "ten logits: five of 1 and five of -1; one of 1.01, one of -3.3, eight between"
+)
+def _skewed_rows() -> tuple[Array, Array]:
+    logits = np.ones((2, 10))
+    logits[0, 5:] = -1.0
+    logits[1] = [1.01, *(8 * [(3.3 - 1.01) / 8]), -3.3]
+    weights = np.exp(logits)
+    return weights / weights.sum(axis=1, keepdims=True), np.eye(10)
+
+
 # --- what observers share ------------------------------------------------------------------------
 
 ON = (DENSE, ROWS)
@@ -284,30 +295,37 @@ def _key_shift(context: Context) -> Observations:
 
 @claim(
     "informer.proposition1",
-    title="The surrogate orders rows as the measure does",
-    statement="""For Gaussian keys there is kappa > 0 such that of two rows with measures within
-        kappa of the largest, the one with larger Mbar and larger variance of the logits has the
-        larger M, with high probability.""",
-    source=f"{PAPER}, Proposition 1 [recalled]; neither kappa nor the probability is quantified",
-    status="published",
-    kind="existence",
-    observes="nothing: the notes report how far the two orders of the rows agree",
-    assumptions=ON,
-    recorded={
-        "worked": "not applicable",
-        "clusters": "not applicable",
-        "heads": "not applicable",
-    },
+    title="The surrogate and the variance do not order rows as the measure does",
+    statement="""Of two rows with different Mbar_i and different variances of their logits, the one
+        in which both are larger has the larger M.""",
+    source=(
+        f"{PAPER}, Proposition 1 [recalled], which says so of Gaussian keys and rows whose "
+        "measures are within kappa of the largest, with high probability; neither kappa nor the "
+        "probability is quantified.  Refuted without these: many large logits give a larger M "
+        "than one that is larger still beside one that is very small"
+    ),
+    status="refuted",
+    kind="inequality",
+    observes="max of M_l - M_i over pairs with Mbar_i and variance larger, at most 0",
+    assumptions=(*ON, NOT_CAUSAL),
+    recorded={"skewed-rows": "violated", "worked": "holds", "heads": "violated"},
 )
 def _proposition1(context: Context, *, rank: int | None = None) -> Observations:
-    found = rank_agreement(problem_of(context.instance), _count(context, rank))
-    context.require(
-        False,
-        "kappa and the probability are not quantified: there is no bound to check; Mbar against M "
-        f"over all keys: Spearman {found.spearman:.3f}, {found.recall:.3f} of the "
-        f"{found.rows} rows of largest M are among those of largest Mbar",
+    problem = problem_of(context.instance)
+    context.require(problem.n_q >= 2, "needs two queries")
+    exact, surrogate = (_statistic(context, problem, name) for name in ("m", "max_mean"))
+    variance = np.var(problem.scale * problem.q @ problem.k.T, axis=1)
+    allowed = ROUNDING * (1 + logit_reach(problem))
+    largest_gap = 0.0
+    for i in range(problem.n_q):
+        below = (surrogate < surrogate[i] - allowed) & (variance < variance[i] - allowed)
+        largest_gap = max(largest_gap, float((exact[below] - exact[i]).max(initial=0.0)))
+    found = rank_agreement(problem, _count(context, rank))
+    note = (
+        f"Mbar against M over all keys: Spearman {found.spearman:.3f}, {found.recall:.3f} of the "
+        f"{found.rows} rows of largest M are among those of largest Mbar"
     )
-    raise AssertionError("require ends the observation")
+    return Observations([largest_gap], 0.0, rounding=allowed, notes=note)
 
 
 # --- what a choice of rows leaves ----------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...base.draws import Rng, as_generator
+from ...base.floating import without_floating_errors
 from ...problem import AttentionProblem
 from ...zoo.linformer.fit import oracle_floor
 from ...zoo.linformer.method import Linformer
@@ -22,12 +23,14 @@ PAPER = "Wang, Li, Khabsa, Fang and Ma, arXiv 2006.04768v3"
 DERIVED = "derived: see the chapter on Linformer"
 
 
+@without_floating_errors
 def rate_of(eps: Array) -> Array:
     """Return ``(eps^2 - eps^3)/4``, the rate of the tails of Theorem 1 for each row of R."""
     rate: Array = (eps**2 - eps**3) / 4
     return rate
 
 
+@without_floating_errors
 def linformer_thm1_k(n: ArrayLike, eps: ArrayLike) -> Int:
     """Return the rank of Theorem 1: ``ceil(5 ln n/(eps^2 - eps^3))``.
 
@@ -51,6 +54,7 @@ def linformer_thm1_k(n: ArrayLike, eps: ArrayLike) -> Int:
     return ceil(5 * np.log(length) / (e**2 - e**3))
 
 
+@without_floating_errors
 def linformer_thm1_failure(n: ArrayLike, eps: ArrayLike, r: ArrayLike) -> Float:
     """Return the rate of failure that Theorem 1 claims: ``2 n exp(-(eps^2 - eps^3) r/4)``.
 
@@ -76,6 +80,7 @@ def linformer_thm1_failure(n: ArrayLike, eps: ArrayLike, r: ArrayLike) -> Float:
     return floats(2 * length * np.exp(-rate_of(e) * rows))
 
 
+@without_floating_errors
 def linformer_thm2_k(n: ArrayLike, d: ArrayLike, eps: ArrayLike) -> Int:
     """Return ``ceil(min(9 d ln d, 5 ln n)/eps^2)``, Theorem 2 with its Theta taken as 1.
 
@@ -102,6 +107,7 @@ def linformer_thm2_k(n: ArrayLike, d: ArrayLike, eps: ArrayLike) -> Int:
     return ceil(np.minimum(9 * width * np.log(width), 5 * np.log(length)) / e**2)
 
 
+@without_floating_errors
 def pooling_bound(problem: AttentionProblem, rank: int) -> tuple[Array, Array]:
     """Bound the error of every row of mean-pooled Linformer, before computing it.
 
@@ -148,6 +154,7 @@ def pooling_bound(problem: AttentionProblem, rank: int) -> tuple[Array, Array]:
     return rows, rows * float(np.linalg.norm(wide.v - centre, axis=1).max())
 
 
+@without_floating_errors
 def linformer_thm2_construction(
     problem: AttentionProblem, r: int, delta_mode: str | float = "1/n", rng: Rng = None
 ) -> ReducedAttention:
@@ -179,6 +186,7 @@ def linformer_thm2_construction(
     return ahat
 
 
+@without_floating_errors
 def failure_of(mode: str | float, n: int) -> float:
     """Return the delta of Theorem 2: ``1/n``, ``2^-n`` or the number that is given."""
     if isinstance(mode, str):
@@ -206,6 +214,7 @@ class Spectrum(NamedTuple):
     energy: Array
 
 
+@without_floating_errors
 def spectrum(A: object) -> Spectrum:  # noqa: N803  (the letter of the spec)
     """Return the singular values of a matrix with both cumulative curves.
 
@@ -248,6 +257,7 @@ class RegimeFlags(NamedTuple):
     rho: float
 
 
+@without_floating_errors
 def regime_flags(problem: AttentionProblem) -> RegimeFlags:
     """Return the regime of a problem.
 
@@ -301,6 +311,7 @@ class Gap(NamedTuple):
     mean: float
 
 
+@without_floating_errors
 def unreduced_vs_reduced_gap(problem: AttentionProblem, r: int, rng: Rng = None) -> Gap:
     """Compare what the theory is about with what Linformer computes, for one Gaussian projection.
 
@@ -340,6 +351,7 @@ def unreduced_vs_reduced_gap(problem: AttentionProblem, r: int, rng: Rng = None)
     )
 
 
+@without_floating_errors
 def constant_value_invariance(F: ArrayLike) -> float:  # noqa: N803  (the letter of the paper)
     """Return ``max_b |(F 1)_b - 1|``: 0 if and only if constant values come out unchanged.
 

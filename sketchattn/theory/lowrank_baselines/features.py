@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...base.arguments import as_array
+from ...base.floating import without_floating_errors
 from ...zoo.performer import FEATURES
 from ..engine.arguments import Array, Float, choice, floats, real, whole
 
@@ -29,6 +30,11 @@ def _vector_pair(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     return a, b
 
 
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
+
+
+@without_floating_errors
 def feature_kurtosis(x: ArrayLike, y: ArrayLike, features: str = "positive") -> float:
     """Return the kurtosis of the estimate of ``exp(x . y)`` by one direction.
 
@@ -56,8 +62,10 @@ def feature_kurtosis(x: ArrayLike, y: ArrayLike, features: str = "positive") -> 
     choice(features, "features", FEATURES)
     s, t = float((a + b) @ (a + b)), float((a - b) @ (a - b))
     if features == "positive":
-        return math.exp(4 * s) + 2 * math.exp(3 * s) + 3 * math.exp(2 * s) - 3
+        return _exp(4 * s) + 2 * _exp(3 * s) + 3 * _exp(2 * s) - 3
     variance = s if features == "hyperbolic" else -t
+    if variance > 40:  # the other terms are below the rounding of e^(8 s)/8 over (e^(2 s)/2)^2
+        return _exp(4 * variance) / 2
 
     def moment(k: int) -> float:
         terms = [math.comb(k, i) * math.exp((k - 2 * i) ** 2 * variance / 2) for i in range(k + 1)]
@@ -69,6 +77,7 @@ def feature_kurtosis(x: ArrayLike, y: ArrayLike, features: str = "positive") -> 
     return fourth / second**2 if second > 0 else math.nan
 
 
+@without_floating_errors
 def chebyshev_features(s: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> Float:
     """Return ``(e^s - 1)/(eps^2 delta)``: independent positive features that Chebyshev asks for.
 
@@ -95,10 +104,11 @@ def chebyshev_features(s: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> Float:
     """
     size, accuracy = real(s, "s", 0, low_open=False), real(eps, "eps", 0)
     rate = real(delta, "delta", 0, 1)
-    with np.errstate(over="ignore"):
-        return floats(np.expm1(size) / (accuracy**2 * rate))
+    needed = np.expm1(size) / (accuracy**2 * rate)
+    return floats(np.where(size > 0, needed, 0.0))
 
 
+@without_floating_errors
 def smreg_ratio(d: ArrayLike, s: ArrayLike) -> Float:
     """Return ``0F1(; d/2; d s/4) e^(-s/2)``: the regularised kernel over ``exp(x . y)``.
 
@@ -129,6 +139,7 @@ def smreg_ratio(d: ArrayLike, s: ArrayLike) -> Float:
     return floats(np.asarray(hyp0f1(width / 2, width * size / 4)) * np.exp(-size / 2))
 
 
+@without_floating_errors
 def theorem2_gain(x: ArrayLike, y: ArrayLike, r: int) -> float:
     """Return ``2(r-1)/(r(d+2)) (SM - e^(-n2/2))^2``: what orthogonal directions save at least.
 
@@ -159,9 +170,12 @@ def theorem2_gain(x: ArrayLike, y: ArrayLike, r: int) -> float:
     count = int(whole(r, "r", 1, d))
     # SM - e^(-n2/2) = e^(-n2/2) (e^(s/2) - 1)
     s, n2 = float((a + b) @ (a + b)), float(a @ a + b @ b)
+    if s > 600:  # 1 is below the rounding of e^(s/2)
+        return 2 * (count - 1) / (count * (d + 2)) * _exp(s - n2)
     return 2 * (count - 1) / (count * (d + 2)) * math.exp(-n2) * math.expm1(s / 2) ** 2
 
 
+@without_floating_errors
 def uniform_convergence_scale(d: ArrayLike, radius: ArrayLike, eps: ArrayLike) -> Float:
     """Return ``(d/delta^2) ln(4 d^(3/4) R/delta)``: how features grow for uniform accuracy.
 

@@ -11,15 +11,17 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ...base.floating import without_floating_errors
 from ...problem import AttentionProblem
 from ...sampling.landmarks import segment_means
 from ...zoo.baselines import TopK
 from ...zoo.clustered import Clustered
 from ...zoo.nystromformer import Nystromformer, filter_inverse, pseudo_inverse, small_softmax
 from ...zoo.performer import Performer
-from ..engine.arguments import Float, floats, real, whole
+from ..engine.arguments import Array, Float, floats, real, whole
 
 
+@without_floating_errors
 def residual_after(e: ArrayLike, iterations: int) -> Float:
     """Return ``f^(j)(e)``, ``f(e) = (3 e^3 + e^4)/4``: a residual after j steps of the iteration.
 
@@ -50,6 +52,17 @@ def residual_after(e: ArrayLike, iterations: int) -> Float:
     return floats(x)
 
 
+def inverted_after(t: Array, iterations: int) -> Array:
+    """Return ``1 - f^(j)(1 - t)``, with all digits however small t is.
+
+    ``1 - f(1 - t) = t (13 - 15 t + 7 t^2 - t^3)/4`` has no difference of numbers near one.
+    """
+    for _ in range(iterations):
+        t = t * (13 - t * (15 - t * (7 - t))) / 4
+    return t
+
+
+@without_floating_errors
 def median_errors(seeds: range) -> dict[str, list[float]]:
     """Return ``|Ahat - A|_F/|A|_F`` of many ways to invert M, a list over seeds for each.
 
@@ -87,6 +100,7 @@ def median_errors(seeds: range) -> dict[str, list[float]]:
     return found
 
 
+@without_floating_errors
 def floor_errors(problem: AttentionProblem, rank: int) -> dict[str, float]:
     """Return ``|A - Ahat|_F/|A|_F`` of floors, predictors and three methods.
 

@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...base.arguments import as_array
+from ...base.floating import without_floating_errors
 from ...sampling.draws import check_probabilities
-from ..engine.arguments import Array, matrix_of, product_of, real, whole
+from ..engine.arguments import Array, log_quotient, matrix_of, product_of, real, whole
 
 # Contributions below this share of the largest are taken as none.
 _NEGLIGIBLE = 1e-150
 
 
+@without_floating_errors
 def contributions(A: object, V: object) -> Array:
     """Return ``x_j = |A_:j| |V_j|``, the size of what column j contributes to the product.
 
@@ -46,6 +48,7 @@ def _law(p: ArrayLike, n: int) -> Array:
     return law
 
 
+@without_floating_errors
 def sampled_sqerr(A: object, V: object, p: ArrayLike, r: int) -> float:
     """Return ``E |A S^T S V - A V|_F^2`` of r columns drawn with replacement by p.
 
@@ -82,6 +85,7 @@ def sampled_sqerr(A: object, V: object, p: ArrayLike, r: int) -> float:
     return max(variance, 0.0) / rows + float(np.sum((a @ v - drawn) ** 2))
 
 
+@without_floating_errors
 def realised_beta(p: ArrayLike, A: object, V: object) -> float:
     """Return ``min_j p_j/p*_j`` over the columns that contribute, p* the optimal law.
 
@@ -109,6 +113,7 @@ def realised_beta(p: ArrayLike, A: object, V: object) -> float:
     return _quality(p, A, V)[0]
 
 
+@without_floating_errors
 def sampling_inflation(p: ArrayLike, A: object, V: object) -> float:
     """Return ``sum_j p*_j^2/p_j = 1 + chi^2(p*|p)``: what a law costs beside the optimal one.
 
@@ -148,6 +153,7 @@ def _quality(p: ArrayLike, A: object, V: object) -> tuple[float, float]:  # noqa
     return float(ratio.min()), float(np.sum(best[seen] / ratio))
 
 
+@without_floating_errors
 def break_even_rank(A: object, V: object) -> float:
     """Return the rank from which weighted sampling beats the mean of V, in mean square.
 
@@ -215,6 +221,7 @@ class ProductBounds(NamedTuple):
         return min(self[:5])
 
 
+@without_floating_errors
 def product_range(A: object, V: object, p: ArrayLike) -> float:
     """Return ``D = max_{j,l} |y_j - y_l|_F``, ``y_j = A_:j V_j/p_j``, over the support of p.
 
@@ -243,6 +250,7 @@ def product_range(A: object, V: object, p: ArrayLike) -> float:
     return math.sqrt(max(float((size[:, None] + size - 2 * gram).max()), 0.0))
 
 
+@without_floating_errors
 def product_bounds(
     A: object, V: object, p: ArrayLike, r: int, delta: float = 0.1, *, beta: float | None = None
 ) -> ProductBounds:
@@ -316,6 +324,7 @@ def _attention(A: object) -> Array:  # noqa: N803  (the letter of the spec)
     return a
 
 
+@without_floating_errors
 def column_floor(A: object) -> float:
     """Return ``C = min_j |A_:j|^2/n_q``, the C of Lemma 1, at most ``1/n_k`` for attention.
 
@@ -332,6 +341,7 @@ def column_floor(A: object) -> float:
     return float(np.einsum("ij,ij->j", a, a).min()) / len(a)
 
 
+@without_floating_errors
 def column_coherence(A: object) -> float:
     """Return ``mu = max_j n_q max_i A_ij^2/|A_:j|^2``: whether a column is read by few rows.
 
@@ -358,6 +368,7 @@ def column_coherence(A: object) -> float:
     return float(np.max(len(a) / np.einsum("ij,ij->j", scaled, scaled)))
 
 
+@without_floating_errors
 def lemma1_pilots(A: object, delta: float = 0.1) -> float:
     """Return the pilot rows that Lemma 1 asks for: ``(2/C^2) ln(2 n_k/delta)``, not rounded.
 
@@ -384,10 +395,11 @@ def lemma1_pilots(A: object, delta: float = 0.1) -> float:
     """
     a = _attention(A)
     floor = column_floor(a)
-    log = math.log(2 * a.shape[1] / float(real(delta, "delta", 0, 1)))
+    log = float(log_quotient(2 * a.shape[1], real(delta, "delta", 0, 1)))
     return 2 / floor**2 * log if floor**2 > 0 else math.inf
 
 
+@without_floating_errors
 def coherence_pilots(A: object, delta: float = 0.1) -> float:
     """Return ``12 mu ln(2 n_k/delta)``, not rounded: pilot rows that do give beta >= 1/sqrt(3).
 
@@ -409,10 +421,11 @@ def coherence_pilots(A: object, delta: float = 0.1) -> float:
     63.58
     """
     a = _attention(A)
-    log = math.log(2 * a.shape[1] / float(real(delta, "delta", 0, 1)))
+    log = float(log_quotient(2 * a.shape[1], real(delta, "delta", 0, 1)))
     return 12 * column_coherence(a) * log
 
 
+@without_floating_errors
 def pilot_probabilities(A: object, V: object, rows: ArrayLike) -> Array:
     """Return ``p_j`` proportional to ``(sum_{i in I} A_ij^2)^(1/2) |V_j|`` over pilot rows I.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from ...problem import AttentionProblem
 from ...zoo.base import Method
 from ...zoo.column_sampling import ColumnSampling
 from ...zoo.skeinformer.method import Skeinformer
-from ..engine.arguments import Array
+from ..engine.arguments import Array, log_quotient
 from ..engine.assumptions import PRODUCT, ROWS
 from ..engine.audited import applied, errors, factors, law_of, sampled
 from ..engine.instances import Instance
@@ -399,6 +399,62 @@ _register_bound(
 )
 
 
+# Two ways to the same number agree to this: the distance of two outcomes that are nearly equal has
+# half of the digits.
+_AGREE = 1e-6
+
+
+def _disagree(found: Iterable[float], wanted: Iterable[float], nothing: float = 0.0) -> float:
+    """Return the largest quotient of numbers that must be equal, 0 where they are.
+
+    What is at most ``nothing`` is rounding.
+    """
+    pairs = zip(found, wanted, strict=True)
+    worst = max((max(x, y) + nothing) / (min(x, y) + nothing) if x != y else 1.0 for x, y in pairs)
+    return worst if worst > 1 + _AGREE else 0.0
+
+
+def _outcomes(instance: Instance, p: Array) -> tuple[Array, Array]:
+    """Return the columns that can be drawn, and ``|A_:j V_j/p_j - A V|_F^2`` for each of them.
+
+    From the product alone, without ``x_j = |A_:j| |V_j|``.
+    """
+    drawn = np.flatnonzero(p > 0)
+    squares = np.empty(len(drawn))
+    for i, j in enumerate(drawn):
+        outcome = np.outer(instance.a[:, j] / p[j], instance.v[j])
+        squares[i] = square(outcome - instance.product)
+    return drawn, squares
+
+
+def _written_out(instance: Instance, p: Array, r: int, delta: float) -> list[float]:
+    """Return the four forms of Proposition 1 from averages and maxima over outcomes of one draw.
+
+    beta is the largest number with ``p_j >= beta x_j/T``; the range D is the largest distance of
+    two outcomes, by the norms and inner products of their factors.
+    """
+    a, v = instance.a, instance.v
+    drawn, squares = _outcomes(instance, p)
+    size = np.sqrt(np.einsum("ij,ij->j", a, a) * np.einsum("jk,jk->j", v, v))
+    total = math.fsum(size)
+    beta = min(1.0, min(p[j] * total / size[j] for j in np.flatnonzero(size > 1e-150 * total)))
+    gram = (a.T @ a) * (v @ v.T)
+    gram = gram[np.ix_(drawn, drawn)] / np.outer(p[drawn], p[drawn])
+    apart = np.add.outer(np.diag(gram), np.diag(gram)) - 2 * gram
+    spread = math.sqrt(max(float(apart.max()), 0.0))
+    mean = math.fsum(p[drawn] * squares) / r
+    log = math.log(1 / delta)
+    sizes = math.fsum((a * a).ravel()) * math.fsum((v * v).ravel())
+    azuma = (1 + math.sqrt(8 * log / beta)) ** 2
+    mcdiarmid = (1 + math.sqrt(2 * log / beta)) ** 2
+    return [
+        azuma * sizes / (beta * r),
+        azuma * total**2 / (beta * r),
+        mcdiarmid * total**2 / (beta * r),
+        (math.sqrt(mean) + spread * math.sqrt(log / (2 * r))) ** 2,
+    ]
+
+
 @claim(
     "skeinformer.bound_order",
     title="Each form of Proposition 1 is tighter than the one before",
@@ -407,7 +463,10 @@ _register_bound(
     source="derived: T <= |A|_F |V|_F, sqrt(E1) <= T/sqrt(beta r), D <= 2T/beta",
     status="derived",
     kind="inequality",
-    observes="the largest quotient of neighbours, r and delta at random, half a pilot law",
+    observes=(
+        "the largest quotient of neighbours, r and delta at random, half a pilot law; of each form "
+        "and what all outcomes of a draw give, where these differ"
+    ),
     assumptions=PRODUCT,
     recorded={**EXACT, "heads": "holds"},
 )
@@ -419,7 +478,9 @@ def _bound_order(context: Context) -> Observations:
         p = 0.5 * pilot_law_of(context, rows, rng) + 0.5 / instance.n
         r, delta = int(rng.integers(1, instance.n + 1)), float(rng.uniform(0.01, 0.9))
         chain = product_bounds(instance.a, instance.v, p, r, delta)[:4]
-        values.append(max(b / a if a > 0 else 0.0 for a, b in zip(chain, chain[1:], strict=False)))
+        most = max(b / a if a > 0 else 0.0 for a, b in zip(chain, chain[1:], strict=False))
+        wanted = _written_out(instance, p, r, delta)
+        values.append(max(most, _disagree(chain, wanted, 1e-9 * wanted[1])))
     return Observations(values, 1.0, rounding=1e-9)
 
 
@@ -459,7 +520,7 @@ def _proposition1_pilot(
         image = applied(drawn, np.concatenate([wide, mark], axis=1))
         context.audit("sum_j w_j p_j", float(image[:, -1] @ image[:, -1]), 1.0)
         values.append(square(image[:, :m].T @ image[:, m:-1] - instance.product) / sizes)
-        eta = 1 + math.sqrt(8 / beta * math.log(1 / delta))
+        eta = 1 + math.sqrt(8 / beta * float(log_quotient(1, delta)))
         bounds.append(eta**2 / (beta * r))
     trivial = (instance.trivial / instance.fro) ** 2
     return Observations(
@@ -506,7 +567,10 @@ def _pilot_law_formula(context: Context) -> Observations:
     source="derived: Cauchy-Schwarz, and p*_j/p_j <= 1/beta in the sum",
     status="derived",
     kind="inequality",
-    observes="the largest of beta, beta times the sum, and one over the sum; p a pilot law",
+    observes=(
+        "the largest of beta, beta times the sum, and one over the sum, p a pilot law; of the sum "
+        "and the mean over all outcomes of a draw, where these differ"
+    ),
     assumptions=PRODUCT,
     recorded={**EXACT, "heads": "holds"},
 )
@@ -529,6 +593,13 @@ def _inflation(context: Context, *, pilots: int | None = None) -> Observations:
                     float(np.sum(best[seen] ** 2 / p[seen])),
                 )
         betas.append(beta)
-        values.append(max(beta, 0.0 if beta == 0 else beta * total, 1 / total))
+        most = max(beta, 0.0 if beta == 0 else beta * total, 1 / total)
+        drawn, squares = _outcomes(instance, p)
+        if beta > 0 and math.isfinite(total):
+            # The mean over outcomes of one draw, with |A V|^2 added, is T^2 times the sum.
+            mean = math.fsum(p[drawn] * squares) + square(instance.product)
+            wanted = (mean / math.fsum(x) ** 2, min(float((p / best)[seen].min()), 1.0))
+            most = max(most, _disagree((total, beta), wanted))
+        values.append(most)
     note = f"smallest beta {min(betas):.3g}" if betas else ""
     return Observations(values, 1.0, rank=count, rounding=1e-9, notes=note)

@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from ..engine.arguments import Array, real
+from ..engine.arguments import Array, log_quotient, real
 from ..engine.assumptions import DENSE, PRODUCT, STOCHASTIC
 from ..engine.checking import default_factory
 from ..engine.instances import instance
@@ -117,7 +117,7 @@ def _lemma1_logarithmic(
     context: Context, *, factor: float = 2.0, delta: float = 0.1
 ) -> Observations:
     real(factor, "factor", 0)
-    s = math.ceil(factor * math.log(context.instance.n / delta))
+    s = math.ceil(factor * float(log_quotient(context.instance.n, delta)))
     return Observations(_inverse_betas(context, s), 1 / BETA, delta=delta, rank=s)
 
 

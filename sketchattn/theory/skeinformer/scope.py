@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...base.floating import without_floating_errors
 from ...problem import AttentionProblem
 from ...zoo.base import Method
 from ...zoo.column_sampling import ColumnSampling
@@ -14,6 +15,7 @@ from ...zoo.skeinformer.method import Skeinformer
 from ..engine.observers import spectral
 
 
+@without_floating_errors
 def proposition1_scope(method: Method) -> str:
     """Return why Proposition 1 does not cover a method, empty where it does.
 
@@ -92,6 +94,7 @@ class StructuralFacts(NamedTuple):
         )
 
 
+@without_floating_errors
 def structural_facts(
     problem: AttentionProblem, method: Method, rng: int | np.random.Generator = 0
 ) -> StructuralFacts:

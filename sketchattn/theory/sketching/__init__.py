@@ -8,8 +8,9 @@ multiplication (``amm_*``), randomized SVD (``rsvd_*``) and norm estimates after
 
 In statements about norms and subspaces ``eps`` refers to SQUARED norms,
 ``| |Sx|^2 - |x|^2 | <= eps |x|^2``; functions about the singular values themselves end in
-``_sv``.  Dimensions are rounded up.  Functions broadcast over numbers and arrays and give a
-number for numbers.
+``_sv``.  Functions broadcast over numbers and arrays and give a number for numbers.  Dimensions are
+rounded up: of numbers an ``int`` of any size, or ``inf`` where the formula is beyond all floats; of
+arrays int64, or float64 where an entry is 2^63 or more.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ...base.floating import without_floating_errors
 from ..engine.arguments import (
     Array,
     Float,
@@ -16,6 +17,7 @@ from ..engine.arguments import (
     choice,
     each,
     floats,
+    log_quotient,
     real,
     smallest,
     whole,
@@ -26,8 +28,27 @@ from ..engine.arguments import (
 
 def upper_rate(eps: Array) -> Array:
     """``eps - ln(1 + eps)``, twice the rate of the upper tail of a mean of r squares."""
-    rate: Array = eps - np.log1p(eps)
+    rate: Array = np.where(np.abs(eps) < _SERIES, _small_rate(eps), eps - np.log1p(eps))
     return rate
+
+
+def lower_rate(eps: Array) -> Array:
+    """``-eps - ln(1 - eps)`` for eps in (0, 1], twice the rate of the lower tail."""
+    with np.errstate(divide="ignore"):
+        rate: Array = np.where(eps < _SERIES, _small_rate(-eps), -eps - np.log1p(-eps))
+    return rate
+
+
+# Below this the difference of eps and its logarithm would have lost digits; the first term that
+# the series leaves out is eps^6 / 4 of the first.
+_SERIES = 1e-3
+
+
+def _small_rate(eps: Array) -> Array:
+    """Return ``eps - ln(1 + eps)`` by its series, for small eps of either sign."""
+    e = np.where(np.abs(eps) < _SERIES, eps, 0.0)
+    series: Array = e**2 * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5 - e * (1 / 6 - e / 7)))))
+    return series
 
 
 def _cubic_rate(eps: Array) -> Array:
@@ -38,6 +59,7 @@ def _cubic_rate(eps: Array) -> Array:
 TAIL_FORMS = ("both", "larger", "closed")
 
 
+@without_floating_errors
 def jl_tail_gaussian(r: ArrayLike, eps: ArrayLike, *, form: str = "both") -> Float:
     r"""Bound ``P(| |Sx|^2 - |x|^2 | > eps |x|^2)`` for a Gaussian S and a fixed vector x.
 
@@ -80,13 +102,12 @@ def jl_tail_gaussian(r: ArrayLike, eps: ArrayLike, *, form: str = "both") -> Flo
     if form == "closed":
         bound = 2 * np.exp(-rows * _cubic_rate(e))
     else:
-        upper = np.exp(-rows / 2 * upper_rate(e))
-        with np.errstate(divide="ignore"):
-            lower = np.exp(-rows / 2 * (-e - np.log1p(-e)))
+        upper, lower = np.exp(-rows / 2 * upper_rate(e)), np.exp(-rows / 2 * lower_rate(e))
         bound = 2 * upper if form == "larger" else upper + lower
     return floats(np.minimum(bound, 1.0))
 
 
+@without_floating_errors
 def jl_sparse_chebyshev(x: ArrayLike, s: float, eps: ArrayLike, delta: ArrayLike) -> Int:
     """Return rows that keep ``|x|^2`` to a factor 1 +- eps for a sparse sketch, by Chebyshev.
 
@@ -114,15 +135,18 @@ def jl_sparse_chebyshev(x: ArrayLike, s: float, eps: ArrayLike, delta: ArrayLike
     160
     """
     vector = real(x, "x", -math.inf).ravel()
+    top = float(np.abs(vector).max(initial=0.0))
+    vector = np.ldexp(vector, -math.frexp(top)[1])  # its fourth powers neither over- nor underflow
     square = float(vector @ vector)
     if square == 0:
         raise ValueError("x must not be zero, got |x| = 0; its norm is kept by every sketch")
     inverse = float(real(s, "s", 1, low_open=False))
     e, d = real(eps, "eps", 0, 1), real(delta, "delta", 0, 1)
     spike = float(np.sum(vector**4)) / square**2
-    return ceil((2 + (inverse - 3) * spike) / (e**2 * d))
+    return ceil((2 + (inverse - 3) * spike) / d / e / e)  # 0 where all draws are exact
 
 
+@without_floating_errors
 def jl_min_dim(N: ArrayLike, eps: ArrayLike, delta: ArrayLike, *, form: str = "closed") -> Int:
     """Return rows that keep all distances of N points to a factor 1 +- eps (squared).
 
@@ -156,19 +180,19 @@ def jl_min_dim(N: ArrayLike, eps: ArrayLike, delta: ArrayLike, *, form: str = "c
     choice(form, "form", TAIL_FORMS)
     twice = count * (count - 1)  # twice the number of pairs
     if form == "closed":
-        return ceil(np.log(twice / d) / _cubic_rate(e))
+        return ceil(log_quotient(twice, d) / _cubic_rate(e))
     if form == "larger":
-        return ceil(2 * np.log(twice / d) / upper_rate(e))
+        return ceil(2 * log_quotient(twice, d) / upper_rate(e))
 
-    def both(pairs: float, eps: float, delta: float) -> int:
-        upper, lower = eps - math.log1p(eps), -eps - math.log1p(-eps) if eps < 1 else math.inf
+    def both(log: float, upper: float, lower: float) -> int | float:
         return smallest(
-            lambda r: pairs * (math.exp(-r / 2 * upper) + math.exp(-r / 2 * lower)) <= delta
+            lambda r: -r / 2 * upper + math.log1p(math.exp(-r / 2 * (lower - upper))) <= -log
         )
 
-    return each(both, twice / 2, e, d)
+    return each(both, log_quotient(twice / 2, d), upper_rate(e), lower_rate(e))
 
 
+@without_floating_errors
 def jl_min_dim_dg(N: ArrayLike, eps: ArrayLike) -> Int:
     """Return the rows of Dasgupta and Gupta's lemma, which promises success only with 1/N.
 
@@ -197,6 +221,11 @@ def jl_min_dim_dg(N: ArrayLike, eps: ArrayLike) -> Int:
     return ceil(4 * np.log(count) / (e**2 / 2 - e**3 / 3))
 
 
+# See the notes of `jl_min_dim_exact_gaussian`.
+_TAILS = 1e-5
+
+
+@without_floating_errors
 def jl_min_dim_exact_gaussian(M: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> Int:
     """Return the fewest Gaussian rows for M vectors, from the exact law of ``|Sx|^2``.
 
@@ -211,26 +240,41 @@ def jl_min_dim_exact_gaussian(M: ArrayLike, eps: ArrayLike, delta: ArrayLike) ->
     delta : float or array
         In (0, 1).
 
+    Notes
+    -----
+    Below eps = 1e-5, where ``r (1 +- eps)`` would be rounded, both tails are taken from Temme's
+    uniform expansion ``erfc(sqrt(r (+-eps - ln(1 +- eps))/2))/2``, whose error in their sum is of
+    order 1/r.
+
     Examples
     --------
     >>> jl_min_dim_exact_gaussian(512 * 511 // 2, 0.5, 0.05)
     256
     """
+    from scipy.special import erfc
     from scipy.stats import chi2
 
     count = whole(M, "M").astype(np.float64)
     e, d = real(eps, "eps", 0, 1, high_open=False), real(delta, "delta", 0, 1)
-
-    def one(vectors: float, eps: float, delta: float) -> int:
-        return smallest(
-            lambda r: bool(
-                vectors * (chi2.sf(r * (1 + eps), r) + chi2.cdf(r * (1 - eps), r)) <= delta
-            )
+    if (d / count < 1e-300).any():
+        raise ValueError(
+            f"delta must be at least 1e-300 M, where the law has digits, got {d.min():g} for "
+            f"{count.max():g} vectors; use jl_min_dim"
         )
+
+    def tails(r: int, eps: float) -> float:
+        if eps >= _TAILS:
+            return float(chi2.sf(r * (1 + eps), r) + chi2.cdf(r * (1 - eps), r))
+        rates = float(upper_rate(np.array(eps))), float(lower_rate(np.array(eps)))
+        return float(sum(erfc(math.sqrt(r / 2 * rate)) for rate in rates)) / 2
+
+    def one(vectors: float, eps: float, delta: float) -> int | float:
+        return smallest(lambda r: vectors * tails(r, eps) <= delta)
 
     return each(one, count, e, d)
 
 
+@without_floating_errors
 def jl_min_dim_achlioptas(N: ArrayLike, eps: ArrayLike, beta: ArrayLike = 1.0) -> Int:
     """Return the rows of Achlioptas' theorem: all distances kept with probability 1 - N^-beta.
 
@@ -260,6 +304,7 @@ def jl_min_dim_achlioptas(N: ArrayLike, eps: ArrayLike, beta: ArrayLike = 1.0) -
     return ceil((4 + 2 * power) * np.log(count) / (e**2 / 2 - e**3 / 3))
 
 
+@without_floating_errors
 def jl_min_dim_chebyshev(eps: ArrayLike, delta: ArrayLike) -> Int:
     """Return rows that keep the norm of one vector, by Chebyshev: ``ceil(2/(eps^2 delta))``.
 
@@ -284,6 +329,7 @@ def jl_min_dim_chebyshev(eps: ArrayLike, delta: ArrayLike) -> Int:
     return ceil(2 / (e**2 * d))
 
 
+@without_floating_errors
 def inner_product_tail(r: ArrayLike, eps: ArrayLike) -> Float:
     """Bound ``P(|<Sx, Sy> - <x, y>| > eps |x| |y|)`` for a Gaussian S.
 
@@ -310,6 +356,7 @@ def inner_product_tail(r: ArrayLike, eps: ArrayLike) -> Float:
     return floats(np.minimum(2 * np.exp(-rows / 2 * upper_rate(e)), 1.0))
 
 
+@without_floating_errors
 def inner_product_min_dim(pairs: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> Int:
     """Return Gaussian rows that keep some inner products to ``eps |x| |y|``.
 
@@ -331,12 +378,18 @@ def inner_product_min_dim(pairs: ArrayLike, eps: ArrayLike, delta: ArrayLike) ->
     """
     count = whole(pairs, "pairs").astype(np.float64)
     e, d = real(eps, "eps", 0), real(delta, "delta", 0, 1)
-    return ceil(2 * np.log(2 * count / d) / upper_rate(e))
+    return pairs_min_dim(count, e, d)
+
+
+def pairs_min_dim(pairs: Array, eps: Array, delta: Array) -> Int:
+    """Return `inner_product_min_dim` of checked arguments; there may be more pairs than 2^63."""
+    return ceil(2 * log_quotient(2 * pairs, delta) / upper_rate(eps))
 
 
 # --- subspace embeddings: | U^T S^T S U - I |_2 <= eps, U (n, q) orthonormal ---------------
 
 
+@without_floating_errors
 def ose_gaussian(q: ArrayLike, eps: ArrayLike, delta: ArrayLike, *, sharp: bool = True) -> Int:
     """Return Gaussian rows that embed a q-dimensional subspace.
 
@@ -368,12 +421,13 @@ def ose_gaussian(q: ArrayLike, eps: ArrayLike, delta: ArrayLike, *, sharp: bool 
     """
     size = whole(q, "q").astype(np.float64)
     e, d = real(eps, "eps", 0, 1, high_open=False), real(delta, "delta", 0, 1)
-    log = 2 * np.log(2 / d)
-    if sharp:
-        return ceil((np.sqrt(size) + np.sqrt(log)) ** 2 / (np.sqrt(1 + e) - 1) ** 2)
+    log = 2 * log_quotient(2, d)
+    if sharp:  # sqrt(1 + eps) - 1 without cancellation
+        return ceil((np.sqrt(size) + np.sqrt(log)) ** 2 / (e / (np.sqrt(1 + e) + 1)) ** 2)
     return ceil(18 * (size + log) / e**2)
 
 
+@without_floating_errors
 def ose_gaussian_sv(q: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> Int:
     """Return Gaussian rows that put the singular values of S U into [1-eps, 1+eps].
 
@@ -394,9 +448,10 @@ def ose_gaussian_sv(q: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> Int:
     """
     size = whole(q, "q").astype(np.float64)
     e, d = real(eps, "eps", 0, 1), real(delta, "delta", 0, 1)
-    return ceil((np.sqrt(size) + np.sqrt(2 * np.log(2 / d))) ** 2 / e**2)
+    return ceil((np.sqrt(size) + np.sqrt(2 * log_quotient(2, d))) ** 2 / e**2)
 
 
+@without_floating_errors
 def ose_countsketch(
     q: ArrayLike, eps: ArrayLike, delta: ArrayLike, *, leverage_squares: ArrayLike = 0.0
 ) -> Int:
@@ -436,9 +491,10 @@ def ose_countsketch(
         low_open=False,
         high_open=False,
     )
-    return ceil((size**2 + size - 2 * squares) / (d * e**2))
+    return ceil((size**2 + size - 2 * squares) / d / e / e)  # 0 where all draws are exact
 
 
+@without_floating_errors
 def ose_srht(
     n: ArrayLike, q: ArrayLike, eps: ArrayLike, delta: ArrayLike, *, cap: bool = True
 ) -> Int:
@@ -472,11 +528,12 @@ def ose_srht(
     """
     length, size = whole(n, "n").astype(np.float64), whole(q, "q").astype(np.float64)
     e, d = real(eps, "eps", 0, 1, high_open=False), real(delta, "delta", 0, 1)
-    spread = (np.sqrt(size) + np.sqrt(8 * np.log(2 * length / d))) ** 2
-    rows = 3 * spread / e**2 * np.log(4 * size / d)
+    spread = (np.sqrt(size) + np.sqrt(8 * log_quotient(2 * length, d))) ** 2
+    rows = 3 * spread / e**2 * log_quotient(4 * size, d)
     return ceil(np.minimum(rows, length) if cap else rows)
 
 
+@without_floating_errors
 def ose_leverage(q: ArrayLike, beta: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> Int:
     """Return rows drawn with replacement by ``p_j >= beta l_j / q`` that embed a subspace.
 
@@ -504,9 +561,10 @@ def ose_leverage(q: ArrayLike, beta: ArrayLike, eps: ArrayLike, delta: ArrayLike
     size = whole(q, "q").astype(np.float64)
     quality = real(beta, "beta", 0, 1, high_open=False)
     e, d = real(eps, "eps", 0, 1, high_open=False), real(delta, "delta", 0, 1)
-    return ceil(3 * size / (quality * e**2) * np.log(2 * size / d))
+    return ceil(3 * size / (quality * e**2) * log_quotient(2 * size, d))
 
 
+@without_floating_errors
 def ose_uniform(
     n: ArrayLike, maxlev: ArrayLike, q: ArrayLike, eps: ArrayLike, delta: ArrayLike
 ) -> Int:
@@ -548,6 +606,7 @@ class SparseEmbedding(NamedTuple):
     r: Int
 
 
+@without_floating_errors
 def ose_sjlt(q: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> SparseEmbedding:
     """Return nonzeros a column and rows with which a sparse embedding is machine-checked.
 
@@ -574,5 +633,5 @@ def ose_sjlt(q: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> SparseEmbedding:
     """
     size = whole(q, "q").astype(np.float64)
     e, d = real(eps, "eps", 0, 1, high_open=False), real(delta, "delta", 0, 1)
-    log = np.maximum(1.0, np.ceil(np.log2(size / d)))
+    log = np.maximum(1.0, np.ceil(np.log2(size) - np.log2(d)))
     return SparseEmbedding(ceil(1356 * log / e), ceil(306456 * (size + log) / e**2))

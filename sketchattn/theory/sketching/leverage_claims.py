@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ..engine.arguments import Array
+from ..engine.arguments import Array, log_quotient
 from ..engine.assumptions import DENSE, PRODUCT
 from ..engine.audited import (
     distortion,
@@ -144,7 +144,7 @@ def _ridge_columns(context: Context, *, size: float = 4.0, delta: float = 0.05) 
     lam = _ridge_of_size(squares, size)
     law = (vt[: len(squares)] ** 2).T @ (squares / (squares + lam))
     law /= law.sum()
-    r = math.ceil(8 * size * math.log(instance.n / delta))
+    r = math.ceil(8 * size * float(log_quotient(instance.n, delta)))
     context.below(r, instance.n, 2.0, delta)
     # Columns of A in the coordinates of its left singular vectors.
     columns = np.ascontiguousarray(vt.T * sigma)

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...base.draws import Rng, as_generator
+from ...base.floating import without_floating_errors
 from ..engine.arguments import Array, Float, Int, choice, floats, real, spectrum_of, whole
-from .embeddings import inner_product_min_dim, upper_rate
+from .embeddings import inner_product_min_dim, lower_rate, upper_rate
 
 NORMS = ("fro", "spectral")
 
 
+@without_floating_errors
 def eckart_young_floor(sigma: ArrayLike, r: ArrayLike, norm: str = "fro") -> Float:
     """Return the error of the best matrix of rank r.
 
@@ -54,6 +56,7 @@ def _target(sigma: ArrayLike, k: int, o: int, least: int) -> tuple[Array, int, i
     return s, rank, over
 
 
+@without_floating_errors
 def rsvd_expected(sigma: ArrayLike, k: int, o: int, norm: str = "fro", *, power: int = 0) -> float:
     """Bound the mean error of a randomized range finder with k + o Gaussian columns.
 
@@ -117,6 +120,7 @@ class Tail(NamedTuple):
     failure: float
 
 
+@without_floating_errors
 def rsvd_tail(sigma: ArrayLike, k: int, o: int, t: float, u: float, norm: str = "fro") -> Tail:
     """Bound the error of a randomized range finder with high probability.
 
@@ -160,7 +164,7 @@ def rsvd_tail(sigma: ArrayLike, k: int, o: int, t: float, u: float, norm: str = 
     first = 1 + stretch * math.sqrt(3 * rank / (over + 1))
     second = stretch * math.e * math.sqrt(rank + over) / (over + 1)
     bound = first * tau if norm == "fro" else first * top + second * tau
-    failure = 2 * stretch**-over + math.exp(-(spread**2) / 2)
+    failure = 2 * stretch**-over + math.exp(-spread * spread / 2)
     return Tail(bound + spread * second * top, min(failure, 1.0))
 
 
@@ -179,6 +183,7 @@ def _columns(operator: Any) -> int:
     return int(shape[1])
 
 
+@without_floating_errors
 def posterior_factor(r: ArrayLike, delta: ArrayLike, *, form: str = "exact") -> Float:
     """Return the factor that turns ``max_i |B w_i|`` into an upper bound of ``|B|_2``.
 
@@ -214,6 +219,7 @@ def posterior_factor(r: ArrayLike, delta: ArrayLike, *, form: str = "exact") -> 
     return floats(np.asarray(1 / (math.sqrt(2) * erfinv(root))))
 
 
+@without_floating_errors
 def posterior_spectral_bound(
     operator: Any, r: int, delta: float, rng: Rng = None, *, form: str = "exact"
 ) -> float:
@@ -249,6 +255,7 @@ def posterior_spectral_bound(
     return factor * float(np.max(np.linalg.norm(images, axis=0), initial=0.0))
 
 
+@without_floating_errors
 def power_lower_bound(operator: Any, iterations: int = 8, rng: Rng = None) -> float:
     """Return a lower bound of ``|B|_2`` by power iteration; it always holds.
 
@@ -287,6 +294,7 @@ def power_lower_bound(operator: Any, iterations: int = 8, rng: Rng = None) -> fl
     return best
 
 
+@without_floating_errors
 def hutchinson_fro(operator: Any, r: int, rng: Rng = None) -> float:
     """Estimate ``|B|_F^2`` without bias from r products: ``mean_i |B w_i|^2``.
 
@@ -316,6 +324,7 @@ def hutchinson_fro(operator: Any, r: int, rng: Rng = None) -> float:
     return float(np.sum(images * images)) / count
 
 
+@without_floating_errors
 def hutchinson_tail(r: ArrayLike, eps: ArrayLike, side: str = "upper") -> Float:
     """Bound the probability that `hutchinson_fro` is off by a factor, for ANY matrix B.
 
@@ -344,10 +353,10 @@ def hutchinson_tail(r: ArrayLike, eps: ArrayLike, side: str = "upper") -> Float:
     if side == "upper":
         return floats(np.exp(-rows / 2 * upper_rate(real(eps, "eps", 0))))
     e = real(eps, "eps", 0, 1, high_open=False)
-    with np.errstate(divide="ignore"):
-        return floats(np.exp(-rows / 2 * (-e - np.log1p(-e))))
+    return floats(np.exp(-rows / 2 * lower_rate(e)))
 
 
+@without_floating_errors
 def hutchinson_min_dim(eps: ArrayLike, delta: ArrayLike) -> Int:
     """Return the products with which `hutchinson_fro` is within a factor 1 +- eps.
 
@@ -374,6 +383,7 @@ def hutchinson_min_dim(eps: ArrayLike, delta: ArrayLike) -> Int:
 SPECTRA = ("polynomial", "exponential", "step", "spiked", "flat-tail", "exact-rank", "kahan")
 
 
+@without_floating_errors
 def known_spectrum(name: str, m: int = 80, n: int = 60, rng: Rng = 0) -> tuple[Array, Array]:
     """Return a matrix (m, n) and its singular values, for tests of low-rank methods.
 

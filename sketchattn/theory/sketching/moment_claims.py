@@ -274,6 +274,7 @@ class _Reweighted:
     observes=SQUARE_ERROR,
     assumptions=PRODUCT,
     recorded={"reference": "violated"},
+    effects={"reference": -0.65},
     ladder=({"rank": 8}, {"rank": 16}, {"rank": 32}),
 )
 def _distinct_as_repeated(context: Context, *, rank: int = 16) -> Observations:

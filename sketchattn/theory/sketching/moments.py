@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from ...base.arguments import as_array, closest
 from ...base.draws import Rng, as_generator
+from ...base.floating import without_floating_errors
 from ..engine.arguments import Array, Float, choice, floats, matrix_of, product_of, real, whole
 
 
@@ -38,6 +39,7 @@ class AmmStats(NamedTuple):
         return self.b / self.a if self.a > 0 else 0.0
 
 
+@without_floating_errors
 def amm_stats(A: object, V: object) -> AmmStats:
     """Return ``a = |A|_F^2 |V|_F^2``, ``b = |A V|_F^2`` and ``c = sum_j |A_:j|^2 |V_j|^2``.
 
@@ -305,6 +307,7 @@ _PARAMETERS = {name: tuple(inspect.signature(f).parameters)[3:] for name, f in _
 _PARAMETERS["dct"] = ("replace",)
 
 
+@without_floating_errors
 def amm_expected_sqerr(kind: str, A: object, V: object, r: ArrayLike, **parameters: Any) -> Float:
     r"""Return the exact mean square error ``M = E |A S^T S V - A V|_F^2``.
 

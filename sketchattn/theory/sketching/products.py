@@ -8,11 +8,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..engine.arguments import Array, Float, Int, ceil, floats, product_of, real, whole
-from .embeddings import inner_product_min_dim
+from ...base.floating import without_floating_errors
+from ..engine.arguments import (
+    Array,
+    Float,
+    Int,
+    ceil,
+    floats,
+    log_quotient,
+    product_of,
+    real,
+    whole,
+)
+from .embeddings import pairs_min_dim
 from .moments import amm_expected_sqerr, amm_stats
 
 
+@without_floating_errors
 def amm_fro_markov(
     kind: str, A: object, V: object, r: ArrayLike, eps: ArrayLike, **parameters: Any
 ) -> Float:
@@ -48,6 +60,7 @@ def amm_fro_markov(
     return floats(np.minimum(moment / (e**2 * a), 1.0))
 
 
+@without_floating_errors
 def amm_fro_sampling_tail(
     beta: ArrayLike, r: ArrayLike, delta: ArrayLike, *, sharp: bool = False
 ) -> Float:
@@ -83,10 +96,11 @@ def amm_fro_sampling_tail(
     """
     quality = real(beta, "beta", 0, 1, high_open=False)
     rows, d = whole(r, "r").astype(np.float64), real(delta, "delta", 0, 1)
-    eta = 1 + np.sqrt((2 if sharp else 8) / quality * np.log(1 / d))
+    eta = 1 + np.sqrt((2 if sharp else 8) / quality * log_quotient(1, d))
     return floats(eta / np.sqrt(quality * rows))
 
 
+@without_floating_errors
 def amm_entrywise_min_dim(m: ArrayLike, d_v: ArrayLike, eps: ArrayLike, delta: ArrayLike) -> Int:
     """Return Gaussian rows with which all entries of A V are kept to ``eps |A_i| |V_:j|``.
 
@@ -112,10 +126,11 @@ def amm_entrywise_min_dim(m: ArrayLike, d_v: ArrayLike, eps: ArrayLike, delta: A
     >>> amm_entrywise_min_dim(512, 64, 0.5, 0.05), amm_entrywise_min_dim(512, 64, 0.1, 0.05)
     (299, 6008)
     """
-    pairs = whole(m, "m") * whole(d_v, "d_v")
-    return inner_product_min_dim(pairs, eps, delta)
+    pairs = whole(m, "m").astype(np.float64) * whole(d_v, "d_v")
+    return pairs_min_dim(pairs, real(eps, "eps", 0), real(delta, "delta", 0, 1))
 
 
+@without_floating_errors
 def amm_gaussian_tail(A: object, V: object, r: int, delta: float) -> Array:
     """Return bounds of the error of every column of A V for a Gaussian sketch.
 
@@ -153,18 +168,25 @@ def amm_gaussian_tail(A: object, V: object, r: int, delta: float) -> Array:
     a, v = product_of(A, V)
     rows = int(whole(r, "r"))
     d = float(real(delta, "delta", 0, 1)) / v.shape[1]
-    goal = 2 / rows * math.log(4 / d)
+
+    def log(count: int) -> float:
+        """Return ``ln(count/delta')``."""
+        return float(log_quotient(count, d) if d > 0 else log_quotient(count * v.shape[1], delta))
+
+    goal = 2 / rows * log(4)
+    reach = math.sqrt(2 * log(2))
     high = 1.0
     while high - math.log1p(high) < goal:
         high *= 2
     t = float(brentq(lambda x: x - math.log1p(x) - goal, 0.0, high, xtol=1e-13))
-    size = float(np.linalg.norm(a)) + float(np.linalg.norm(a, 2)) * math.sqrt(2 * math.log(2 / d))
+    size = float(np.linalg.norm(a)) + float(np.linalg.norm(a, 2)) * reach
     bound: Array = t * np.linalg.norm(a @ v, axis=0) + math.sqrt((1 + t) / rows) * size * (
         np.linalg.norm(v, axis=0)
     )
     return bound
 
 
+@without_floating_errors
 def amm_spectral_bernstein(
     asr: ArrayLike, m: ArrayLike, d_v: ArrayLike, r: ArrayLike, t: ArrayLike
 ) -> Float:
@@ -198,12 +220,13 @@ def amm_spectral_bernstein(
     0.000398
     """
     stable = real(asr, "asr", 1 - 1e-9, low_open=False)
-    sides = whole(m, "m") + whole(d_v, "d_v")
+    sides = whole(m, "m").astype(np.float64) + whole(d_v, "d_v")
     rows, size = whole(r, "r").astype(np.float64), real(t, "t", 0)
     bound = sides * np.exp(-rows * size**2 / (4 * stable * (1 + size / 3)))
     return floats(np.minimum(bound, 1.0))
 
 
+@without_floating_errors
 def amm_spectral_expected(asr: ArrayLike, m: ArrayLike, d_v: ArrayLike, r: ArrayLike) -> Float:
     """Bound ``E |A S^T S V - A V|_2 / (|A|_2 |V|_2)`` for the law of `amm_spectral_bernstein`.
 
@@ -221,11 +244,12 @@ def amm_spectral_expected(asr: ArrayLike, m: ArrayLike, d_v: ArrayLike, r: Array
     0.1417
     """
     stable = real(asr, "asr", 1 - 1e-9, low_open=False)
-    log = np.log(whole(m, "m") + whole(d_v, "d_v"))
+    log = np.log(whole(m, "m").astype(np.float64) + whole(d_v, "d_v"))
     rows = whole(r, "r").astype(np.float64)
     return floats(np.sqrt(4 * stable * log / rows) + 2 * stable * log / (3 * rows))
 
 
+@without_floating_errors
 def amm_spectral_min_dim(
     asr: ArrayLike, m: ArrayLike, d_v: ArrayLike, t: ArrayLike, delta: ArrayLike
 ) -> Int:
@@ -248,6 +272,6 @@ def amm_spectral_min_dim(
     528
     """
     stable = real(asr, "asr", 1 - 1e-9, low_open=False)
-    sides = whole(m, "m") + whole(d_v, "d_v")
+    sides = whole(m, "m").astype(np.float64) + whole(d_v, "d_v")
     size, d = real(t, "t", 0), real(delta, "delta", 0, 1)
-    return ceil(4 * stable * (1 + size / 3) * np.log(sides / d) / size**2)
+    return ceil(4 * stable * ((1 + size / 3) / size / size) * log_quotient(sides, d))

@@ -7,10 +7,12 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ...base.floating import without_floating_errors
 from ...errors.perturbation import tv_bound
 from ..engine.arguments import Array, Float, floats, real
 
 
+@without_floating_errors
 def perturbation_bound(width: ArrayLike) -> Float:
     """Return ``2 tanh(width/4)``, the most that a softmax can move in the 1-norm.
 

@@ -362,7 +362,7 @@ def _worst_changes(context: Context, width: float) -> list[tuple[Array, Array, A
     The change is ``width`` on a set of columns whose weight is as near to ``1/(1 + e^(W/2))`` as
     a random order allows, where a softmax moves most; 0 elsewhere.
     """
-    goal = 1 / (1 + math.exp(width / 2))
+    goal = 1 / (1 + math.exp(min(width / 2, 700.0)))
     v = context.instance.v if context.instance.has_values else None
     found = []
     for trial, rng in enumerate(context.generators()):

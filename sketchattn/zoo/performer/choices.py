@@ -30,7 +30,7 @@ def claims_of(form: Form) -> tuple[str, ...]:
         if form.features != "trigonometric":
             named.append("orthogonal_gain")
     if form.features == "trigonometric":
-        named += ["fourier_tail", "uniform_convergence"]
+        named += ["fourier_tail"]
         named += ["orthogonal_trigonometric"] if form.orthogonal else []
     else:
         named += ["eps_mixture", "eps_released"] if form.eps != 0 else []
