@@ -120,7 +120,7 @@ class SoftmaxAttention(AttentionOperator):
                 out[positions] = weights[:, chosen]
             return out
         q, k, _ = problem.astype(np.float64).arrays
-        logits = product(problem.scale * q, k[chosen].T)
+        logits: Array = product(problem.scale * q, k[chosen].T)
         lse = normalizer(problem)
         logits -= np.where(np.isfinite(lse), lse, 0)[:, None]
         # Hidden logits may lie far above the normaliser: out before they overflow.
