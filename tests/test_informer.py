@@ -1022,8 +1022,8 @@ def test_sampled_keys_are_not_gathered() -> None:
         gathered = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # The draw itself, and a few arrays of length n_q.
-    assert peak <= 2 * 8 * n * u < 4 * n * u * d / 8
+    # The draw itself, and three outputs: the rows, their mean, and what a product returns.
+    assert peak <= 8 * n * u + 3 * 4 * n * d < 4 * n * u * d / 8
     assert gathered >= 4 * n * u * d  # what is measured would show it
 
 

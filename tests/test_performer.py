@@ -110,8 +110,8 @@ def test_outputs_with_eps_hold_no_features(scale: float, dtype: Any) -> None:
 def test_features_with_eps_that_overflow_are_refused(side: str) -> None:
     arrays = {x: np.ones((6, 4), np.float32) for x in "qkv"}
     arrays[side][3] = 3e38
-    problem = sa.AttentionProblem(*arrays.values(), scale=1.0)
-    draw = {"features": np.full((5, 4), 9.0)}
+    problem = sa.AttentionProblem(*arrays.values(), scale=1e-3)  # whose logits are finite
+    draw = {"features": np.full((5, 4), 900.0)}
     with pytest.raises(ValueError, match=rf"^features @ {side}.T must be finite, got "):
         sa.Performer(5, eps=1e-3).attend(problem, draw=draw)
 

@@ -14,7 +14,7 @@ import pytest
 import sketchattn as sa
 from sketchattn import theory
 from sketchattn.cli import main
-from sketchattn.theory.engine import checking, registry
+from sketchattn.theory.engine import checking, registry, validation
 from sketchattn.theory.engine.registry import get_entry
 from sketchattn.theory.engine.validation import _chosen
 
@@ -100,7 +100,7 @@ def test_bundled_heads_are_checked_by_default(say: Say, monkeypatch: pytest.Monk
         given.update(claims=claims, heads=heads.names, numbers=numbers, progress=progress)
         raise ValueError("enough")
 
-    monkeypatch.setattr(theory, "validate", refuse)
+    monkeypatch.setattr(validation, "validate", refuse)
     assert say() == (2, "", "sketchattn: enough\n")
     assert given == {
         "claims": None,

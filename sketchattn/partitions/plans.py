@@ -39,6 +39,7 @@ class Plan:
 
     Examples
     --------
+    >>> from sketchattn.partitions import make_plan
     >>> plan = make_plan("fixed", 5, block=2)
     >>> plan.direct[4].tolist(), [plan.regions[t].tolist() for t in plan.row_regions[4]]
     ([4], [[0, 1], [2, 3]])

@@ -160,6 +160,7 @@ def theorem2_gain(x: ArrayLike, y: ArrayLike, r: int) -> float:
 
     Examples
     --------
+    >>> from sketchattn.zoo.performer.features import feature_mse
     >>> x, y = [0.5, -0.2, 0.1, 0.3], [0.1, 0.2, -0.2, 0.15]
     >>> bound = feature_mse(x, y, 4, orthogonal=False) - theorem2_gain(x, y, 4)
     >>> round(bound, 8), round(feature_mse(x, y, 4), 8)

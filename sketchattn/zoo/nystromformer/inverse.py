@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,8 @@ def _square(m: ArrayLike) -> Array:
 
 def check_iterations(iterations: object) -> int:
     """Return a number of steps of at least 0."""
+    if isinstance(iterations, numbers.Integral) and iterations < 0:
+        raise ValueError(f"iterations must be at least 0, got {int(iterations)}; the paper takes 6")
     remedy = "the paper takes 6, None is the exact pseudo-inverse"
     return check_count(iterations, "iterations", remedy, 0, " or None")
 
