@@ -472,7 +472,7 @@ def test_parameters_out_of_range(
 THREADS = """
 import hashlib
 import numpy as np
-from sketchattn.heads.files import make_heads
+from sketchattn.heads.families import make_heads
 from sketchattn.zoo.column_sampling import ColumnSampling
 from sketchattn.sampling import leverage_scores, leverage_scores_fast
 
