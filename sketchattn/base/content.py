@@ -27,7 +27,6 @@ Array = NDArray[Any]
 # Longer texts of parameters are replaced by their digest.
 _LONGEST = 1000
 _PLAIN = (type(None), type(...), type(NotImplemented), bool, int, float, complex, str, range)
-_BYTES = (bytes, bytearray)
 # What arrays with labels (pandas, polars, xarray) hold beside their values.
 _LABELS = ("name", "names", "dims", "columns", "index", "coords", "categories")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import numbers
 import os
 import platform
 import sys
@@ -12,38 +11,22 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
-import numpy as np
+from .arguments import check_count, check_flag
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def check_integer(value: object, name: str, least: int, remedy: str) -> int:
-    """Return an integer of at least ``least``; ``remedy`` ends the message otherwise."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}; {remedy}")
-    if int(value) < least:
-        raise ValueError(f"{name} must be at least {least}, got {int(value)}; {remedy}")
-    return int(value)
-
-
-def check_flag(value: object, name: str) -> bool:
-    """Return True or False; refuse what only behaves like one."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}; give True or False")
-    return bool(value)
-
-
 def check_jobs(jobs: object, unit: str) -> int:
     """Return how many units of work, such as heads, may be done at the same time."""
-    return check_integer(jobs, "jobs", 1, f"jobs=1 computes one {unit} after the other")
+    return check_count(jobs, "jobs", f"jobs=1 computes one {unit} after the other")
 
 
 def check_progress(progress: object) -> bool:
     """Return whether to show a bar: by default where stderr is a terminal."""
     if progress is None:
         return sys.stderr is not None and sys.stderr.isatty()
-    return check_flag(progress, "progress")
+    return check_flag(progress, "progress", "give True or False")
 
 
 def in_parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int) -> Generator[R, None, None]:

@@ -13,13 +13,13 @@ from ..base.arguments import (
     as_array,
     check_causal,
     check_finite,
+    check_flag,
     check_key_mask,
     check_scale,
 )
 from .checks import (
     check_attn_mask,
     check_computing,
-    check_flag,
     check_layout,
     check_offset,
     check_sink,

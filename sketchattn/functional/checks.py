@@ -15,6 +15,7 @@ from ..base.arguments import (
     as_float,
     as_precision,
     check_finite,
+    check_flag,
     check_same_dtype,
     check_width,
     float_dtype,
@@ -67,13 +68,6 @@ def check_layout(q: Array, k: Array, v: Array, *, enable_gqa: object) -> Layout:
         )
     (n_q, d), (n_k, d_v) = q.shape[-2:], v.shape[-2:]
     return Layout(q.shape[:-2], group, n_q, n_k, d, d_v)
-
-
-def check_flag(value: object, name: str) -> bool:
-    """Return True or False; refuse what only behaves like one."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}; pass True or False")
-    return bool(value)
 
 
 def check_computing(q: Array, compute_dtype: Any) -> np.dtype[Any]:

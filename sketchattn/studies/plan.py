@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..base.arguments import closest
+from ..base.arguments import check_count, check_flag, closest
 from ..base.files import as_folder
-from ..base.parallel import check_flag, check_integer, check_jobs, check_progress
+from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method
@@ -91,8 +91,8 @@ def make_plan(
     chosen_seeds = as_seeds(seeds)
     workers = check_jobs(jobs, "head")
     folder = as_folder(out)
-    resume = check_flag(resume, "resume")
-    pictures = check_flag(pictures, "pictures")
+    resume = check_flag(resume, "resume", "give True or False")
+    pictures = check_flag(pictures, "pictures", "give True or False")
     show = check_progress(progress)
     variants, left_out = as_methods(methods, problems, chosen_ranks)
     limits = as_bounds(bounds, problems, variants, chosen_ranks)
@@ -124,7 +124,7 @@ def _integers(values: Any, name: str, least: int) -> list[int]:
             f"{name} must be a sequence of integers, got {type(values).__name__}; "
             f"put it into a list"
         )
-    found = [check_integer(x, name, least, f"give {name} as integers") for x in values]
+    found = [check_count(x, name, f"give {name} as integers", least) for x in values]
     if not found:
         raise ValueError(f"{name} must hold at least one number, got none; leave {name} out")
     repeated = [x for i, x in enumerate(found) if x in found[:i]]
@@ -136,7 +136,7 @@ def _integers(values: Any, name: str, least: int) -> list[int]:
 def as_seeds(seeds: Any) -> list[int]:
     """Return the seeds; a number s stands for 0..s-1."""
     if isinstance(seeds, numbers.Integral):
-        return list(range(check_integer(seeds, "seeds", 1, "seeds=1 is one run a cell")))
+        return list(range(check_count(seeds, "seeds", "seeds=1 is one run a cell")))
     return _integers(seeds, "seeds", 0)
 
 
