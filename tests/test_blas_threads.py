@@ -231,7 +231,10 @@ def test_sketches(kind: str, dtype: Any, few_and_many: Each) -> None:
         sketch = sa.sketches.make_sketch(kind, 128, N, rng=0, dtype=dtype)
         small = np.ascontiguousarray(y[:128])
         found = [dict(sketch.arrays), sketch @ x, sketch.T @ small, sketch @ x[:, 0]]
-        return [*found, sketch.T @ small[:, 0], sketch.to_dense()]
+        again = type(sketch).from_arrays(
+            sketch.arrays, sketch.shape, dtype=dtype, **sketch.parameters
+        )
+        return [*found, sketch.T @ small[:, 0], sketch.to_dense(), again @ x]
 
     assert len(set(few_and_many(compute))) == 1
 
