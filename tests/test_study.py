@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,6 +390,22 @@ def run(folder: Path | None, heads: sa.Heads | None = None, **options: Any) -> s
 CELLS = 3 * 17
 
 
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, one_thread: None
+) -> tuple[Path, sa.StudyResult]:
+    """Give the folder of a finished study, not to be written to, and its result."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder)
+
+
+@pytest.fixture
+def whole(finished: tuple[Path, sa.StudyResult], tmp_path: Path) -> sa.StudyResult:
+    """Put a finished study into the folder of a test, and give its result."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return finished[1]
+
+
 def test_a_finished_study_is_reused_whole(tmp_path: Path) -> None:
     first = run(tmp_path)
     second = run(tmp_path)
@@ -414,8 +431,7 @@ def test_more_ranks_seeds_and_methods_reuse_what_is_there(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("cut", [1, 40, -1])
-def test_a_truncated_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
-    whole = run(tmp_path)
+def test_a_truncated_last_line_is_repaired(tmp_path: Path, whole: sa.StudyResult, cut: int) -> None:
     victim = sorted((tmp_path / "cells").glob("*.jsonl"))[1]
     lines = victim.read_bytes().splitlines(keepends=True)
     # Cut inside the line, or only its newline: a line is whole if it ends.
@@ -440,8 +456,9 @@ def test_a_truncated_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
         b"null\n",
     ],
 )
-def test_damaged_lines_are_computed_again(tmp_path: Path, broken: bytes) -> None:
-    whole = run(tmp_path)
+def test_damaged_lines_are_computed_again(
+    tmp_path: Path, whole: sa.StudyResult, broken: bytes
+) -> None:
     victim = sorted((tmp_path / "cells").glob("*.jsonl"))[0]
     lines = victim.read_bytes().splitlines(keepends=True)
     lines[2] = broken
@@ -452,8 +469,8 @@ def test_damaged_lines_are_computed_again(tmp_path: Path, broken: bytes) -> None
     assert len(journal_lines(tmp_path)) == CELLS  # all of them parse
 
 
+@pytest.mark.usefixtures("whole")
 def test_a_line_with_a_missing_value_is_computed_again(tmp_path: Path) -> None:
-    run(tmp_path)
     victim = sorted((tmp_path / "cells").glob("*.jsonl"))[0]
     lines = victim.read_text().splitlines()
     record = json.loads(lines[0])
@@ -462,14 +479,15 @@ def test_a_line_with_a_missing_value_is_computed_again(tmp_path: Path) -> None:
     assert run(tmp_path).computed == 1
 
 
-def test_other_heads_of_the_same_name_are_not_mixed_in(tmp_path: Path) -> None:
-    first = run(tmp_path)
+def test_other_heads_of_the_same_name_are_not_mixed_in(
+    tmp_path: Path, whole: sa.StudyResult
+) -> None:
     other = run(tmp_path, small_heads(rng=1))
-    assert other.frame["head"].equals(first.frame["head"])
+    assert other.frame["head"].equals(whole.frame["head"])
     assert other.reused == 0
     assert same_rows(other, run(None, small_heads(rng=1)))
-    assert same_rows(run(tmp_path), first)
-    assert not same_rows(first, other)
+    assert same_rows(run(tmp_path), whole)
+    assert not same_rows(whole, other)
 
 
 def test_cells_of_another_version_do_not_count(
@@ -901,8 +919,9 @@ def test_a_study_without_a_folder_needs_no_lock(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("digit", ["values", "seed", "rank"])
-def test_a_changed_digit_is_computed_again(tmp_path: Path, digit: str) -> None:
-    whole = run(tmp_path)
+def test_a_changed_digit_is_computed_again(
+    tmp_path: Path, whole: sa.StudyResult, digit: str
+) -> None:
     victim = sorted((tmp_path / "cells").glob("*.jsonl"))[0]
     lines = victim.read_text().splitlines(keepends=True)
     record = json.loads(lines[12])

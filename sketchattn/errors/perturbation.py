@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, check_finite, check_key_mask, check_scale, closest
 from ..base.floating import without_floating_errors
+from ..kernels._threads import product
 
 Array = NDArray[Any]
 Float = float | NDArray[np.float64]
@@ -378,7 +379,7 @@ def value_diameter(values: object) -> float:
     best = 0.0
     for start in range(0, len(v), BLOCK):
         part = slice(start, start + BLOCK)
-        pairs = squares[part, None] + squares - 2 * v[part] @ v.T
+        pairs = squares[part, None] + squares - product(2 * v[part], v.T)
         best = max(best, float(pairs.max()))
     return math.sqrt(best)
 
@@ -495,7 +496,8 @@ def compression_eta(
     eta = np.zeros(len(queries))
     for start in range(0, len(queries) if len(keys) else 0, BLOCK):
         part = slice(start, start + BLOCK)
-        eta[part] = np.ptp(low_q[part] @ low_k.T - queries[part] @ keys.T, axis=1)
+        changed = product(low_q[part], low_k.T) - product(queries[part], keys.T)
+        eta[part] = np.ptp(changed, axis=1)
     return eta * (abs(factor) / 2)
 
 
@@ -729,5 +731,7 @@ def quantization_eta(
     if len(keys) == 0:
         return np.zeros(len(queries))
     half = np.ptp(keys, axis=0) / 2
-    out: NDArray[np.float64] = factor * (e_q @ half + (np.abs(queries) + e_q) @ e_k.max(axis=0))
+    out: NDArray[np.float64] = factor * (
+        product(e_q, half) + product(np.abs(queries) + e_q, e_k.max(axis=0))
+    )
     return out

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels._threads import product
 from .call import Terms
 
 Array = NDArray[Any]
@@ -106,7 +107,7 @@ def add_non_finite(out: Array, lse: Array, q: Array, k: Array, v: Array, terms: 
             block = slice(start, min(start + step, n_q))
             seen, bias = _seen(terms, h, np.arange(n_q)[block], keys)
             with np.errstate(all="ignore"):
-                logits = terms.scale * (q[h, block] @ k_h[keys].T)
+                logits = terms.scale * product(q[h, block], k_h[keys].T)
                 if terms.softcap > 0:
                     logits = terms.softcap * np.tanh(logits / terms.softcap)
                 if bias is not None:
@@ -114,8 +115,9 @@ def add_non_finite(out: Array, lse: Array, q: Array, k: Array, v: Array, terms: 
                 weight = np.exp(logits - lse[h, block, None])
             positive = (seen & (weight > 0)).astype(np.float32)
             other = seen.astype(np.float32) - positive
-            high, low = positive @ up > 0, positive @ down > 0
-            lost = (seen.astype(np.float32) @ nan + other @ (up + down) > 0) | (high & low)
+            high, low = product(positive, up) > 0, product(positive, down) > 0
+            lost = product(seen.astype(np.float32), nan) + product(other, up + down) > 0
+            lost |= high & low
             # Logits of -inf alone leave no weight to divide by; an empty row sees no key.
             void = np.isneginf(lse[h, block]) & seen.any(axis=1)
             lse[h, block][void] = np.nan

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.floating import without_floating_errors
+from ..kernels._threads import product
 from ..problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -188,7 +189,7 @@ def _stream_rows(problem: AttentionProblem, rows: Array) -> tuple[Array, float]:
     block = max(_BLOCK // problem.n_k, 1)
     for start in range(0, len(rows), block):
         pick = rows[start : start + block]
-        logits = (wide.scale * wide.q[pick]) @ wide.k.T
+        logits = product(wide.scale * wide.q[pick], wide.k.T)
         seen = problem.visible(pick) if hides else None
         if seen is not None:
             logits[~seen] = 0.0

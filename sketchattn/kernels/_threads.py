@@ -216,8 +216,11 @@ def _leave(request: tuple[int, int]) -> None:
         if request not in _requests:
             return  # of a thread that a fork left behind
         _requests.remove(request)
+        smallest = min(_numbers(), default=None)
+        if smallest is not None and smallest <= request[1]:
+            return  # what is left holds already
         for library, before in zip(_blas(), _before, strict=True):
-            _set(library, min(_numbers()) if _requests else before)
+            _set(library, before if smallest is None else smallest)
 
 
 def _numbers() -> list[int]:
@@ -277,8 +280,17 @@ def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[
     For products in BLAS that must not depend on the number of threads: each piece is done with
     one thread of BLAS, and pieces follow from the shapes alone.  BLAS starts no threads either,
     which would keep a core busy for milliseconds after their work, beside the next kernel.
+    Floating-point exceptions are treated as where this is called.
     """
     from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
+    settings = np.geterr()
+
+    def elsewhere(piece: slice) -> T:
+        with np.errstate(**settings):
+            return work(piece)
 
     with blas_single_thread():
         workers = min(thread_count(), len(pieces))
@@ -286,19 +298,21 @@ def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[
             yield from map(work, pieces)
         else:
             with ThreadPoolExecutor(workers) as pool:
-                yield from pool.map(work, pieces)
+                yield from pool.map(elsewhere, pieces)
 
 
 def product(a: Any, b: Any) -> Any:
-    """Return the matrix product ``a b`` with the same bits for any number of threads.
+    """Return the product ``a b``, as ``a @ b``, with the same bits for any number of threads.
 
-    Pieces of rows, of at least 2^25 operations, are done with one thread of BLAS each.  A factor
-    that is no array multiplies as it does.
+    For two matrices pieces of rows, of at least 2^25 operations, are done with one thread of BLAS
+    each.  Vectors and stacks of matrices multiply on one thread, and a factor that is no array
+    multiplies as it does.
     """
     import numpy as np
 
-    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
-        return a @ b
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)) or a.ndim != 2 or b.ndim != 2:
+        with blas_single_thread():
+            return a @ b
     rows = max(64, (1 << 24) // max(1, b.size))
     out = np.empty((a.shape[0], b.shape[1]), np.result_type(a, b))
 

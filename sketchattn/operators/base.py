@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from ..base.quiet import quiet
+from ..kernels._threads import blas_single_thread
 
 Array = NDArray[Any]
 Index = ArrayLike | slice
@@ -70,13 +71,18 @@ class AttentionOperator(Operator):
     path = "sketch"
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Keep the processor's floating-point flags out of all products.
+        """Keep the processor's floating-point flags, and threads of BLAS, out of all products.
 
         BLAS may raise them for finite numbers: vector kernels compute lanes that are thrown away.
         NumPy then warns, or raises under ``np.errstate``, though the product is right.  What a
         product really overflows to, or NaN, is in its result.
+
+        BLAS rounds otherwise for other numbers of threads; products are the same bits for all.
         """
         super().__init_subclass__(**options)
+        for name in ("__init__", *PRODUCTS):
+            if name in vars(cls):
+                setattr(cls, name, blas_single_thread()(vars(cls)[name]))
         quiet(cls, "__init__", *PRODUCTS)
 
     def __init__(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.head import Head
+from ..kernels._threads import product
 from .base import AttentionOperator, Index, pick
 from .softmax import exact_of
 
@@ -94,7 +95,7 @@ class ProductSketch(AttentionOperator):
     def _rmatmat(self, y: Array) -> Array:
         y = self._cast(y)
         z = (exact_of(self.problem).T @ y)[self.problem.kept_keys]
-        return self._spread(z, self._seen() @ y)
+        return self._spread(z, product(self._seen(), y))
 
     def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""

@@ -76,7 +76,7 @@ class SoftmaxAttention(AttentionOperator):
         if is_steep(problem):
             out = np.zeros((problem.n_k, y.shape[1]))
             for positions, weights, _ in softmax_tiles(problem, np.arange(problem.n_q)):
-                out += (weights**power).T @ y[positions]
+                out += product((weights**power).T, y[positions])
             return out
         mask = problem.key_mask
         q, k, _ = problem.astype(np.float64).arrays
@@ -171,7 +171,7 @@ def entries(problem: Head, columns: Array) -> Array:
             made[positions] = np.take_along_axis(rows, columns[positions], axis=1)
         return made
     q, k, _ = problem.astype(np.float64).arrays
-    logits = (k[columns] @ (problem.scale * q)[:, :, None])[:, :, 0]
+    logits = product(k[columns], (problem.scale * q)[:, :, None])[:, :, 0]
     weights: Array = np.exp(logits - normalizer(problem)[:, None])
     return weights
 

@@ -75,7 +75,7 @@ def _solve_steep(problem: Head, rows: Array, x: Array, out: Array, lse: Array) -
     steep = np.flatnonzero(np.isin(rows, steep_rows(problem)))
     values = x.astype(np.float64, copy=False) if len(steep) else x
     for positions, weights, normalizer in softmax_tiles(problem, rows[steep]):
-        out[steep[positions]] = weights @ values
+        out[steep[positions]] = product(weights, values)
         lse[steep[positions]] = normalizer
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..base.arguments import check_logits
 from ..base.head import Head
+from ..kernels._threads import product
 
 Array = NDArray[Any]
 
@@ -109,7 +110,7 @@ def tiles_of(problem: Head, rows: Array) -> Iterator[tuple[Array, Array]]:
     for positions in np.split(order, starts[1:]) if len(rows) else ():
         first = int(tile[positions[0]]) * TILE
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            logits = (problem.scale * q[first : first + TILE]) @ k.T
+            logits = product(problem.scale * q[first : first + TILE], k.T)
         logits = logits[rows[positions] - first]
         seen = problem.visible_counts()[rows[positions]] > 0
         if hidden:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..base.arguments import as_array, as_real, check_count, check_positive
 from ..base.draws import Rng, as_generator
 from ..base.floating import without_floating_errors
-from ..kernels._threads import blas_single_thread
+from ..kernels._threads import blas_single_thread, product
 from .draws import ColumnDraw
 from .leverage import as_matrix
 
@@ -68,7 +68,7 @@ class ExponentialKernel:
 
     def block(self, rows: Array, columns: Array) -> Array:
         """Return the entries of chosen rows and columns, float64 (len(rows), len(columns))."""
-        logits = (self.scale * self.points[rows]) @ self.points[columns].T
+        logits: Array = product(self.scale * self.points[rows], self.points[columns].T)
         logits -= self.shift
         # |x_i.x_j| <= max |x|^2 up to rounding of the product.
         entries: Array = np.exp(np.minimum(logits, 0.0, out=logits), out=logits)

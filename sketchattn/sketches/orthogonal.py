@@ -230,8 +230,10 @@ class HaarSketch(DenseSketch):
 
     @classmethod
     def _check_entries(cls, matrix: Array) -> None:
+        from ..kernels._threads import product
+
         wide = matrix.astype(np.float64)
-        error = float(np.abs(wide @ wide.T - np.eye(len(wide))).max())
+        error = float(np.abs(product(wide, wide.T) - np.eye(len(wide))).max())
         # Rounding to float32 moves a product of two rows by at most 2^-23.
         if error > 1e-6:
             raise ValueError(

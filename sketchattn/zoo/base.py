@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator
 from ..base.arguments import check_rank, closest, stacked
 from ..base.draws import Draw, Rng, as_generator
 from ..base.quiet import quiet
+from ..kernels._threads import blas_single_thread
 from ..operators.base import AttentionOperator
 from ..operators.steep import check_overflow
 from ..problem import AttentionProblem
@@ -145,7 +146,9 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     """Hold the hyper-parameters of one way to approximate ``A``; no data.
 
     Subclasses name their parameters in ``__init__`` (scikit-learn's convention), state their
-    ``traits``, and define ``_draw`` and ``_approximate``, which see checked arguments only.
+    ``traits``, and define ``_draw`` and ``_approximate``, which see checked arguments only.  BLAS
+    has one thread there, for the same bits on any machine: large products are work for kernels, or
+    for ``kernels._threads.product``.
     """
 
     name: str
@@ -187,6 +190,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     def _check_parameters(self) -> None:
         """Refuse hyper-parameters out of range; the base class knows only ``rank``."""
 
+    @blas_single_thread()
     def draw(self, problem: AttentionProblem, rng: Rng = None) -> Draw:
         """Return everything random that the method uses on a problem.
 
@@ -204,6 +208,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         self.check(problem)
         return self._draw(problem, as_generator(rng))
 
+    @blas_single_thread()
     def approximate(
         self,
         problem: AttentionProblem,
@@ -234,6 +239,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         """
         return self._approximate(problem, self._checked(problem, rng, draw))
 
+    @blas_single_thread()
     def attend(
         self,
         problem: AttentionProblem,
@@ -274,6 +280,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         values = problem.arrays.v  # writeable, unlike problem.values: kernels need no copy
         return np.asarray(ahat @ (problem.values if values is None else values))
 
+    @blas_single_thread()
     def attend_heads(
         self,
         problems: Sequence[AttentionProblem],

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...base.arguments import check_choice, check_flag, check_rank, closest
 from ...base.draws import Draw, check_draw
+from ...kernels._threads import product
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.partitioned.dyadic import Dyadic
@@ -494,9 +495,9 @@ class Combiner(Method):
         if self.metric == "query":
             queries = problem.q.astype(np.float64)
             queries = queries - queries.mean(axis=0)
-            covariance = queries.T @ queries / len(queries)
+            covariance = product(queries.T, queries) / len(queries)
             values, vectors = np.linalg.eigh(covariance)
-            keys = keys @ (vectors * np.sqrt(np.maximum(values, 0)))
+            keys = product(keys, vectors * np.sqrt(np.maximum(values, 0)))
         found = kmeans(keys, min(max(count, 1), len(kept)), seed).labels
         before = np.maximum(np.searchsorted(kept, np.arange(problem.n_k), side="right") - 1, 0)
         return np.asarray(found[before], np.int64)

@@ -25,6 +25,7 @@ from ...base.arguments import (
     float_dtype,
 )
 from ...base.draws import Draw, Rng, check_draw
+from ...kernels._threads import product
 from ...operators.base import AttentionOperator
 from ...operators.factored import FactoredAttention, zero_attention
 from ...operators.softmax import SoftmaxAttention
@@ -254,7 +255,7 @@ class Performer(Method):
         form = self.form
         if form.features == "trigonometric" or form.eps > 0:
             left, right = self._dense(problem, draw)
-            total = left @ right.sum(axis=1)
+            total = product(left, right.sum(axis=1))
             with np.errstate(over="ignore"):
                 inverse = np.divide(1, total, out=np.zeros_like(total), where=total != 0)
             u = left * np.where(np.isfinite(inverse), inverse, 0)[:, None]
@@ -366,7 +367,7 @@ class Performer(Method):
         kept = problem.kept_keys
         if self.form.features == "trigonometric" and len(kept):
             left, right = self._dense(problem, made)
-            wrong = int((left @ right.sum(axis=1) <= 0).sum())
+            wrong = int((product(left, right.sum(axis=1)) <= 0).sum())
         x, y = (z.astype(np.float64) for z in self._scaled(problem))
         sizes = [np.linalg.norm(z, axis=1).max(initial=0.0) for z in (x, y[kept])]
         largest = float(sum(sizes) ** 2)
