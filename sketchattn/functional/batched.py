@@ -145,7 +145,8 @@ def attention(
     Returns
     -------
     out : ndarray (..., h, n_q, d_v)
-        In the dtype of ``q``.  Rows that see no key are zero.
+        In the dtype of ``q``; float32 for tensors in bfloat16, which NumPy does not have.  Rows
+        that see no key are zero.
     lse : ndarray (..., h, n_q)
         Only with ``return_lse``: in the computing precision, -inf for a row that sees no key.
 
