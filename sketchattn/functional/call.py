@@ -145,7 +145,8 @@ def check_call(
 
     Only keys and values may still be non-finite: whether they may be depends on the method.
     """
-    arrays = as_arrays(q, k, v)
+    made = as_arrays(q, k, v)
+    arrays = made[0], made[1], made[2]
     layout = check_layout(*arrays, enable_gqa=enable_gqa)
     computing = check_computing(arrays[0], compute_dtype)
     factor = check_scale(scale, layout.d)
