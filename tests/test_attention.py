@@ -565,6 +565,27 @@ def test_tensors_of_torch_are_accepted() -> None:
         attention(q, k, v.requires_grad_())
 
 
+@pytest.mark.parametrize("label", ["q", "k", "v"])
+@pytest.mark.parametrize("other", ["float64", "float16", "bfloat16"])
+def test_tensors_of_mixed_precision_are_refused(label: str, other: str) -> None:
+    torch = pytest.importorskip("torch")
+    given = {name: torch.ones((1, 4, 3)) for name in "qkv"}
+    given[label] = given[label].to(getattr(torch, other))
+    q = other if label == "q" else "float32"
+    refused, got = ("k", "float32") if label == "q" else (label, other)
+    message = f"{refused} must have the dtype {q} of q, got {got}; convert q, k and v to one dtype"
+    with pytest.raises(TypeError, match=exactly(message)):
+        attention(**given)
+    with pytest.raises(TypeError, match=exactly(message)):
+        attention(**given, method="uniform", rank=2, rng=0)
+    with pytest.raises(TypeError, match=exactly(message)):
+        sa.AttentionProblem(**{name: x[0] for name, x in given.items()})
+    with pytest.raises(TypeError, match=exactly(message)):
+        sa.Heads(**given)
+    alike = {name: x.to(getattr(torch, other)) for name, x in given.items()}
+    assert attention(**alike).dtype == ("float32" if other == "bfloat16" else other)
+
+
 # --- empty rows, hidden keys, visible NaN, large logits ------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from method_cases import CASES, IDS, MethodCase, supports, unit_roundoff
+from naive import naive_attention
 from numpy.typing import NDArray
 
 import sketchattn as sa
@@ -110,6 +111,140 @@ def test_exactly_representable_logits_of_any_size(
         wanted = np.linalg.norm(truth, axis=axis)
         slack = 4 * (D + 5) * unit_roundoff(np.float64) * min(bound, STEEP) * (N_K + N_Q)
         assert np.abs(norm - wanted).max() <= slack
+
+
+def naive(problem: sa.AttentionProblem, **options: Any) -> tuple[Array, Array, Array]:
+    """Return A, A V and the logsumexp by loops; logits that are exact in float64 stay exact."""
+    return naive_attention(
+        problem.q,
+        problem.k,
+        problem.values,
+        scale=problem.scale,
+        first=problem.offset,
+        right=0 if problem.causal else None,
+        key_mask=problem.key_mask,
+        **options,
+    )
+
+
+# About 1e2, 1e4, 1e6, 1e8, 1e12, 1e16 and 1e30.
+POWERS = [7, 13, 20, 27, 40, 53, 100]
+
+
+@pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_whatever_says_something_about_a_head_says_the_same(
+    sign: int, dtype: Any, power: int, options: dict[str, Any]
+) -> None:
+    problem = representable(sign * 2.0**power, dtype, **options)
+    values = np.random.default_rng(5).standard_normal((N_K, 3)).astype(dtype)
+    problem = sa.AttentionProblem(problem.q, problem.k, values, scale=1.0, **options)
+    a, exact, lse = naive(problem)
+    bound = bound_of_logits(problem)
+    u, wide = unit_roundoff(dtype), unit_roundoff(np.float64)
+    # Up to STEEP the base of logits and normalisers is 2, and both are rounded.
+    delta, far = (0.0 if bound > STEEP else (D + 5) * x * bound for x in (u, wide))
+    small, tiny = (float(np.expm1(2 * x)) + (N_K + 8) * y for x, y in ((delta, u), (far, wide)))
+    size = float(np.abs(values).max())
+    seen = lse > -np.inf
+
+    out, other = sa.attention(problem.q, problem.k, values, scale=1.0, return_lse=True, **options)
+    for found in (out, problem.output, problem.exact @ values):
+        assert np.abs(found - exact).max() <= small * size
+    for found in (other, problem.logsumexp):
+        assert np.array_equal(np.isneginf(found), ~seen)
+        least = delta + 4 * u * (1 + np.abs(lse[seen]).max())
+        assert np.abs(found[seen] - lse[seen]).max() <= least
+
+    wrong = np.asarray(exact + 0.5, dtype)
+    theta = float(np.linalg.norm(wrong - exact) / np.linalg.norm(exact))
+    certificate = sa.certify(problem, wrong)
+    assert certificate.kind == "exact"
+    assert certificate.estimate == pytest.approx(theta, rel=100 * tiny)
+    even = np.full(a.shape, 1.0 / N_K)
+    tv = 0.5 * np.abs(even - a).sum(axis=1)[seen]
+    for path in ("dense", "streaming"):
+        made = sa.error_report(problem, output=wrong, path=path, spectral=False)
+        assert made.output_fro_rel == pytest.approx(theta, rel=100 * tiny)
+        made = sa.error_report(problem, even, path=path, spectral=False)
+        assert made.row_tv_mean == pytest.approx(float(tv.mean()), abs=N_K * tiny)
+        assert made.row_tv_max == pytest.approx(float(tv.max()), abs=N_K * tiny)
+        made = sa.error_report(problem, a, path=path, spectral=False)
+        assert max(made.matrix_fro_rel, made.row_tv_max, abs(made.row_kl_mean)) <= N_K * tiny
+
+    report = sa.describe(problem)
+    logs = np.log(a, out=np.zeros_like(a), where=a > 0)
+    entropy = -(a * logs).sum(axis=1)[seen]
+    # A logit off by far moves a term of the entropy by that, times one and the logarithm.
+    loose = (N_K + 8) * (tiny + far) * (1 + float(np.log(N_K)) + 2 * far)
+    assert np.log(report.perplexity_mean) == pytest.approx(float(entropy.mean()), abs=loose)
+    assert np.log(report.perplexity_min) == pytest.approx(float(entropy.min()), abs=loose)
+    assert np.log(report.perplexity_max) == pytest.approx(float(entropy.max()), abs=loose)
+    logits = problem.q.astype(np.float64) @ problem.k.astype(np.float64).T
+    assert report.max_logit == np.abs(logits[problem.visible()]).max()
+    sums = lse[seen]
+    slack = 2 * far + 8 * wide * (1 + np.abs(sums).max())
+    assert report.log_kappa == pytest.approx(float(sums.max() - sums.min()), abs=slack)
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_attention_with_every_option_at_any_size(sign: int, dtype: Any, power: int) -> None:
+    size = sign * 2.0**power
+    problem = representable(size, dtype)
+    rng = np.random.default_rng(6)
+    values = rng.standard_normal((N_K, 3)).astype(dtype)
+    unit = max(abs(size) * 2.0**-18, 0.25)
+    bias = (unit * rng.integers(-4, 5, (N_Q, N_K))).astype(dtype)
+    bias[rng.random(bias.shape) < 0.2] = -np.inf
+    bias[3] = -np.inf
+    everything: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"attn_mask": bias}, {"mask": bias.astype(np.float64)}),
+        ({"attn_mask": bias > 0}, {"mask": bias > 0}),
+        ({"window": (2, 1)}, {"left": 2, "right": 1}),
+        ({"causal": True, "offset": -2}, {"first": -2, "right": 0}),
+        ({"sink": np.array([size], dtype)}, {"sink": size}),
+        ({"softcap": 4 * abs(size)}, {"softcap": 4 * abs(size)}),
+    ]
+    for given, meant in everything:
+        _, exact, lse = naive_attention(problem.q, problem.k, values, scale=1.0, **meant)
+        out, found = sa.attention(
+            problem.q[None], problem.k[None], values[None], scale=1.0, return_lse=True, **given
+        )
+        seen = lse > -np.inf
+        bound = bound_of_logits(problem)
+        u = unit_roundoff(np.float64 if bound > STEEP else dtype)
+        # A cap divides, takes tanh and multiplies; then logits are no longer exact.
+        rounded = "softcap" in given or bound <= STEEP
+        delta = (D + 9) * u * bound if rounded else 0.0
+        small = float(np.expm1(min(2 * delta, 1.0))) + (N_K + 8) * unit_roundoff(dtype)
+        assert np.abs(out[0] - exact).max() <= small * np.abs(values).max(), given
+        assert np.array_equal(np.isneginf(found[0]), ~seen)
+        least = delta + 4 * unit_roundoff(dtype) * (1 + np.abs(lse[seen]).max())
+        assert np.abs(found[0, seen] - lse[seen]).max() <= least, given
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_heads_of_attention_are_steep_row_by_row(dtype: Any) -> None:
+    """Neither other heads nor what a row does not see change a bit of it, finite or not."""
+    rng = np.random.default_rng(7)
+    q, k, v = rng.standard_normal((3, 2, 200, D)).astype(dtype)
+    plain = sa.attention(q, k, v, causal=True)
+    for value in (1e8, np.inf, np.nan):
+        later = k.copy()
+        later[:, 150:] *= dtype(value)
+        found = sa.attention(q, later, v, causal=True)
+        assert np.array_equal(found[:, :150], plain[:, :150])
+    large = q.copy()
+    large[1] *= dtype(1e8)
+    assert np.array_equal(sa.attention(large, k, v, causal=True)[0], plain[0])
+    marked = v.copy()
+    marked[:, 150:] = np.nan
+    steep = sa.attention(large, k, v, causal=True)
+    assert np.array_equal(sa.attention(large, k, marked, causal=True)[:, :150], steep[:, :150])
 
 
 @pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)

@@ -560,8 +560,7 @@ def test_exact_side_certificate_and_report_agree_on_extreme_logits(
     dtype: Any, size: float, sign: float, level: bool
 ) -> None:
     u = float(np.finfo(dtype).eps)
-    # Streams compare exp(L - logsumexp), whose exponent is off by its rounding, up to a limit.
-    rounding = 64 * u + 8 * 2.0**-52 * min(9 * size, metrics.LARGEST_LSE)
+    rounding = 64 * u  # all of these rows are steep, and divided by their own sums
     for options in EXTREME:
         problem, a = extreme(sign * size, dtype, options, level)
         exact = a @ problem.values.astype(np.float64)

@@ -75,6 +75,10 @@ def test_methods_draws_and_approximations(
         draw = method.draw(problem, rng=0)
         assert equal(through(draw), draw)
         ahat = method.approximate(problem, draw=draw)
+        ahat.row_sums()
+        sa.error_report(problem, ahat, path="streaming", spectral=False)  # what it keeps is there
+        assert equal(through(problem), problem)
+        assert equal(through(problem.exact), problem.exact)
         again = through(ahat)
         x, y = problem.values, np.ones((problem.n_q, 2), dtype)
         assert equal(again, ahat)

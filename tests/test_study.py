@@ -918,6 +918,26 @@ def test_a_study_without_a_folder_needs_no_lock(monkeypatch: pytest.MonkeyPatch)
     assert run(None).computed == CELLS
 
 
+@pytest.mark.parametrize("name", ["mkdir", "open", "write"])
+def test_a_study_without_a_folder_needs_no_disk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, real = run(None), getattr(os, name)
+
+    def refuse(where: Any, *args: Any, **options: Any) -> Any:
+        line = name == "write" and bytes(args[0]).startswith(b"{")
+        if line or (name != "write" and "sketchattn-" in str(where)):
+            refused.append(where)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(where, *args, **options)
+
+    refused: list[Any] = []
+    with monkeypatch.context() as full:
+        full.setattr(os, name, refuse)
+        found = run(None)
+        assert run(None, resume=False).computed == CELLS
+    assert refused
+    assert same_rows(plain, found)
+
+
 @pytest.mark.parametrize("digit", ["values", "seed", "rank"])
 def test_a_changed_digit_is_computed_again(
     tmp_path: Path, whole: sa.StudyResult, digit: str

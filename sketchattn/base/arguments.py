@@ -130,7 +130,7 @@ def as_array(x: object, name: str) -> Array:
         raise TypeError(
             f"{name} must not require a gradient, since none is computed; pass {name}.detach()"
         )
-    if str(getattr(x, "dtype", "")).endswith("bfloat16") and callable(getattr(x, "float", None)):
+    if _is_widened(x):
         x = x.float()  # type: ignore[attr-defined]  # a tensor's exact widening, checked above
     try:
         if hasattr(x, "__array__") or not hasattr(x, "__dlpack__"):
@@ -142,6 +142,27 @@ def as_array(x: object, name: str) -> Array:
             f"{name} must be an array in CPU memory, got {type(x).__name__} "
             f"which cannot be read ({reason}); convert it to a NumPy array first"
         ) from error
+
+
+def _is_widened(x: object) -> bool:
+    """Say whether something is a tensor in bfloat16, which becomes an array in float32."""
+    if isinstance(x, np.ndarray):
+        return False
+    return str(getattr(x, "dtype", "")).endswith("bfloat16") and callable(getattr(x, "float", None))
+
+
+def as_arrays(*given: object) -> list[Array]:
+    """Return q, k and, where it is given, v as arrays.
+
+    Tensors in bfloat16 beside others are refused here: as arrays they could be taken for float32.
+    """
+    made = [as_array(x, label) for x, label in zip(given, "qkv", strict=False)]
+    if any(map(_is_widened, given)):
+        pairs = zip(given, made, strict=True)
+        names = ["bfloat16" if _is_widened(x) else y.dtype.name for x, y in pairs]
+        for label, name in zip("kv", names[1:], strict=False):
+            _same_dtype(label, name, names[0])
+    return made
 
 
 def float_dtype(x: Array, name: str) -> np.dtype[Any]:
@@ -224,10 +245,15 @@ def check_same_dtype(q: Array, k: Array, v: Array | None) -> None:
     """Refuse mixed precisions: which one to compute in would be a guess."""
     for name, x in (("k", k), ("v", v)):
         if x is not None and x.dtype.name != q.dtype.name:  # the byte order does not matter
-            raise TypeError(
-                f"{name} must have the dtype {q.dtype} of q, got {x.dtype}; "
-                f"convert q, k and v to one dtype"
-            )
+            _same_dtype(name, str(x.dtype), str(q.dtype))
+
+
+def _same_dtype(label: str, name: str, wanted: str) -> None:
+    if name != wanted:
+        raise TypeError(
+            f"{label} must have the dtype {wanted} of q, got {name}; "
+            f"convert q, k and v to one dtype"
+        )
 
 
 def check_scale(scale: object, d: int) -> float:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .arguments import (
     Causal,
-    as_array,
+    as_arrays,
     as_precision,
     check_causal,
     check_finite,
@@ -69,8 +69,8 @@ class Head:
         key_mask: ArrayLike | None = None,
         name: str | None = None,
     ) -> None:
-        raw_q, raw_k = as_array(q, "q"), as_array(k, "k")
-        raw_v = None if v is None else as_array(v, "v")
+        raw_q, raw_k, *rest = as_arrays(q, k) if v is None else as_arrays(q, k, v)
+        raw_v = rest[0] if rest else None
         for label, x in (("q", raw_q), ("k", raw_k), ("v", raw_v)):
             if x is not None and x.ndim != 2:
                 raise ValueError(

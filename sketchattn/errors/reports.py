@@ -14,6 +14,7 @@ from ..base.floating import without_floating_errors
 from ..kernels._threads import blas_single_thread
 from ..operators.base import AttentionOperator, Operator
 from ..operators.spectra import dense_spectral_norm, exact_spectral_norm, spectral_norm
+from ..operators.steep import steep_rows
 from ..operators.wrapped import as_operator
 from ..problem import AttentionProblem
 from .certificates import ErrorCertificate as ErrorCertificate
@@ -25,9 +26,6 @@ Array = NDArray[Any]
 DENSE_ENTRIES = 1 << 22
 # Entries of the block of rows of Ahat that is compared in one piece.
 BLOCK_ENTRIES = 1 << 22
-# A logsumexp of this size is off by 1e-10, and exp(L - lse) with it; beyond it rows of A are
-# divided by their own sums.
-LARGEST_LSE = 2.0**19
 
 
 @dataclass(frozen=True)
@@ -115,19 +113,22 @@ def _dense_rows(exact: Array, other: Array) -> _Rows:
 
 
 def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
-    """Return the sums from blocks of rows of Ahat, beside tiles of A."""
+    """Return the sums from blocks of rows of Ahat, beside tiles of A.
+
+    A block with a steep row takes A as the exact side has it: tiles are ``exp(L - lse)``.
+    """
     from ..kernels.softmax import compare_rows
 
     q, k, _ = wide.arrays
     mask = wide.key_mask
     out = np.empty((wide.n_q, 4))
     lse = wide.logsumexp.copy()
-    large = _large(lse)
+    steep = np.isin(np.arange(wide.n_q), steep_rows(wide))
     block = max(1, BLOCK_ENTRIES // wide.n_k)
     for start in range(0, wide.n_q, block):
         part = slice(start, min(start + block, wide.n_q))
         rows = ahat.rows(part)
-        if large[part].any():
+        if steep[part].any():
             found = _dense_rows(wide.exact.rows(part), np.asarray(rows, np.float64))
             out[part] = np.stack(
                 [found.exact_square, found.square, 2.0 * found.variation, found.divergence], axis=1
@@ -146,20 +147,6 @@ def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
             key_mask=None if mask is None else mask[None].copy(),
         )
     return _Rows(out[:, 0], out[:, 1], 0.5 * out[:, 2], out[:, 3])
-
-
-def _large(lse: Array) -> Array:
-    """Say which logsumexps are too large for ``exp(L - lse)`` to be a row of A, (n_q,)."""
-    return np.isfinite(lse) & (np.abs(lse) > LARGEST_LSE)
-
-
-def _frobenius(wide: AttentionProblem) -> float:
-    """Return ``|A|_F`` without A."""
-    if not _large(wide.logsumexp).any():
-        return wide.exact.frobenius_norm()
-    block = max(1, BLOCK_ENTRIES // wide.n_k)
-    parts = (slice(i, i + block) for i in range(0, wide.n_q, block))
-    return float(np.linalg.norm([np.linalg.norm(wide.exact.rows(part)) for part in parts]))
 
 
 class _Difference(Operator):
@@ -309,7 +296,7 @@ def error_report(
             exact = wide.cached("dense", wide.exact.to_dense)
             fro, product = float(np.linalg.norm(exact)), exact @ wide.values
         else:
-            fro, product = _frobenius(wide), wide.output
+            fro, product = wide.exact.frobenius_norm(), wide.output
         unknown = dict.fromkeys(FIELDS, math.nan)
         return ErrorReport(**unknown | _output_fields(problem, found, product, fro, spectral))
     operator = as_operator(ahat, problem)

@@ -133,7 +133,8 @@ def attention(
     enable_gqa : bool
         Allow ``h_kv < h``; query head i reads key head ``i // (h / h_kv)``.
     compute_dtype : {None, numpy.float32, numpy.float64}
-        None computes float32 and halves in float32 and float64 in float64, fast.
+        None computes float32 and halves in float32 and float64 in float64, fast; rows with
+        logits that may exceed 4096 in size, always in float64.
         ``float64`` is reference grade: inputs widened exactly, plain float64 arithmetic, one
         rounding at the end.
     return_lse : bool
@@ -144,7 +145,8 @@ def attention(
     Returns
     -------
     out : ndarray (..., h, n_q, d_v)
-        In the dtype of ``q``.  Rows that see no key are zero.
+        In the dtype of ``q``; float32 for tensors in bfloat16, which NumPy does not have.  Rows
+        that see no key are zero.
     lse : ndarray (..., h, n_q)
         Only with ``return_lse``: in the computing precision, -inf for a row that sees no key.
 

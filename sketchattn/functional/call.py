@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import (
     Causal,
-    as_array,
+    as_arrays,
     check_causal,
     check_finite,
     check_flag,
@@ -145,7 +145,8 @@ def check_call(
 
     Only keys and values may still be non-finite: whether they may be depends on the method.
     """
-    arrays = as_array(q, "q"), as_array(k, "k"), as_array(v, "v")
+    made = as_arrays(q, k, v)
+    arrays = made[0], made[1], made[2]
     layout = check_layout(*arrays, enable_gqa=enable_gqa)
     computing = check_computing(arrays[0], compute_dtype)
     factor = check_scale(scale, layout.d)

@@ -13,6 +13,7 @@ from ..base.draws import Rng, as_generator
 from ..operators.reference import reference_attention
 from .call import Call
 from .hidden import add_non_finite, lost_rows, without_hidden
+from .steep import solve_steep
 
 if TYPE_CHECKING:
     from ..zoo.base import Method
@@ -58,12 +59,16 @@ def exact(call: Call) -> tuple[Array, Array]:
     if clean:
         out, lse = product(q, k, v, **options)
         check_logits(np.where(lost_rows(lse, k.shape[1], call.terms), np.nan, lse))
+        if not call.reference:
+            solve_steep(out, lse, q, k, v, call.terms)
         return out, lse
     if call.reference:
         return product(q, k, v, **options)
     # 0 times NaN is NaN: the product runs on finite values, and what the others contribute is
     # added where their keys are seen.
-    out, lse = product(q, k, np.where(np.isfinite(v), v, v.dtype.type(0)), **options)
+    values = np.where(np.isfinite(v), v, v.dtype.type(0))
+    out, lse = product(q, k, values, **options)
+    solve_steep(out, lse, q, k, values, call.terms)
     add_non_finite(out, lse, q, k, v, call.terms)
     return out, lse
 

@@ -16,7 +16,7 @@ Array = NDArray[Any]
 _BLOCK_ENTRIES = 1 << 20
 
 
-def _seen(terms: Terms, h: int, rows: Array, keys: Array) -> tuple[Array, Array | None]:
+def seen_by(terms: Terms, h: int, rows: Array, keys: Array) -> tuple[Array, Array | None]:
     """Return the visible set (rows, keys) of a head, and the bias there."""
     p = rows[:, None] + int(terms.first[h])
     seen = np.ones((len(rows), len(keys)), bool)
@@ -85,7 +85,7 @@ def lost_rows(lse: Array, n_k: int, terms: Terms) -> Array:
         rows = np.flatnonzero(lost[h])
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            lost[h, part] = _seen(terms, int(h), part, np.arange(n_k))[0].any(axis=1)
+            lost[h, part] = seen_by(terms, int(h), part, np.arange(n_k))[0].any(axis=1)
     return lost
 
 
@@ -105,7 +105,7 @@ def add_non_finite(out: Array, lse: Array, q: Array, k: Array, v: Array, terms: 
         step = max(1, _BLOCK_ENTRIES // max(1, len(keys)))
         for start in range(0, n_q if len(keys) else 0, step):
             block = slice(start, min(start + step, n_q))
-            seen, bias = _seen(terms, h, np.arange(n_q)[block], keys)
+            seen, bias = seen_by(terms, h, np.arange(n_q)[block], keys)
             with np.errstate(all="ignore"):
                 logits = terms.scale * product(q[h, block], k_h[keys].T)
                 if terms.softcap > 0:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import (
     Causal,
-    as_array,
+    as_arrays,
     check_causal,
     check_finite,
     check_key_mask,
@@ -112,7 +112,7 @@ class Heads(Sequence[AttentionProblem]):
         description: str = "",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        arrays = [as_array(q, "q"), as_array(k, "k"), as_array(v, "v")]
+        arrays = as_arrays(q, k, v)
         for label, x in zip(TENSORS, arrays, strict=True):
             if x.ndim != 3:
                 raise ValueError(

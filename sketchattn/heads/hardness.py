@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..base.floating import without_floating_errors
 from ..kernels._threads import product
+from ..operators.steep import steep_rows, tiles_of
 from ..problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -180,26 +181,41 @@ def _stream_rows(problem: AttentionProblem, rows: Array) -> tuple[Array, float]:
     """Return the entropies of some rows that see a key, and ``max |L_ij|`` over all they see.
 
     ``H_i = sum_j exp(-g_ij) g_ij`` with ``g_ij = lse_i - L_ij = -log A_ij``, a sum without
-    cancellation.
+    cancellation.  Rows that are steep take the gap from their largest logit, so that a large one
+    is in no sum.
     """
     wide = problem.astype(np.float64)
     hides = problem.key_mask is not None or bool(problem.causal)
     entropy = np.empty(len(rows))
     top = 0.0
+    is_steep = np.isin(rows, steep_rows(wide))
+    places = np.flatnonzero(is_steep)
+    for positions, logits in tiles_of(wide, rows[is_steep]):
+        seen = logits > -np.inf
+        top = max(top, float(np.abs(logits, where=seen, out=np.zeros_like(logits)).max()))
+        gap = logits.max(axis=1, keepdims=True) - logits
+        gap += np.log(np.exp(-gap).sum(axis=1, keepdims=True))
+        entropy[places[positions]] = _entropies(gap, seen)
+    places = np.flatnonzero(~is_steep)
     block = max(_BLOCK // problem.n_k, 1)
-    for start in range(0, len(rows), block):
-        pick = rows[start : start + block]
+    for start in range(0, len(places), block):
+        pick = rows[places[start : start + block]]
         logits = product(wide.scale * wide.q[pick], wide.k.T)
-        seen = problem.visible(pick) if hides else None
-        if seen is not None:
-            logits[~seen] = 0.0
+        shown = problem.visible(pick) if hides else None
+        if shown is not None:
+            logits[~shown] = 0.0
         top = max(top, float(logits.max()), -float(logits.min()))
         gap = np.subtract(wide.logsumexp[pick][:, None], logits, out=logits)
-        if seen is not None:  # hidden logits may be above all that a row sees
-            gap[~seen] = 0.0
-        weights = np.exp(-gap)
-        if seen is not None:
-            weights[~seen] = 0.0
-        # Rounding can leave an entropy of -1e-16 where one key has all the mass.
-        entropy[start : start + block] = np.maximum(np.einsum("ij,ij->i", weights, gap), 0.0)
+        entropy[places[start : start + block]] = _entropies(gap, shown)
     return entropy, top
+
+
+def _entropies(gap: Array, seen: Array | None) -> Array:
+    """Return ``sum_j exp(-g_ij) g_ij`` over the keys that are seen; changes the gaps."""
+    if seen is not None:  # hidden logits may be above all that a row sees
+        gap[~seen] = 0.0
+    weights = np.exp(-gap)
+    if seen is not None:
+        weights[~seen] = 0.0
+    # Rounding can leave an entropy of -1e-16 where one key has all the mass.
+    return np.asarray(np.maximum(np.einsum("ij,ij->i", weights, gap), 0.0))

@@ -280,25 +280,23 @@ def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[
     For products in BLAS that must not depend on the number of threads: each piece is done with
     one thread of BLAS, and pieces follow from the shapes alone.  BLAS starts no threads either,
     which would keep a core busy for milliseconds after their work, beside the next kernel.
-    Floating-point exceptions are treated as where this is called.
+    Floating-point exceptions are ignored: threads do not inherit the settings of their caller.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
 
-    settings = np.geterr()
-
-    def elsewhere(piece: slice) -> T:
-        with np.errstate(**settings):
+    def quiet(piece: slice) -> T:
+        with np.errstate(all="ignore"):
             return work(piece)
 
     with blas_single_thread():
         workers = min(thread_count(), len(pieces))
         if workers <= 1:
-            yield from map(work, pieces)
+            yield from map(quiet, pieces)
         else:
             with ThreadPoolExecutor(workers) as pool:
-                yield from pool.map(elsewhere, pieces)
+                yield from pool.map(quiet, pieces)
 
 
 def product(a: Any, b: Any) -> Any:

@@ -27,7 +27,7 @@ STEEP = 4096.0
 TILE = 64
 
 
-def _norms(x: Array) -> Array:
+def norms_of(x: Array) -> Array:
     """Return the Euclidean norms of rows, float64; no square overflows or underflows."""
     wide = x.astype(np.float64, copy=False)
     top = np.abs(wide).max(axis=1, initial=0.0)
@@ -73,7 +73,7 @@ def _bounds(problem: Head) -> Array:
 
     def find() -> Array:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            keys = _norms(problem.k)
+            keys = norms_of(problem.k)
             if problem.key_mask is not None:
                 keys = np.where(problem.key_mask, keys, 0)
             if problem.causal:
@@ -83,7 +83,7 @@ def _bounds(problem: Head) -> Array:
             else:
                 largest = np.full(problem.n_q, keys.max(initial=0.0))
             # 0 times a norm that overflowed is NaN, and above nothing: such logits are 0.
-            bounds: Array = np.abs(problem.scale) * _norms(problem.q) * largest
+            bounds: Array = np.abs(problem.scale) * norms_of(problem.q) * largest
             return bounds
 
     return problem.cached("bounds", find)

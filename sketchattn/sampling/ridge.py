@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..base.arguments import as_array, as_real, check_count, check_positive
 from ..base.draws import Rng, as_generator
 from ..base.floating import without_floating_errors
+from ..base.quiet import quiet
 from ..kernels._threads import blas_single_thread, product
 from .draws import ColumnDraw
 from .leverage import as_matrix
@@ -38,6 +39,11 @@ class ExponentialKernel:
     shift : float
         ``scale max_i |x_i|^2``, which keeps all entries at most 1.
 
+    Raises
+    ------
+    ValueError
+        For a negative scale, and where ``scale |x_i|^2`` overflows.
+
     Examples
     --------
     >>> import numpy as np
@@ -55,6 +61,11 @@ class ExponentialKernel:
             )
         self._squares: Array = self.scale * np.einsum("ij,ij->i", self.points, self.points)
         self.shift: float = float(self._squares.max(initial=0.0))
+        if not math.isfinite(self.shift):
+            raise ValueError(
+                f"scale * |points|^2 must be finite in float64, got an overflow in row "
+                f"{int(np.argmax(~np.isfinite(self._squares)))}; scale the points down"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,6 +90,9 @@ class ExponentialKernel:
         everything = np.arange(len(self.points))
         dense = self.block(everything, everything)
         return (dense + dense.T) / 2
+
+
+quiet(ExponentialKernel, "__init__")
 
 
 class _DenseKernel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,8 @@ class HeadTask(NamedTuple):
     """Hold what the worker of one head is given.
 
     ``token`` proves that the study still holds the folder of ``lock``, and ``jobs`` is the number
-    of heads that are computed beside this one.
+    of heads that are computed beside this one.  ``kept`` says whether the journal is: one that is
+    temporary moves the bar, and may be missing.
     """
 
     problem: AttentionProblem
@@ -64,6 +65,7 @@ class HeadTask(NamedTuple):
     lock: Path
     token: str
     jobs: int
+    kept: bool = True
 
 
 def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
@@ -79,7 +81,7 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
         # not depend on ``jobs``.
         stack.enter_context(blas_single_thread())
         for cell in task.cells:
-            if shared and not is_held(task.lock, task.token):
+            if task.kept and shared and not is_held(task.lock, task.token):
                 raise RuntimeError(
                     f"study must hold its folder {str(task.lock.parent.parent)!r} while it runs, "
                     f"got a lock that is lost; start it again to continue"
@@ -95,5 +97,6 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
             warmed.add(cell.label)
             found[cell.key] = values
             if shared:
-                append_bytes(task.journal, format_line(problem.digest, cell, values))
+                with nullcontext() if task.kept else suppress(OSError):
+                    append_bytes(task.journal, format_line(problem.digest, cell, values))
     return str(problem.name), found

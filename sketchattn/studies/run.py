@@ -8,8 +8,9 @@ and a study that is started again with the same folder takes what it finds there
 from __future__ import annotations
 
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +68,7 @@ def study(
     out : path, optional
         Folder for ``results.csv``, ``references.csv``, ``study.json``, one PNG for each error
         measure, and the journals in ``cells``.  What is there of other rows is replaced or
-        deleted, pictures too.
+        deleted, pictures too.  Without it the rows are in the result alone, and no disk is needed.
     resume : bool, default True
         Take the cells that the folder holds from an earlier study, finished or killed, of the
         same heads, methods with parameters of the same content, seeds and library version;
@@ -164,11 +165,14 @@ def study(
 def _journals(folder: Path | None) -> Iterator[tuple[Path, str]]:
     """Hold the folder of a study, a temporary one without any; yield that of the journals."""
     if folder is None:  # nobody else knows this one: there is nothing to lock
-        with (
-            tempfile.TemporaryDirectory(prefix="sketchattn-") as temporary,
-            named_holder(Path(temporary, ".lock")) as token,
-        ):
-            yield Path(temporary), token
+        with ExitStack() as stack:
+            try:
+                made = tempfile.TemporaryDirectory(prefix="sketchattn-", ignore_cleanup_errors=True)
+                journals = Path(stack.enter_context(made))
+                token = stack.enter_context(named_holder(journals / ".lock"))
+            except OSError:  # these journals only move the bar: without them it moves by heads
+                journals, token = Path(f".sketchattn-{uuid.uuid4().hex}"), ""
+            yield journals, token
         return
     journals = make_folder(folder / "cells")
     with lock_folder(journals / ".lock", folder) as token:
@@ -197,6 +201,7 @@ def _compute(plan: Plan, journals: Path, token: str) -> tuple[dict[str, dict[Key
             journals / ".lock",
             token,
             workers,
+            plan.folder is not None,
         )
         for p in busy
     )
