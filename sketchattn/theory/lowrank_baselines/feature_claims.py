@@ -443,7 +443,7 @@ def _theorem2_cases(context: Context) -> Iterator[tuple[_Pair, int]]:
         yield pair, int(rng.integers(2, d + 1))
 
 
-# Relative error of a gain that is looked at.
+# Gains with a larger relative rounding are not looked at.
 _GAIN = 1e-5
 
 
@@ -460,7 +460,7 @@ _GAIN = 1e-5
     recorded={**PAIR_RECORD, "nystrom-gaussian": "holds"},
 )
 def _theorem2(context: Context) -> Observations:
-    values = []
+    values, bounds = [], []
     for pair, r in _theorem2_cases(context):
         claimed = theorem2_gain(pair.x, pair.y, r)
         iid, ort = (_mse(context, pair, r, orthogonal=x) for x in (False, True))
@@ -469,7 +469,8 @@ def _theorem2(context: Context) -> Observations:
         rounded = 8 * float(np.finfo(np.float64).eps) * max(iid, math.exp(pair.s - pair.n2))
         digits = claimed > max(1e-9 * iid, rounded / _GAIN)
         values.append(claimed / max(iid - ort, 1e-300) if digits else 0.0)
-    return Observations(values, 1.0, rounding=_GAIN)
+        bounds.append(1 + rounded / claimed if digits else 1.0)
+    return Observations(values, bounds if bounds else 1.0)
 
 
 @claim(
