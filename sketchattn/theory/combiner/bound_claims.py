@@ -18,7 +18,14 @@ from ...zoo.combiner.method import Combiner
 from ..engine.arguments import Array
 from ..engine.assumptions import VALUES
 from ..engine.curves import curve
-from ..engine.observers import few, implemented, is_default, largest, problem_of
+from ..engine.observers import (
+    few,
+    implemented,
+    is_default,
+    largest,
+    logit_rounding,
+    problem_of,
+)
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
 from ..softmax.formulas import diameter
@@ -522,7 +529,6 @@ def _refinement(context: Context, *, constant: float = 1.0) -> Observations:
     while sizes[-1] < problem.n_k:
         sizes.append(sizes[-1] * (8 if few_sizes else 2))
     mean = problem.q.mean(axis=0)
-    reach = abs(float(problem.scale)) * float(np.abs(problem.q @ problem.k.T).max(initial=0.0))
     values = []
     before: Array | None = None
     for size in sizes:
@@ -540,7 +546,7 @@ def _refinement(context: Context, *, constant: float = 1.0) -> Observations:
             values.append(float(np.exp(np.max(before - lse))))
         values.append(float(np.exp(np.max(lse - before))))
         before = lse
-    return Observations(values, float(constant), rounding=1e-11 * (1 + reach))
+    return Observations(values, float(constant), rounding=2 * logit_rounding(problem))
 
 
 @claim(
@@ -580,7 +586,7 @@ def _promotion(context: Context, *, constant: float = 1.0) -> Observations:
         before = np.maximum(case.log_z - case.log_normalizer, 0.0)
         after = np.maximum(case.log_z - lse, 0.0)
         values.append(largest_ratio(after, before, case.nothing))
-    return Observations(values, float(constant), rounding=1e-11 * (1 + case.reach))
+    return Observations(values, float(constant), rounding=2 * logit_rounding(problem))
 
 
 # Certificates of rows, which are computed from the matrix of the method itself.

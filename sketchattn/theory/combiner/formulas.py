@@ -22,6 +22,7 @@ from ...partitions.patterns import label_plan, make_plan
 from ...partitions.plans import Plan
 from ...problem import AttentionProblem
 from ..engine.arguments import Array, Float, floats, real
+from ..engine.observers import logit_reach, logit_rounding
 from ..informer.formulas import variation_bound
 
 # --- formulas -------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class Case:
         n_q, n_k, r = problem.n_q, problem.n_k, len(plan.regions)
         q, k, scale = problem.q, problem.k, float(problem.scale)
         full = scale * q @ k.T
-        self.reach = float(np.abs(full).max(initial=0.0))
+        self.reach = logit_reach(problem)
         self.region = np.full((n_q, n_k), -2, np.int64)
         self.region[plan.direct.owner, plan.direct.items] = -1
         far = plan.row_regions
@@ -259,10 +260,10 @@ class Case:
 
     # --- what is observed ---
 
-    @property
+    @cached_property
     def nothing(self) -> float:
-        """What is rounding: of weights and of logarithms of this size."""
-        return 1e-12 * (1 + self.reach)
+        """What is rounding: of weights and of logarithms, three of them in a difference."""
+        return max(1e-12 * (1 + self.reach), 3 * logit_rounding(self.problem))
 
     @cached_property
     def tv(self) -> Array:

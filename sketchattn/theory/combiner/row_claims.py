@@ -176,7 +176,7 @@ def _exactness_necessary(context: Context, *, constant: float = 1.0) -> Observat
         worst = 0.0
         for rows, keys in blocks(case.plan):
             place = np.ix_(rows, keys)
-            kept = (case.a[place] > 1e-290).all(axis=1)
+            kept = ((case.a[place] > 1e-290) & (case.ahat[place] > 1e-290)).all(axis=1)
             if not kept.any():
                 continue
             u = case.log_ratio[place][kept]
@@ -337,7 +337,7 @@ def _direct_weights(context: Context, *, constant: float = 1.0) -> Observations:
 
     def quotients(case: Case) -> Iterator[float]:
         direct = case.region == -1
-        yield largest_ratio(case.a[direct], case.ahat[direct], 1e-13)
+        yield largest_ratio(case.a[direct], case.ahat[direct], case.nothing)
 
     return over_cases(some, constant, quotients)
 

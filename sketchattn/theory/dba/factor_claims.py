@@ -29,6 +29,7 @@ from ..engine.arguments import Array, real, whole
 from ..engine.assumptions import DENSE, KEYS, STOCHASTIC, VALUES
 from ..engine.instances import Instance, instance
 from ..engine.observers import (
+    EPS,
     RANKS,
     ROUNDING,
     few,
@@ -39,6 +40,7 @@ from ..engine.observers import (
     problem_of,
     quotient,
     softmax_of,
+    weight_rounding,
 )
 from ..engine.records import Observations
 from ..engine.registry import Assumption, Context, claim
@@ -190,7 +192,7 @@ def _multiplicity(context: Context) -> Observations:
     problem = problem_of(context.instance)
     ahat, r = _means(context, _distinct(problem.q), _distinct(problem.k))
     off = float(_variation(context.instance.a, ahat).max(initial=0.0))
-    return Observations([off], 0.0, rank=r, rounding=ROUNDING)
+    return Observations([off], 0.0, rank=r, rounding=weight_rounding(context.instance))
 
 
 @claim(
@@ -303,6 +305,8 @@ def _output_floor_attained(context: Context) -> Observations:
     size = max(float(np.linalg.norm(sigma)), 1e-300)
     rng = np.random.default_rng(context.entropy)
     values, d_v, ahat = [], seen.v.shape[1], np.zeros_like(seen.a)
+    # V^+ multiplies rounding by the condition number of V.
+    rounding = 16 * max(seen.v.shape) * EPS * float(np.linalg.cond(seen.v))
     for r in sorted({max(1, d_v // 2), d_v}):
         if is_default(context):
             found = output_factors(seen.product, seen.v, r)
@@ -313,7 +317,7 @@ def _output_floor_attained(context: Context) -> Observations:
         values.append(abs(error - float(np.asarray(eckart_young_floor(sigma, r)))) / size)
     away = float(np.linalg.norm(seen.a - ahat) / np.linalg.norm(seen.a))
     return Observations(
-        values, 0.0, rank=d_v, rounding=ROUNDING, notes=f"distance from A over |A|_F {away:.3g}"
+        values, 0.0, rank=d_v, rounding=rounding, notes=f"distance from A over |A|_F {away:.3g}"
     )
 
 
@@ -502,7 +506,7 @@ def _block_form(context: Context, *, rank: int | None = None) -> Observations:
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
     off = float(_variation(weights, ahat).max(initial=0.0))
-    return Observations([off], 0.0, rank=r, rounding=ROUNDING)
+    return Observations([off], 0.0, rank=r, rounding=weight_rounding(context.instance))
 
 
 @claim(

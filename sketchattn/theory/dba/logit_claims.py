@@ -12,7 +12,17 @@ from ...sketches.compression import compress
 from ..engine.arguments import Array, whole
 from ..engine.assumptions import DENSE, KEYS
 from ..engine.instances import Instance, instance
-from ..engine.observers import few, implemented, is_default, largest, problem_of, softmax_of
+from ..engine.observers import (
+    EPS,
+    few,
+    implemented,
+    is_default,
+    largest,
+    problem_of,
+    quotient,
+    softmax_of,
+    weight_rounding,
+)
 from ..engine.records import Observations, Series
 from ..engine.registry import Assumption, Context, claim
 from ..sketching.lowrank import eckart_young_floor
@@ -26,7 +36,7 @@ from .formulas import (
     numerical_rank,
     oblique_maps,
 )
-from .shared import DERIVED, EPS, ON, PAPER, factors_of, product_sigma, width_of
+from .shared import DERIVED, ON, PAPER, factors_of, product_sigma, width_of
 
 # --- instances -----------------------------------------------------------------------------------
 
@@ -95,6 +105,12 @@ def _packs(context: Context, r: int, rng: np.random.Generator) -> list[tuple[str
     ]
 
 
+def _condition(x: Array) -> float:
+    """Return the condition number of a matrix without the singular values that count as none."""
+    sigma = np.linalg.svd(x, compute_uv=False)
+    return float(sigma[0] / sigma[numerical_rank(x) - 1])
+
+
 def _decoder(context: Context, packed: Array, rng: np.random.Generator) -> Array:
     k = factors_of(context.instance).k
     if is_default(context):
@@ -139,8 +155,9 @@ def _lossless_logits(context: Context, *, rank: int | None = None) -> Observatio
             middle = f.scale * f.q[rows] @ f.k[columns].T
             off = w_q @ middle @ w_k.T - f.scale * f.q @ f.k.T
             values.append(float(np.linalg.norm(off)) / f.fro)
+            worst = max(worst, sum(float(np.linalg.cond(x)) for x in (f.q[rows], f.k[columns])))
     # Rounding of a least-squares solution grows with the condition number of P K.
-    rounding = 8 * f.k.shape[1] * EPS * worst
+    rounding = f.rounding * worst
     return Observations(
         values, 0.0, rank=r, rounding=rounding, notes=f"packs: {', '.join(sorted(used))}"
     )
@@ -165,12 +182,11 @@ def _logit_rank(context: Context, *, rank: int | None = None) -> Observations:
     floor, values = float(f.sigma[r]), []
     for rng in few(context, 3):
         for _, packed in _packs(context, r, rng):
-            left = f.k - _decoder(context, packed, rng) @ packed
-            found = abs(f.scale) * float(product_sigma(f.q, left)[0])
-            # What is not there up to rounding counts as nothing.
-            found = found if found > 1e-12 * float(f.sigma[0]) else 0.0
-            values.append(floor / found if found > 0 else math.inf)
-    return Observations(values, 1.0, rank=r, rounding=1e-9)
+            decoder = _decoder(context, packed, rng)
+            found = abs(f.scale) * float(product_sigma(f.q, f.k - decoder @ packed)[0])
+            large = np.linalg.norm(decoder) * np.linalg.norm(packed) / np.linalg.norm(f.k)
+            values.append(quotient(floor, found, f.rounding * f.fro * float(1 + large)))
+    return Observations(values, 1.0, rank=r)
 
 
 @claim(
@@ -244,7 +260,8 @@ def _vandermonde(context: Context) -> Observations:
     found = float(np.linalg.det(a)) * math.exp(sums)
     # A determinant is known up to its condition: the rounding of entries over the smallest value.
     sigma = np.linalg.svd(a, compute_uv=False)
-    rounding = 16 * len(a) * EPS * float(sigma[0] / max(sigma[-1], 1e-300))
+    entries = weight_rounding(context.instance) + 16 * EPS
+    rounding = len(a) * entries * float(sigma[0] / max(sigma[-1], 1e-300))
     note = f"det = {found:.10g}, formula {formula:.10g}"
     return Observations([abs(found / formula - 1)], 0.0, rounding=rounding, notes=note)
 
@@ -267,8 +284,15 @@ def _vandermonde(context: Context) -> Observations:
 def _total_positivity(context: Context) -> Observations:
     f = factors_of(context.instance)
     a = _weights(context, f.scale * f.q @ f.k.T)
-    worst = max(-float(x.min()) / float(np.abs(x).max()) for x in minors(a))
-    return Observations([max(worst, 0.0)], 0.0, rounding=1e-13)
+    values, allowed, before = [], [], 1.0
+    for k, x in enumerate(minors(a), 1):
+        top = largest(x)
+        values.append(max(-float(x.min()) / top, 0.0) if top > 0 else 0.0)
+        # k^2 entries, each rounded and times a minor of one row and column less.
+        entries = weight_rounding(context.instance) + k * EPS
+        allowed.append(k**2 * entries * before / max(top, 1e-300))
+        before = top
+    return Observations(values, allowed)
 
 
 def _test_circle(seen: Instance) -> str | None:
@@ -307,7 +331,8 @@ def _on_circle(context: Context, *, rank: int = 2) -> Observations:
     context.require(r < n and away < math.sqrt(n - r), "A is too far from the identity")
     floor = float(np.asarray(eckart_young_floor(np.linalg.svd(a, compute_uv=False), r)))
     off = float(np.linalg.norm(a - np.eye(n)))
-    values = [off / away, (math.sqrt(n - r) - away) / floor]
+    room = math.sqrt(n) * weight_rounding(context.instance)
+    values = [off / (away + room), (math.sqrt(n - r) - away) / floor]
     relative, most = floor / float(np.linalg.norm(a)), largest(a - np.eye(n))
     note = f"max |A - I| = {most:.4g}, floor of rank {r} over |A|_F {relative:.7g}"
     return Observations(values, 1.0, rank=r, rounding=1e-9, notes=note)
@@ -389,7 +414,9 @@ def _oblique_maps(context: Context) -> Observations:
     off = f.q @ (maps.right @ (maps.left @ f.k.T)) - f.q @ f.k.T
     width = maps.right.shape[1]
     context.require(width <= f.rank, f"maps of width {width} for logits of rank {f.rank}")
-    return Observations([abs(f.scale) * _size(off) / f.fro], 0.0, rank=width, rounding=1e-10)
+    # Pseudo-inverses of Q and K, of which the small singular values are cut.
+    rounding = f.rounding * sum(_condition(x) for x in (f.q, f.k))
+    return Observations([abs(f.scale) * _size(off) / f.fro], 0.0, rank=width, rounding=rounding)
 
 
 @claim(
@@ -409,7 +436,11 @@ def _projector(context: Context) -> Observations:
     w = _projection(context)
     context.require(w.shape[1] <= f.rank, f"a projector of rank {w.shape[1]} for rank {f.rank}")
     off = f.q @ (w @ (w.T @ f.k.T)) - f.q @ f.k.T
-    return Observations([abs(f.scale) * _size(off) / f.fro], 0.0, rank=w.shape[1], rounding=1e-10)
+    # Bases are orthonormal; cosines up to 1e-12 count as none.
+    rounding = f.rounding + 1e-12 * f.spread
+    return Observations(
+        [abs(f.scale) * _size(off) / f.fro], 0.0, rank=w.shape[1], rounding=rounding
+    )
 
 
 def _projection(context: Context) -> Array:
@@ -440,7 +471,7 @@ def _projector_needs_more(context: Context) -> Observations:
     context.require(f.rank < needed, "the logits have the rank of Q or K")
     w = _projection(context)
     off = float(np.linalg.norm(f.q @ (w @ (w.T @ f.k.T)) - f.q @ f.k.T)) * abs(f.scale) / f.fro
-    saved = needed - w.shape[1] if off <= 1e-10 else 0
+    saved = needed - w.shape[1] if off <= f.rounding + 1e-12 * f.spread else 0
     return Observations([float(saved)], 0.0, rank=w.shape[1])
 
 
@@ -480,7 +511,9 @@ def _svd_width(context: Context, *, rank: int | None = None) -> Observations:
             left, right = np.concatenate([f.q, -qh], axis=1), np.concatenate([centred, kh], axis=1)
             error = float(product_sigma(left, right)[0])
             values.append(abs(error / floor - 1) if how == "svd" else floor / error - 1)
-    return Observations(values, 0.0, rank=width, rounding=1e-8)
+    # Errors and singular values are rounded in the size of the logits.
+    rounding = f.rounding * f.fro / (abs(f.scale) * floor)
+    return Observations(values, 0.0, rank=width, rounding=rounding)
 
 
 @claim(

@@ -7,12 +7,11 @@ import numpy as np
 from ..engine.arguments import Array, whole
 from ..engine.assumptions import DENSE, KEYS
 from ..engine.instances import Instance
-from ..engine.observers import problem_of
+from ..engine.observers import EPS, problem_of
 from ..engine.registry import Assumption, Context
 
 PAPER = "Qin et al., Dynamic Bilinear Low-Rank Attention, TNNLS (2025)"
 DERIVED = "derived: see the chapter on DBA"
-EPS = float(np.finfo(np.float64).eps)
 
 
 class Factors:
@@ -24,6 +23,11 @@ class Factors:
         self.sigma = abs(self.scale) * product_sigma(self.q, self.k)
         size = max(self.q.shape + self.k.shape)
         self.rank = int((self.sigma > 4 * size * EPS * self.sigma.max(initial=0.0)).sum())
+        norms = float(np.linalg.norm(self.q)) * float(np.linalg.norm(self.k))
+        # |Q|_F |K|_F over |Q K^T|_F, which may keep little of their size; products Q X K^T over
+        # |L|_F are rounded by this much.
+        self.spread = abs(self.scale) * norms / max(self.fro, 1e-300)
+        self.rounding = 16 * size * EPS * self.spread
 
     @property
     def fro(self) -> float:

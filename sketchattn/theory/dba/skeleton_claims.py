@@ -9,7 +9,12 @@ import numpy as np
 
 from ..engine.arguments import Array, real, whole
 from ..engine.assumptions import DENSE, STOCHASTIC
-from ..engine.observers import implemented, is_default, largest
+from ..engine.observers import (
+    EPS,
+    implemented,
+    is_default,
+    largest,
+)
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
 from .formulas import (
@@ -73,13 +78,15 @@ def _skeleton(context: Context) -> Observations:
                 found = implemented(context, "skeleton", r, rng, matrix=piece)
                 rows, columns = found.astype(int)
             left = largest(skeleton_residual(piece, rows, columns))
-            values.append(left / ((r + 1) * float(sigma[r])))
+            # Entries of E[:, J] E[I, J]^-1 are at most 1, as the volume is largest.
+            room = 16 * SIDE * EPS * float(sigma[0])
+            values.append(left / ((r + 1) * float(sigma[r]) + room))
     context.require(bool(values), "pieces have rank 1")
     return Observations(values, 1.0, rounding=1e-9)
 
 
-def _enumerated(context: Context) -> Iterator[tuple[float, float, float]]:
-    """Yield the mean error of volume sampling by enumeration, its formula and its bound."""
+def _enumerated(context: Context) -> Iterator[tuple[float, float, float, float]]:
+    """Yield the mean error of volume sampling by enumeration, its formula, bound and rounding."""
     for piece, sigma in _pieces(context, SIDE, SIDE, 10):
         for k in range(1, min(4, *piece.shape)):
             if sigma[k] <= 1e-6 * sigma[0]:
@@ -90,7 +97,10 @@ def _enumerated(context: Context) -> Iterator[tuple[float, float, float]]:
                 rng = np.random.default_rng(context.entropy)
                 given = {"matrix": piece, "subsets": found.subsets}
                 law = implemented(context, "volume_law", k, rng, **given)
-            yield float(law @ found.errors), found.mean, found.bound
+            # Determinants of Gram matrices of the columns, and squares of what they leave: both
+            # are rounded in the size of the largest singular value.
+            rounding = 16 * SIDE * EPS * float(sigma[0] / sigma[k]) ** 2
+            yield float(law @ found.errors), found.mean, found.bound, rounding
 
 
 @claim(
@@ -106,9 +116,10 @@ def _enumerated(context: Context) -> Iterator[tuple[float, float, float]]:
     recorded=EVERYWHERE,
 )
 def _volume_sampling(context: Context) -> Observations:
-    values = [mean / bound for mean, _, bound in _enumerated(context)]
-    context.require(bool(values), "pieces have rank 1")
-    return Observations(values, 1.0, rounding=1e-8)
+    found = [(mean / bound, 1 + rounding) for mean, _, bound, rounding in _enumerated(context)]
+    context.require(bool(found), "pieces have rank 1")
+    values, bounds = zip(*found, strict=True)
+    return Observations(values, bounds)
 
 
 @claim(
@@ -124,10 +135,10 @@ def _volume_sampling(context: Context) -> Observations:
     recorded=EVERYWHERE,
 )
 def _volume_sampling_exact(context: Context) -> Observations:
-    values = [abs(mean / formula - 1) for mean, formula, _ in _enumerated(context)]
-    context.require(bool(values), "pieces have rank 1")
-    # Errors above 1e-12 of |M|_F^2 by differences of entries, k = 3 columns of condition 1e6.
-    return Observations(values, 0.0, rounding=1e-6)
+    found = [(abs(mean / x - 1), rounding) for mean, x, _, rounding in _enumerated(context)]
+    context.require(bool(found), "pieces have rank 1")
+    values, bounds = zip(*found, strict=True)
+    return Observations(values, bounds)
 
 
 @claim(
@@ -149,6 +160,8 @@ def _strong_rrqr(context: Context, *, f: float = 1.1, rank: int | None = None) -
         for k in ranks:
             if k >= len(sigma) or sigma[k] <= NOTHING * sigma[0]:
                 continue
+            if sigma[k - 1] <= 1e-5 * sigma[0]:
+                continue  # exchanges are told apart by squares of C^+
             if is_default(context):
                 columns = strong_rrqr(piece, k, most)
             else:
@@ -158,6 +171,10 @@ def _strong_rrqr(context: Context, *, f: float = 1.1, rank: int | None = None) -
             left = float(np.linalg.norm(piece - piece[:, columns] @ within, 2))
             bound = rrqr_factor(k, piece.shape[1], most) * float(sigma[k])
             others = np.delete(within, columns, axis=1)
-            values.append(max(left / bound, largest(others) / most))
+            # sigma_k(C) is at least sigma_k(M) over the factor.
+            condition = bound / float(sigma[k]) * float(sigma[0] / sigma[k - 1])
+            room = 16 * EPS * condition * piece.shape[1] * float(sigma[0])
+            others_room = 16 * EPS * condition**2
+            values.append(max(left / (bound + room), largest(others) / (most + others_room)))
     context.require(bool(values), "pieces have rank 1")
-    return Observations(values, 1.0, rounding=1e-8)
+    return Observations(values, 1.0)

@@ -19,7 +19,11 @@ def _test_values(instance: Instance) -> str | None:
 
 
 def _test_product(instance: Instance) -> str | None:
-    return None if instance.fro > 0 else "needs A and V that are not zero"
+    if not instance.fro > 0:
+        return "needs A and V that are not zero"
+    if not 1e-150 < instance.fro < 1e150:  # no error has a square then
+        return f"needs |A|_F |V|_F between 1e-150 and 1e150, got {instance.fro:.3g}"
+    return None
 
 
 def _test_distributions(seen: Instance) -> str | None:

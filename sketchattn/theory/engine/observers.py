@@ -19,8 +19,11 @@ from .checking import default_factory
 from .instances import Instance
 from .registry import Context
 
-# Identities are observed up to this, relative to the size of the values: rounding of sums and
-# exponentials of up to 2048 numbers, with room.
+# Twice the unit roundoff u: k EPS is at least k u/(1 - k u), which bounds the relative rounding of
+# k operations in turn, and that of a sum of k terms in units of the sum of their absolute values.
+EPS = float(np.finfo(np.float64).eps)
+# Sums and products of up to 2048 numbers over their size, where no exponential is taken of them:
+# 2048 EPS is 5e-13, and all that is observed is made of fewer than a hundred of these.
 ROUNDING = 1e-10
 
 # Rows of the pictures of claims that are about an error.
@@ -105,16 +108,45 @@ def spectral(x: Array) -> float:
 
 
 def quotient(found: float, bound: float, nothing: float = 0.0) -> float:
-    """Return ``found / bound``, 1 where both are at most ``nothing``, and so count as zero."""
-    if bound > nothing:
-        return found / bound
-    return 1.0 if found <= nothing else math.inf
+    """Return ``found / bound``, 1 where both are zero; ``nothing`` is the rounding of both."""
+    if bound + nothing > 0:
+        return found / (bound + nothing)
+    return 1.0 if found <= 0 else math.inf
 
 
 def logit_reach(problem: AttentionProblem) -> float:
     """Return a bound of the logits, in whose size whatever is made of them is rounded."""
     norms = [float(np.linalg.norm(x, axis=1).max(initial=0.0)) for x in (problem.q, problem.k)]
     return abs(problem.scale) * norms[0] * norms[1]
+
+
+def logit_rounding(problem: AttentionProblem) -> float:
+    """Return how far two ways to one logit, a mean of logits or their log-sum-exp may differ.
+
+    d products in a logit, up to n_q queries or n_k logits in a mean, five more operations; both
+    ways are rounded.
+    """
+    terms = problem.d + problem.n_q + problem.n_k + 5
+    return 2 * terms * EPS * (1 + logit_reach(problem))
+
+
+def weight_rounding(seen: Instance | AttentionProblem) -> float:
+    """Return how far two ways to one row of weights may differ, in the 1-norm.
+
+    Logits that differ by e change weights by the factor exp(2 e) at most; to this is added the
+    rounding of sums of a row.  Of a pair (A, V) the logits are ln A, and exact.
+    """
+    if isinstance(seen, AttentionProblem):
+        logits, count = logit_rounding(seen), seen.n_k
+    else:
+        logits, count = 0.0 if seen.problem is None else logit_rounding(problem_of(seen)), seen.n
+    # Where logits have no digits nothing is known of a row; two rows differ by 2 at most.
+    return min(2.0, 2 * math.expm1(min(2 * logits, 1.0)) + 2 * (count + 16) * EPS)
+
+
+def output_rounding(seen: Instance) -> float:
+    """Return how far two ways to one row of A V may differ, in the 2-norm."""
+    return weight_rounding(seen) * float(np.linalg.norm(seen.v, axis=1).max(initial=0.0))
 
 
 # --- records ------------------------------------------------------------------------------------

@@ -23,9 +23,12 @@ from ..engine.observers import (
     is_default,
     largest,
     logit_reach,
+    logit_rounding,
+    output_rounding,
     problem_of,
     quotient,
     square,
+    weight_rounding,
 )
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
@@ -151,10 +154,16 @@ def _rows(seen: Instance) -> _Rows:
     return seen.cached("informer rows", compute)
 
 
-def _total(errors: Array, problem: AttentionProblem) -> float:
+def _total(errors: Array, seen: Instance) -> float:
     """Return ``sum_i e_i``, zero where it is the rounding of zero."""
     total = float(errors.sum())
-    return total if total > problem.n_q * (1e-13 * largest(problem.values)) ** 2 else 0.0
+    return total if total > seen.m * output_rounding(seen) ** 2 else 0.0
+
+
+def _rounded(total: float, seen: Instance) -> float:
+    """Return the rounding of sums of e_i over their total, each a square of a rounded row."""
+    off = math.sqrt(seen.m / total) * output_rounding(seen)
+    return 2 * (2 + off) * off + ROUNDING
 
 
 def _count(context: Context, rank: int | None) -> int:
@@ -177,6 +186,7 @@ class _Selection(NamedTuple):
     errors: Array
     total: float
     rank: int
+    rounding: float
 
     @property
     def least(self) -> float:
@@ -192,9 +202,9 @@ def _selection(context: Context, rank: int | None) -> _Selection:
     """Return what a choice of rows is about, or end where there is nothing to choose."""
     problem, errors = problem_of(context.instance), _rows(context.instance).errors
     r = _count(context, rank)
-    total = _total(errors, problem)
+    total = _total(errors, context.instance)
     context.require(total > 0, "the mean of the values is exact")
-    return _Selection(problem, errors, total, r)
+    return _Selection(problem, errors, total, r, _rounded(total, context.instance))
 
 
 # --- statistics of rows --------------------------------------------------------------------------
@@ -222,7 +232,8 @@ def _lemma1(context: Context) -> Observations:
 
 def _not_positive(problem: AttentionProblem, gaps: list[Array]) -> Observations:
     values = [max(float(x.max()), 0.0) if not np.isnan(x).any() else math.nan for x in gaps]
-    return Observations(values, 0.0, rounding=ROUNDING * (1 + logit_reach(problem)))
+    # At most three logits, means or log-sum-exps in a difference.
+    return Observations(values, 0.0, rounding=3 * logit_rounding(problem))
 
 
 @claim(
@@ -351,7 +362,7 @@ def _row_selection(context: Context, *, rank: int | None = None) -> Observations
         chosen = rng.permutation(seen.problem.n_q)[: seen.rank]
         known = float(np.delete(seen.errors, chosen).sum())
         values.append(abs(seen.left(context, chosen, rng) - known) / seen.total)
-    return Observations(values, 0.0, rank=seen.rank, rounding=ROUNDING)
+    return Observations(values, 0.0, rank=seen.rank, rounding=seen.rounding)
 
 
 @claim(
@@ -374,10 +385,10 @@ def _regret(context: Context, *, rank: int | None = None) -> Observations:
     for name in ("m", "kl", "max_mean", "row_norm"):
         chosen = _top(_statistic(context, seen.problem, name), seen.rank)
         left = seen.left(context, chosen, rng)
-        values.append(quotient(seen.least, left, ROUNDING * seen.total))
+        values.append(quotient(seen.least, left, seen.rounding * seen.total))
         notes.append(f"{name} {(left - seen.least) / seen.total:.3g}")
     note = "regret " + ", ".join(notes)
-    return Observations(values, 1.0, rank=seen.rank, rounding=ROUNDING, notes=note)
+    return Observations(values, 1.0, rank=seen.rank, notes=note)
 
 
 @claim(
@@ -397,7 +408,7 @@ def _oracle(context: Context, *, rank: int | None = None) -> Observations:
     chosen = _top(_statistic(context, seen.problem, "oracle"), seen.rank)
     left = seen.left(context, chosen, np.random.default_rng(context.entropy))
     off = abs(left - seen.least) / seen.total
-    return Observations([off], 0.0, rank=seen.rank, rounding=ROUNDING)
+    return Observations([off], 0.0, rank=seen.rank, rounding=seen.rounding)
 
 
 @claim(
@@ -451,10 +462,11 @@ def _variation(context: Context) -> Observations:
     variation = np.abs(rows.a - rows.flat).sum(axis=1) / 2
     kl = np.maximum(_statistic(context, problem, "kl"), 0.0)
     limit = np.asarray(variation_bound(kl))
-    # Rows that are uniform up to rounding: KL is rounded at 1e-16 times the logits, its root less.
-    noise = math.sqrt(1e-15 * (1 + logit_reach(problem)))
+    # Rows that are uniform up to rounding: KL is rounded as logits are, its root is larger.
+    noise = math.sqrt(3 * logit_rounding(problem)) + weight_rounding(context.instance)
+    nothing = output_rounding(context.instance)
     values = [
-        float((np.sqrt(rows.errors) / np.maximum(variation * diameter, noise * diameter)).max()),
+        float((np.sqrt(rows.errors) / (variation * diameter + nothing)).max()),
         float((variation / np.maximum(limit, noise)).max()),
     ]
     return Observations(values, 1.0, rounding=1e-9)
@@ -489,15 +501,18 @@ def _register_total(name: str, measure: str, words: str, source: str, close: str
         chosen = _top(found, r)
         rng = np.random.default_rng(context.entropy)
         left = square(problem.output - _output(context, problem, chosen, rng))
+        diameter = value_diameter(problem.values[problem.kept_keys])
         if is_default(context):
             bound = selection_bound(problem, chosen, measure=measure)
         else:
             kept = np.delete(np.maximum(found, 0.0), chosen)
-            diameter = value_diameter(problem.values[problem.kept_keys])
             bound = diameter**2 * float(np.sum(np.asarray(variation_bound(kept)) ** 2))
-        total = _total(rows.errors, problem)
+        total = _total(rows.errors, context.instance)
         context.require(total > 0, "the mean of the values is exact")
-        return Observations([left], bound, rank=r, trivial=total, rounding=ROUNDING * total)
+        # The divergences, rounded as logits are, and the rows.
+        off = diameter**2 * problem.n_q * 3 * logit_rounding(problem)
+        rounding = total * _rounded(total, context.instance) + off
+        return Observations([left], bound, rank=r, trivial=total, rounding=rounding)
 
 
 _register_total(

@@ -15,7 +15,16 @@ from ..engine.assumptions import DENSE, PRODUCT
 from ..engine.audited import errors, sketched
 from ..engine.curves import curve, root
 from ..engine.instances import Instance, instance
-from ..engine.observers import RANKS, default_rank, problem_of, square
+from ..engine.observers import (
+    RANKS,
+    ROUNDING,
+    default_rank,
+    output_rounding,
+    problem_of,
+    quotient,
+    square,
+    weight_rounding,
+)
 from ..engine.records import Observations
 from ..engine.registry import Assumption, Context, claim
 from ..sketching.lowrank import eckart_young_floor
@@ -383,7 +392,7 @@ def _pooling(context: Context, *, rank: int = 8) -> Observations:
         errors,
         bounds,
         rank=rank,
-        rounding=1e-12 * float(np.abs(problem.values).max()),
+        rounding=output_rounding(context.instance),
         trivial=None if useful else 0.0,
         notes=f"the bound is below the error of the mean of V in {useful} of {len(mean)} rows",
     )
@@ -404,7 +413,8 @@ def _constant_values(context: Context, *, rank: int = 8) -> Observations:
     problem = problem_of(context.instance)
     context.require(rank <= problem.n_k, f"r = {rank} blocks of {problem.n_k} keys")
     ahat = Linformer(rank, "mean_pool").approximate(problem)
-    return Observations([float(np.abs(ahat.row_sums() - 1).max())], 0.0, rank=rank, rounding=1e-12)
+    off = float(np.abs(ahat.row_sums() - 1).max())
+    return Observations([off], 0.0, rank=rank, rounding=weight_rounding(problem))
 
 
 @claim(
@@ -426,7 +436,7 @@ def _oracle(context: Context, *, rank: int = 8) -> Observations:
     size = float(np.linalg.norm(seen.product))
     context.require(size > 0, "needs an output that is not zero")
     inverse = np.linalg.pinv(seen.v)
-    values = []
+    values, worst = [], 1.0
     for matrix in _matrices(context, rank):
         weights = _weights(problem, matrix)
         # One numerical rank for both sides: smaller singular values are rounding of the softmax,
@@ -438,7 +448,10 @@ def _oracle(context: Context, *, rank: int = 8) -> Observations:
         error = float(np.linalg.norm(weights @ (f @ seen.v) - seen.product))
         best = float(np.linalg.norm(seen.product - u[:, kept] @ left))
         values.append(abs(error - best) / size)
-    return Observations(values, 0.0, rank=rank, rounding=1e-6)
+        worst = max(worst, float(sigma[0] / sigma[kept][-1]))
+    # Both inverses multiply rounding by a condition number.
+    rounding = 4 * max(seen.a.shape) * np.spacing(1.0) * worst * float(np.linalg.cond(seen.v))
+    return Observations(values, 0.0, rank=rank, rounding=rounding)
 
 
 @claim(
@@ -462,9 +475,9 @@ def _eckart_young(context: Context, *, rank: int = 4) -> Observations:
     for matrix in _matrices(context, rank):
         left = np.linalg.qr(_weights(problem, matrix))[0]
         error = float(np.linalg.norm(seen.a - left @ (left.T @ seen.a)))
-        # A floor of this size is the rounding of an error of zero.
-        values.append(floor / error if floor > 1e-7 * float(sigma[0]) else 0.0)
-    return Observations(values, 1.0, rank=rank, rounding=1e-6)
+        # Both are rounded in the size of the largest singular value.
+        values.append(quotient(floor, error, ROUNDING * float(sigma[0])))
+    return Observations(values, 1.0, rank=rank)
 
 
 curve("linformer.mean_square", "jl", {"sketch": "gaussian"}, convert=root)

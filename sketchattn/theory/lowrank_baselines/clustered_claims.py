@@ -24,10 +24,11 @@ from ..engine.observers import (
     implemented,
     is_default,
     largest,
-    logit_reach,
     problem_of,
+    quotient,
     spectral,
     square,
+    weight_rounding,
 )
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
@@ -154,9 +155,9 @@ def _clustered_lipschitz(context: Context, *, rank: int | None = None) -> Observ
         pairs = (a[first] - a[second])[same], (q[first] - q[second])[same]
         for rows, moves in ((a - ahat, q - case.centers), pairs):
             # Queries that are equal up to rounding have rows that are.
-            limit = size * np.linalg.norm(moves, axis=1) + ROUNDING
+            limit = size * np.linalg.norm(moves, axis=1) + weight_rounding(context.instance)
             values.append(float((np.linalg.norm(rows, axis=1) / limit).max(initial=0.0)))
-    return Observations(values, 1.0, rank=used, rounding=1e-6)
+    return Observations(values, 1.0, rank=used, rounding=ROUNDING)
 
 
 @claim(
@@ -186,7 +187,7 @@ def _clustered_inertia(context: Context, *, rank: int | None = None) -> Observat
         bounds or math.nan,
         rank=used,
         trivial=trivial,
-        rounding=ROUNDING * math.sqrt(len(a)),
+        rounding=math.sqrt(len(a)) * weight_rounding(context.instance),
     )
 
 
@@ -212,8 +213,8 @@ def _clustered_perturbation(context: Context, *, rank: int | None = None) -> Obs
         moves = case.problem.q - case.centers
         limit = np.asarray(tv_bound(logit_eta(moves @ _keys(context).T)))
         variation = np.abs(a - _clustered(context, case)).sum(axis=1) / 2
-        values.append(float((variation / (limit + ROUNDING)).max()))
-    return Observations(values, 1.0, rank=used, rounding=1e-6)
+        values.append(float((variation / (limit + weight_rounding(context.instance))).max()))
+    return Observations(values, 1.0, rank=used, rounding=ROUNDING)
 
 
 @claim(
@@ -244,7 +245,7 @@ def _clustered_geometric(context: Context, *, rank: int | None = None) -> Observ
         place = np.cumsum(counts > 0) - 1
         off = _clustered(context, case) - mean[place[case.labels]]
         values.append(float(np.abs(off).sum(axis=1).max()))
-    return Observations(values, 0.0, rank=used, rounding=ROUNDING * (1 + logit_reach(problem)))
+    return Observations(values, 0.0, rank=used, rounding=weight_rounding(context.instance))
 
 
 @claim(
@@ -331,8 +332,8 @@ def _clustered_proposition2(context: Context, *, rank: int | None = None) -> Obs
         for count in _counts(case):
             better = np.abs(_clustered(context, case, count) - a).sum(axis=1)
             values.append(max(float((better - plain).max()), 0.0))
-    reach = logit_reach(problem_of(context.instance))
-    return Observations(values, 0.0, rank=used, rounding=1e-12 * (1 + reach))
+    # Two 1-norms; in rows where they are equal both are rounded.
+    return Observations(values, 0.0, rank=used, rounding=2 * weight_rounding(context.instance))
 
 
 @claim(
@@ -351,7 +352,7 @@ def _clustered_full(context: Context, *, rank: int | None = None) -> Observation
     for case in _cases(context, rank, 3):
         used = case.rank
         values.append(largest(_clustered(context, case, case.problem.n_k) - context.instance.a))
-    return Observations(values, 0.0, rank=used, rounding=ROUNDING)
+    return Observations(values, 0.0, rank=used, rounding=weight_rounding(context.instance))
 
 
 @claim(
@@ -373,7 +374,7 @@ def _clustered_stochastic(context: Context, *, rank: int | None = None) -> Obser
         for count in (None, *_counts(case)):
             ahat = _clustered(context, case, count)
             values.append(max(largest(ahat.sum(axis=1) - 1), float(-ahat.min()), 0.0))
-    return Observations(values, 0.0, rank=used, rounding=ROUNDING)
+    return Observations(values, 0.0, rank=used, rounding=weight_rounding(context.instance))
 
 
 # --- floors --------------------------------------------------------------------------------------
@@ -400,8 +401,8 @@ def _rank_floor(context: Context, *, rank: int | None = None) -> Observations:
     context.require(r <= n, f"r = {r} of {n} tokens")
     sigma = context.instance.svd[1]
     floor = math.sqrt(float(np.sum(sigma[r:] ** 2)))
-    # A floor of this size is the rounding of an error of zero.
-    known = floor > 1e-7 * float(sigma[0])
+    # Singular values are rounded in the size of the first one, and Ahat is, and with it its rank.
+    room = ROUNDING * float(sigma[0]) + math.sqrt(len(a)) * weight_rounding(context.instance)
     values = []
     for rng in few(context, 3):
         if is_default(context):
@@ -409,10 +410,8 @@ def _rank_floor(context: Context, *, rank: int | None = None) -> Observations:
             made = [method.approximate(problem, rng).to_dense() for method in methods]
         else:
             made = [implemented(context, "rank", r, rng, problem=problem)]
-        for ahat in made:
-            distance = math.sqrt(square(a - ahat))
-            values.append((floor / distance if distance > 0 else math.inf) if known else 0.0)
-    return Observations(values, 1.0, rank=r, rounding=1e-6)
+        values += [quotient(floor, math.sqrt(square(a - ahat)), room) for ahat in made]
+    return Observations(values, 1.0, rank=r)
 
 
 def _topk(context: Context, r: int, renormalize: bool) -> Array:

@@ -13,10 +13,12 @@ from ...zoo.performer import FEATURES, feature_mse, gaussian_directions
 from ..engine.arguments import Array, ceil, real
 from ..engine.instances import instance
 from ..engine.observers import (
+    EPS,
     few,
     implemented,
     is_default,
     problem_of,
+    quotient,
 )
 from ..engine.records import Observations, Series
 from ..engine.registry import Context, claim
@@ -253,6 +255,14 @@ def _hyperbolic(context: Context, *, rank: int = 4) -> Observations:
     return Observations(values, 1.0, rank=rank, rounding=1e-8)
 
 
+def _mse_rounding(pair: _Pair, iid: float) -> float:
+    """Return the rounding of both errors of a pair and of their difference.
+
+    It is of the order s^2, and one of e^(s - n2) and a number near it.
+    """
+    return 8 * EPS * max(iid, math.exp(pair.s - pair.n2))
+
+
 @claim(
     "lowrank_baselines.orthogonal_gain",
     title="Orthogonal directions never lose",
@@ -271,7 +281,7 @@ def _orthogonal_gain(context: Context, *, rank: int = 6) -> Observations:
         pair = _some_pair(context, rng).shrunk(8.0 * rng.random())
         for features in ("positive", "hyperbolic"):
             ort, iid = (_mse(context, pair, rank, features, orthogonal=x) for x in (True, False))
-            values.append(ort / iid if iid > 1e-12 else 1.0 + abs(ort - iid))
+            values.append(quotient(ort, iid, _mse_rounding(pair, iid)))
     return Observations(values, 1.0, rank=rank, rounding=1e-9)
 
 
@@ -443,7 +453,7 @@ def _theorem2_cases(context: Context) -> Iterator[tuple[_Pair, int]]:
         yield pair, int(rng.integers(2, d + 1))
 
 
-# Relative error of a gain that is looked at.
+# Gains with a larger relative rounding are not looked at.
 _GAIN = 1e-5
 
 
@@ -460,16 +470,15 @@ _GAIN = 1e-5
     recorded={**PAIR_RECORD, "nystrom-gaussian": "holds"},
 )
 def _theorem2(context: Context) -> Observations:
-    values = []
+    values, bounds = [], []
     for pair, r in _theorem2_cases(context):
         claimed = theorem2_gain(pair.x, pair.y, r)
         iid, ort = (_mse(context, pair, r, orthogonal=x) for x in (False, True))
-        # Both errors are rounded, and their difference, of the order s^2, is one of e^(s - n2) and
-        # a number near it.
-        rounded = 8 * float(np.finfo(np.float64).eps) * max(iid, math.exp(pair.s - pair.n2))
+        rounded = _mse_rounding(pair, iid)
         digits = claimed > max(1e-9 * iid, rounded / _GAIN)
         values.append(claimed / max(iid - ort, 1e-300) if digits else 0.0)
-    return Observations(values, 1.0, rounding=_GAIN)
+        bounds.append(1 + rounded / claimed if digits else 1.0)
+    return Observations(values, bounds if bounds else 1.0)
 
 
 @claim(

@@ -19,7 +19,7 @@ from ...zoo.nystromformer import (
 from ..engine.arguments import Array, real
 from ..engine.instances import instance
 from ..engine.observers import (
-    ROUNDING,
+    EPS,
     few,
     implemented,
     is_default,
@@ -27,6 +27,7 @@ from ..engine.observers import (
     on_heads,
     problem_of,
     spectral,
+    weight_rounding,
 )
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
@@ -40,8 +41,6 @@ RAZAVI = "Razavi, Kerayechian, Gachpazan and Shateyi, Abstract and Applied Analy
 GROWTH = 13 / 4
 # Landmark matrices beyond this are not inverted to the digits that exactness is told by.
 CONDITION = 1e8
-# Six steps have a norm of at most 34.4/sqrt(c): rounding is far below this.
-_SIX_STEPS = 1e-9
 
 EVERYWHERE = {
     "clusters": "holds",
@@ -103,6 +102,11 @@ def _inverses(context: Context, m: Array, iterations: int) -> list[Array]:
         return [iterate_inverse(m, iterations), filter_inverse(m, iterations)]
     rng = np.random.default_rng(context.entropy)
     return [implemented(context, "inverse", len(m), rng, m=m, iterations=iterations)]
+
+
+def _grown(m: Array, steps: int) -> float:
+    """Return the rounding of ``M Z_j``: a step multiplies an error by at most GROWTH."""
+    return 4 * GROWTH**steps * len(m) * EPS
 
 
 def _residual(m: Array, z: Array) -> Array:
@@ -169,19 +173,19 @@ def _tokens(context: Context, rank: int | None, queries: bool, keys: bool) -> It
         yield _Tokens(rng, made, both, _invertible(context, made, both))
 
 
-def _spoiled(condition: float) -> float:
-    """Return the rounding of ``F M^-1 B``: entries of M^-1 have relative errors of about eps."""
-    return ROUNDING + 1e-13 * condition
+def _spoiled(problem: AttentionProblem, condition: float) -> float:
+    """Return the rounding of ``F M^-1 B``: M^-1 multiplies that of weights by its condition."""
+    return (1 + condition) * weight_rounding(problem)
 
 
 def _repeated(context: Context, rank: int | None, *, keys: bool) -> Observations:
     """Observe ``max |Ahat - A|``, which must be zero, where queries repeat landmarks."""
-    values, used, condition = [], None, 1.0
+    values, used, spoiled = [], None, 0.0
     for x in _tokens(context, rank, True, keys):
         ahat = _nystrom(context, x.problem, x.landmarks, None, x.rng)
         values.append(largest(ahat - x.problem.exact.to_dense()))
-        used, condition = len(x.landmarks[0]), max(condition, x.condition)
-    return Observations(values, 0.0, rank=used, rounding=_spoiled(condition))
+        used, spoiled = len(x.landmarks[0]), max(spoiled, _spoiled(x.problem, x.condition))
+    return Observations(values, 0.0, rank=used, rounding=spoiled)
 
 
 # --- the iteration -------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def _residual_recursion(context: Context, *, rank: int | None = None) -> Observa
             cube = e @ e @ e
             values.append(largest(found - 0.75 * cube - 0.25 * cube @ e))
         before = after
-    return Observations(values, 0.0, rank=len(m), rounding=1e-9)
+    return Observations(values, 0.0, rank=len(m), rounding=_grown(m, 8))
 
 
 @claim(
@@ -233,7 +237,7 @@ def _residual_norm(context: Context, *, rank: int | None = None) -> Observations
         want = float(np.asarray(residual_after(first, j)))
         values += [abs(spectral(_residual(m, z)) - want) for z in _inverses(context, m, j)]
     note = f"|I - M Z_6|_2 = {float(np.asarray(residual_after(first, 6))):.4g}"
-    return Observations(values, 0.0, rank=len(m), rounding=1e-8, notes=note)
+    return Observations(values, 0.0, rank=len(m), rounding=_grown(m, 12), notes=note)
 
 
 @claim(
@@ -259,9 +263,8 @@ def _iteration_filter(context: Context, *, rank: int | None = None) -> Observati
         values += [
             float(np.linalg.norm(z - want) / np.linalg.norm(want)) for z in _inverses(context, m, j)
         ]
-    # h_j has slopes up to (13/4)^j/c: an error of r eps |M| moves Z_12 by some 1e-10 of its norm,
-    # however small singular values are.
-    return Observations(values, 0.0, rank=len(m), rounding=1e-8)
+    # h_j has slopes up to (13/4)^j/c, however small singular values are.
+    return Observations(values, 0.0, rank=len(m), rounding=_grown(m, 12))
 
 
 @claim(
@@ -290,7 +293,7 @@ def _iteration_order(context: Context, *, rank: int | None = None) -> Observatio
         bounds += [x**3 for x in before]
         before = after
     note = f"after 6 steps {values[5 * len(before)]:.4g} is left"
-    return Observations(values, bounds, rank=len(m), rounding=1e-9, notes=note)
+    return Observations(values, bounds, rank=len(m), rounding=_grown(m, 8), notes=note)
 
 
 @claim(
@@ -314,7 +317,8 @@ def _iteration_norm(context: Context, *, rank: int | None = None) -> Observation
         for j in range(0, 13, 2)
         for z in _inverses(context, m, j)
     ]
-    return Observations(values, 1.0, rank=len(m), rounding=1e-9)
+    # Over (13/4)^(j/2) what is left of the growth of an error is its root.
+    return Observations(values, 1.0, rank=len(m), rounding=_grown(m, 6))
 
 
 # --- where it is exact ---------------------------------------------------------------------------
@@ -429,15 +433,16 @@ def _every_token(context: Context) -> Observations:
     both = (problem.q, problem.k)
     iterated, exact = (_nystrom(context, problem, both, x, rng) for x in (6, None))
     want = a - _residual(a, iterate_inverse(a, 6)) @ a
-    off, allowed = [largest(iterated - want)], [0.0]
+    # Entries of A Z A, |Z| <= (13/4)^3/sqrt(c), and what a step makes of errors of M = A.
+    off, allowed = [largest(iterated - want)], [GROWTH**6 * weight_rounding(problem)]
     condition = float(np.linalg.cond(a))
     note = f"condition number {condition:.3g}"
     if condition < CONDITION:
         off.append(largest(exact - a))
-        allowed.append(max(_spoiled(condition) - _SIX_STEPS, 0.0))
+        allowed.append(_spoiled(problem, condition))
     else:
         note += ", too large for the digits of A^+"
-    return Observations(off, allowed, rank=len(a), rounding=_SIX_STEPS, notes=note)
+    return Observations(off, allowed, rank=len(a), notes=note)
 
 
 # --- row sums ------------------------------------------------------------------------------------
@@ -453,7 +458,7 @@ def _row_sums(
     rng = np.random.default_rng(context.entropy)
     ahat = _nystrom(context, problem, landmarks, iterations, rng)
     note = f"condition number {condition:.3g}, least entry {float(ahat.min()):.3g}"
-    rounding = _spoiled(condition) if iterations is None else 1e-6
+    rounding = _spoiled(problem, condition) if iterations is None else 1e-6
     return Observations([largest(ahat.sum(axis=1) - 1)], 0.0, rank=r, rounding=rounding, notes=note)
 
 

@@ -13,7 +13,7 @@ from ...zoo.performer import FEATURES, Performer, gaussian_directions
 from ..engine.arguments import Array
 from ..engine.assumptions import VALUES
 from ..engine.observers import (
-    ROUNDING,
+    EPS,
     default_rank,
     few,
     implemented,
@@ -59,6 +59,12 @@ def _log_features(case: _Case, features: str) -> tuple[Array, Array]:
     return x @ omega.T, y @ omega.T - 0.5 * np.einsum("ij,ij->i", y, y)[:, None]
 
 
+def _exponents(case: _Case) -> float:
+    """Return a bound of the logarithms of features, in whose size they are rounded."""
+    x, y, omega = (np.linalg.norm(z, axis=1).max() for z in (*scaled(case.problem), case.omega))
+    return float(omega * (x + y) + 0.5 * y**2)
+
+
 def _quotient(queries: Array, keys: Array) -> Array:
     """Return ``phi(x_i).phi(y_j)/sum_j``, summed in logarithms, from logarithms."""
     from scipy.special import logsumexp
@@ -81,16 +87,18 @@ def _quotient(queries: Array, keys: Array) -> Array:
     recorded={"faint": "holds", "clusters": "holds", "blocks": "holds", "heads": "holds"},
 )
 def _favor_factors(context: Context, *, rank: int | None = None) -> Observations:
-    values = []
+    values, reach = [], 0.0
     for i, case in enumerate(_cases(context, rank)):
         features = FEATURES[i % 2]
         t, n = _log_features(case, features)
+        reach = max(reach, _exponents(case))
         some = case.rng.permutation(len(t))[:8]
         ahat = _performer(context, case, features)[some]
         values.append(largest(ahat - _quotient(t[some], n)))
-    x, y = scaled(problem_of(context.instance))
-    reach = largest(x) * largest(y)
-    return Observations(values, 0.0, rounding=ROUNDING * (1 + reach))
+    # Logarithms of features are sums of d products, and of up to n_k features in a normaliser.
+    problem = problem_of(context.instance)
+    rounding = 8 * (problem.d + problem.n_k + 16) * EPS * (1 + reach)
+    return Observations(values, 0.0, rounding=rounding)
 
 
 @claim(

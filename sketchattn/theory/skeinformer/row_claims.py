@@ -22,9 +22,12 @@ from ..engine.observers import (
     implemented,
     is_default,
     largest,
+    output_rounding,
     problem_of,
+    quotient,
     spectral,
     square,
+    weight_rounding,
 )
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
@@ -151,7 +154,9 @@ def _register_identity(normalizer: str, statement: str, fills: tuple[str, ...]) 
                     want = tau * (outside - inside)
             error = context.instance.product - ahat @ v
             values.append(largest(error - want) / _scale(context.instance))
-        return Observations(values, 0.0, rank=default_rank(context, rank), rounding=ROUNDING)
+        # Ahat, A, and the two means of V by their weights.
+        rounding = 4 * weight_rounding(context.instance)
+        return Observations(values, 0.0, rank=default_rank(context, rank), rounding=rounding)
 
 
 _register_identity(
@@ -196,7 +201,8 @@ def _fill_mass(context: Context, *, rank: int | None = None) -> Observations:
         for fill, want in formulas.items():
             ahat = _matrix(context, case, fill=fill, pilot_reuse=False)
             values.append(largest(ahat[:, ~kept].sum(axis=1) - want))
-    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=ROUNDING)
+    rounding = 2 * weight_rounding(context.instance)
+    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=rounding)
 
 
 # --- pilot rows that are put back -----------------------------------------------------------------
@@ -218,14 +224,18 @@ def _fill_mass(context: Context, *, rank: int | None = None) -> Observations:
 def _pilot_reuse(context: Context, *, rank: int | None = None) -> Observations:
     instance = context.instance
     size = max(square(instance.product), 1e-300)
-    values = []
+    values, worst = [], 0.0
     for case in _cases(context, rank):
         without, reused = (
             instance.product - _output(context, case, pilot_reuse=x) for x in (False, True)
         )
         saved = square(without[np.unique(case.draw["pilot_rows"])])
         values.append(abs(square(without) - saved - square(reused)) / size)
-    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=ROUNDING)
+        worst = max(worst, square(without))
+    # Squares of sums of all rows, each row rounded.
+    off = 2 * math.sqrt(instance.m) * output_rounding(instance)
+    rounding = (2 * math.sqrt(worst) + off) * off / size + ROUNDING * worst / size
+    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=rounding)
 
 
 @claim(
@@ -295,7 +305,8 @@ def _stochastic(context: Context, *, rank: int | None = None) -> Observations:
     for i, case in enumerate(_cases(context, rank)):
         ahat = _matrix(context, case, **forms[i % len(forms)])
         values.append(max(largest(ahat.sum(axis=1) - 1), float(-ahat.min()), 0.0))
-    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=ROUNDING)
+    rounding = weight_rounding(context.instance)
+    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=rounding)
 
 
 @claim(
@@ -319,7 +330,7 @@ def _hull(context: Context, *, rank: int | None = None) -> Observations:
         seen, got = v @ u, _output(context, case) @ u
         low, high = seen.min(axis=0), seen.max(axis=0)
         # Rounding counts as range: constant values must not blow it up.
-        half = (high - low) / 2 + ROUNDING * np.abs(seen).max(axis=0)
+        half = (high - low) / 2 + weight_rounding(context.instance) * np.abs(seen).max(axis=0)
         away = np.abs(got - (low + high) / 2).max(axis=0)
         values.append(float(np.max(away / np.maximum(half, 1e-300))))
     return Observations(values, 1.0, rank=default_rank(context, rank), rounding=ROUNDING)
@@ -350,7 +361,8 @@ def _value_shift(context: Context, *, rank: int | None = None) -> Observations:
         moved = case._replace(problem=_with(case.problem, v=case.problem.values + shift))
         off = _output(context, moved) - _output(context, case) - shift
         values.append(largest(off) / (size + largest(shift)))
-    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=ROUNDING)
+    rounding = 2 * weight_rounding(context.instance)
+    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=rounding)
 
 
 @claim(
@@ -368,20 +380,14 @@ def _value_shift(context: Context, *, rank: int | None = None) -> Observations:
 def _key_shift(context: Context, *, rank: int | None = None) -> Observations:
     problem = problem_of(context.instance)
     size = max(largest(problem.k), 1e-300)
-    values = []
+    values, rounding = [], 0.0
     for case in _cases(context, rank):
         shift = size * case.rng.standard_normal(problem.d)
         moved = case._replace(problem=_with(case.problem, k=case.problem.k + shift))
         off = _output(context, moved) - _output(context, case)
         values.append(largest(off) / _scale(context.instance))
-    # Logits are off by (d + 2) u |scale| |Q_i| (|K_j| + |c|) at most; weights by twice that.
-    reach = float(np.linalg.norm(problem.q, axis=1).max()) * (
-        float(np.linalg.norm(problem.k, axis=1).max()) + 8 * size * math.sqrt(problem.d)
-    )
-    logit = (problem.d + 3) * np.finfo(np.float64).eps * abs(problem.scale) * reach
-    return Observations(
-        values, 0.0, rank=default_rank(context, rank), rounding=4 * logit + ROUNDING
-    )
+        rounding = max(rounding, weight_rounding(problem) + weight_rounding(moved.problem))
+    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=rounding)
 
 
 @claim(
@@ -409,7 +415,8 @@ def _permutation(context: Context, *, rank: int | None = None) -> Observations:
         )
         off = _output(context, case._replace(problem=moved, draw=draw))
         values.append(largest(off - _output(context, case)[queries]) / _scale(context.instance))
-    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=ROUNDING)
+    rounding = weight_rounding(context.instance)
+    return Observations(values, 0.0, rank=default_rank(context, rank), rounding=rounding)
 
 
 @claim(
@@ -429,7 +436,8 @@ def _full_rank(context: Context) -> Observations:
         for normalizer in ("adaptive", "sampled", "exact"):
             ahat = _matrix(context, case, normalizer=normalizer, pilot_reuse=False)
             values.append(largest(ahat - context.instance.a))
-    return Observations(values, 0.0, rank=context.instance.n, rounding=ROUNDING)
+    rounding = weight_rounding(context.instance)
+    return Observations(values, 0.0, rank=context.instance.n, rounding=rounding)
 
 
 # --- after the fact -------------------------------------------------------------------------------
@@ -458,10 +466,10 @@ def _rank_floor(context: Context, *, rank: int | None = None) -> Observations:
         distance = spectral(instance.a - _matrix(context, case, pilot_reuse=reuse))
         place = r + 1 + (len(np.unique(case.draw["pilot_rows"])) if reuse else 0)
         floor = float(sigma[place]) if place < len(sigma) else 0.0
-        # A floor of this size is the rounding of an error of zero.
-        known = floor > 1e-7 * float(sigma[0])
-        values.append((floor / distance if distance > 0 else math.inf) if known else 0.0)
-    return Observations(values, 1.0, rank=r, rounding=1e-6)
+        # Singular values are rounded in the size of the first one, and Ahat is, and its rank.
+        room = ROUNDING * float(sigma[0]) + math.sqrt(instance.m) * weight_rounding(instance)
+        values.append(quotient(floor, distance, room))
+    return Observations(values, 1.0, rank=r)
 
 
 @claim(
@@ -491,5 +499,5 @@ def _posterior(context: Context, *, rank: int | None = None) -> Observations:
         bounds if bounds else math.nan,
         rank=default_rank(context, rank),
         trivial=trivial,
-        rounding=ROUNDING * _scale(instance) * math.sqrt(instance.m),
+        rounding=math.sqrt(instance.m) * output_rounding(instance),
     )

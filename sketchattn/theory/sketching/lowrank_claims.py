@@ -11,7 +11,13 @@ from ..engine.arguments import Array
 from ..engine.assumptions import DENSE
 from ..engine.audited import sketched
 from ..engine.instances import Instance, Made, cosines, instance
-from ..engine.observers import on_heads, spectral, square
+from ..engine.observers import (
+    ROUNDING,
+    on_heads,
+    quotient,
+    spectral,
+    square,
+)
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
 from .lowrank import (
@@ -252,14 +258,10 @@ def _eckart_young(context: Context, *, rank: int = 4) -> Observations:
     values = []
     for omega in _test_matrices(context, rank):
         errors = residual_norms(sigma, range_basis(sigma[:, None] * omega))
-        # Floors of this size are the rounding of an error of zero.
-        values.append(
-            max(
-                f / e if f > 1e-7 * size else 0.0
-                for f, e, size in zip(floors, errors, sizes, strict=True)
-            )
-        )
-    return Observations(values, 1.0, rank=rank, rounding=1e-6)
+        # Both are rounded in the size of A.
+        each = zip(floors, errors, sizes, strict=True)
+        values.append(max(quotient(f, e, ROUNDING * size) for f, e, size in each))
+    return Observations(values, 1.0, rank=rank)
 
 
 @claim(

@@ -187,7 +187,11 @@ def _amm_embedding(context: Context, *, rank: int | None = None) -> Observations
     r = default_rank(context, rank, most=256)
     pair = factors(instance)
     m, width = instance.m, pair.shape[1]
-    u, sigma, _ = instance.cached("factors svd", lambda: np.linalg.svd(pair, full_matrices=False))
+    # Of one size: a singular value that counts as none must be small beside both.
+    sizes = np.repeat([spectral(instance.a), spectral(instance.v)], [m, width - m])
+    u, sigma, _ = instance.cached(
+        "factors svd", lambda: np.linalg.svd(pair / sizes, full_matrices=False)
+    )
     basis = u[:, sigma > 1e-10 * sigma[0]]
     # The embedding costs the cube of the dimension of the range, for every draw.
     context.require(basis.shape[1] <= 256, f"range([A^T V]) has dimension {basis.shape[1]} > 256")

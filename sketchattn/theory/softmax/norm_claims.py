@@ -11,7 +11,15 @@ from ...problem import AttentionProblem
 from ..engine.arguments import Array, real
 from ..engine.assumptions import DENSE, KEYS, STOCHASTIC, VALUES
 from ..engine.instances import instance
-from ..engine.observers import is_default, quotient, softmax_of
+from ..engine.observers import (
+    EPS,
+    is_default,
+    largest,
+    problem_of,
+    quotient,
+    softmax_of,
+    weight_rounding,
+)
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
 from .formulas import diameter, perturbation_bound
@@ -87,6 +95,11 @@ def _matrix(context: Context) -> Array:
     return softmax_of(context, _logs(a), np.random.default_rng(context.entropy))
 
 
+def _sums(context: Context) -> float:
+    """Return the rounding of row sums: what the matrix itself, which is assumed, is off by."""
+    return largest(context.instance.a.sum(axis=1) - 1) + ROUNDING
+
+
 def _rows(context: Context, trial: int) -> Array:
     """Return some rows of ``ln A``, others in every trial."""
     m = context.instance.m
@@ -125,7 +138,7 @@ def _diameter(context: Context) -> float:
 def _stochastic(context: Context) -> Observations:
     a = _matrix(context)
     off = max(float(np.abs(a.sum(axis=1) - 1).max()), float(-a.min()))
-    return Observations([max(off, 0.0)], 0.0, rounding=1e-9)
+    return Observations([max(off, 0.0)], 0.0, rounding=_sums(context))
 
 
 @claim(
@@ -151,7 +164,7 @@ def _spectral_norm(context: Context) -> Observations:
         quotient(norm, math.sqrt(max(column, 0.0))),
         column / m,
     ]
-    return Observations(values, 1.0, rounding=ROUNDING)
+    return Observations(values, 1.0, rounding=2 * _sums(context))
 
 
 @claim(
@@ -187,7 +200,7 @@ def _frobenius_norm(context: Context) -> Observations:
     a = _matrix(context)
     m, n = a.shape
     size = float(np.sum(a * a))
-    return Observations([quotient(m / n, size), size / m], 1.0, rounding=ROUNDING)
+    return Observations([quotient(m / n, size), size / m], 1.0, rounding=2 * _sums(context))
 
 
 @claim(
@@ -206,7 +219,7 @@ def _mean_identity(context: Context) -> Observations:
     m, n = a.shape
     left = float(np.sum((a - 1 / n) ** 2))
     right = float(np.sum(a * a)) - m / n
-    return Observations([abs(left - right) / m], 0.0, rounding=ROUNDING)
+    return Observations([abs(left - right) / m], 0.0, rounding=2 * _sums(context))
 
 
 @claim(
@@ -250,18 +263,15 @@ def _printed_normalizer(context: Context) -> Observations:
 def _shift_invariance(context: Context, *, size: float = 1.0) -> Observations:
     q, k, scale = _factors(context)
     size = float(real(size, "size", 0))
-    values = []
+    problem, values, rounding = problem_of(context.instance), [], 0.0
     for trial, rng in enumerate(context.generators()):
         some = q[(trial * ROWS + np.arange(min(ROWS, len(q)))) % len(q)]
         moved = k + size * rng.standard_normal(k.shape[1])
         rows = [softmax_of(context, scale * some @ x.T, rng) for x in (k, moved)]
         values.append(float(np.abs(rows[0] - rows[1]).sum(axis=1).max()))
-    # Logits are off by (d + 2) u |scale| |Q_i| (|K_j| + |c|) at most; the 1-norm by twice that.
-    reach = np.linalg.norm(q, axis=1).max() * (
-        np.linalg.norm(k, axis=1).max() + 8 * size * math.sqrt(k.shape[1])
-    )
-    logit_error = (k.shape[1] + 3) * np.finfo(np.float64).eps * abs(scale) * float(reach)
-    return Observations(values, 0.0, rounding=4 * logit_error + ROUNDING)
+        shifted = AttentionProblem(q, moved, scale=scale)
+        rounding = max(rounding, weight_rounding(problem) + weight_rounding(shifted))
+    return Observations(values, 0.0, rounding=rounding)
 
 
 @claim(
@@ -322,7 +332,7 @@ def _hull(context: Context) -> Observations:
         seen, got = v @ u, out @ u
         low, high = seen.min(axis=0), seen.max(axis=0)
         # Rounding of the products counts as range: constant values must not blow it up.
-        half = (high - low) / 2 + ROUNDING * np.abs(seen).max(axis=0)
+        half = (high - low) / 2 + _sums(context) * np.abs(seen).max(axis=0)
         away = np.abs(got - (low + high) / 2).max(axis=0)
         values.append(float(np.max(away / np.maximum(half, 1e-300))))
     return Observations(values, 1.0, rounding=ROUNDING)
@@ -350,7 +360,7 @@ def _truncation(context: Context, *, rank: int = 4) -> Observations:
     variation = np.abs(kept / mass[:, None] - a).sum(axis=1) / 2
     dropped = np.abs(kept - a).sum(axis=1)
     off = np.maximum(np.abs(variation - (1 - mass)), np.abs(dropped - (1 - mass)))
-    return Observations([float(off.max())], 0.0, rank=rank, rounding=ROUNDING)
+    return Observations([float(off.max())], 0.0, rank=rank, rounding=2 * _sums(context))
 
 
 # --- changes of the logits ---------------------------------------------------------------------
@@ -396,7 +406,7 @@ def _perturbation(context: Context, *, width: float = 1.0) -> Observations:
     size = float(real(width, "width", 0))
     limit = float(np.asarray(perturbation_bound(size)))
     values = [float(np.abs(p - q).sum()) / limit for p, q, _, _ in _worst_changes(context, size)]
-    return Observations(values, 1.0, rounding=ROUNDING)
+    return Observations(values, 1.0, rounding=ROUNDING / min(limit, 1.0))
 
 
 @claim(
@@ -418,7 +428,9 @@ def _output_perturbation(context: Context, *, width: float = 0.5) -> Observation
     context.require(diameter > 0, "needs values that are not all equal")
     limit = math.tanh(size / 4) * diameter
     values = [moved / limit for _, _, _, moved in _worst_changes(context, size)]
-    return Observations(values, 1.0, rounding=ROUNDING)
+    # p - p' sums to zero up to rounding, which values far from zero multiply.
+    far = float(np.linalg.norm(context.instance.v, axis=1).max())
+    return Observations(values, 1.0, rounding=2 * (n + 16) * EPS * far / limit)
 
 
 @claim(
@@ -476,14 +488,13 @@ def _pairs(context: Context, factor: float, keys: Array) -> list[float]:
     q, k, scale = _factors(context)
     context.require(len(q) >= 2, "needs two queries")
     size = factor * abs(scale) * float(np.linalg.norm(keys, 2))
-    values = []
+    values, room = [], weight_rounding(context.instance)
     for rng in context.generators():
         i, j = rng.choice(len(q), 2, replace=False)
         pair = q[[i, j]]
         rows = softmax_of(context, scale * pair @ k.T, rng)
-        moved = max(float(np.linalg.norm(rows[0] - rows[1])) - 1e-14, 0.0)
-        limit = size * float(np.linalg.norm(pair[0] - pair[1]))
-        values.append(0.0 if moved == 0 else quotient(moved, limit))
+        moved = float(np.linalg.norm(rows[0] - rows[1]))
+        values.append(quotient(moved, size * float(np.linalg.norm(pair[0] - pair[1])), room))
     return values
 
 
