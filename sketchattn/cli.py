@@ -532,7 +532,7 @@ def _certify(
     """Bound the error of any output array from exact rows.
 
     The rows are a random sample; the error is |Ohat - O|_F / |O|_F of each head, with the exact
-    output O of HEADS.
+    output O of HEADS.  The width of an interval is high / low: 1 where all rows were computed.
     """
     from .errors.certificates import certify
 
@@ -542,7 +542,7 @@ def _certify(
     records = []
     for i, array in zip(chosen, outputs, strict=True):
         certificate = certify(given[i], array, rows, confidence, seed, kind=kind)
-        names = ("estimate", "low", "high", "rows", "confidence", "kind")
+        names = ("estimate", "low", "high", "width", "rows", "confidence", "kind")
         records.append(
             {"head": given.names[i]} | {name: getattr(certificate, name) for name in names}
         )

@@ -567,14 +567,17 @@ def test_certify_prints_a_row_for_each_head(say: Any, tmp_path: Path) -> None:
     said = say("certify", *arguments, "--kind", "approximate", "--seed", 5)
     assert (said.code, said.err) == (0, "")
     header, *rows = said.out.splitlines()
-    assert header.split() == ["head", "estimate", "low", "high", "rows", "confidence", "kind"]
+    names = ["head", "estimate", "low", "high", "width", "rows", "confidence", "kind"]
+    assert header.split() == names
     for i, row in enumerate(rows):
         wanted = sa.certify(heads[i], stack[i], 16, 0.9, 5, kind="approximate")
-        name, estimate, low, high, *rest = row.split()
+        name, estimate, low, high, width, *rest = row.split()
         assert name == heads.names[i]
         assert float(estimate) == pytest.approx(wanted.estimate, rel=1e-3)
         assert float(low) == pytest.approx(wanted.low, rel=1e-3)
         assert float(high) == pytest.approx(wanted.high, rel=1e-3)
+        assert float(width) == pytest.approx(wanted.high / wanted.low, rel=1e-3)
+        assert wanted.width > 1.1  # a number that is none of the others
         assert rest == ["16", "0.9", "approximate"]
     assert len(rows) == 3
 
@@ -593,7 +596,7 @@ def test_certify_json_of_one_head(say: Any, tmp_path: Path) -> None:
         (found,) = json.loads(said.out)
         assert found["head"] == "gaussian/head1"
         assert found["kind"] == wanted.kind
-        for name in ("estimate", "low", "high", "rows", "confidence"):
+        for name in ("estimate", "low", "high", "width", "rows", "confidence"):
             assert found[name] == pytest.approx(getattr(wanted, name), rel=1e-12)
     # One head of an output of all heads is the same.
     np.save(tmp_path / "all.npy", stack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from sketchattn.errors import rows as row_certificates
 from sketchattn.errors.rows import KINDS, certify_rows, gap_bound, mass_aware_bound
 from sketchattn.operators.partitioned.summaries import Reference, Rule
 from sketchattn.partitions.patterns import make_plan
-from sketchattn.theory.combiner.cases import extremal_row
+from sketchattn.theory.combiner.cases import ExtremalRow, extremal_row
 
 Array = NDArray[Any]
 
@@ -123,6 +124,44 @@ def test_extremal_rows(share: float, with_direct: bool, posterior: bool) -> None
     tv = np.abs(p - tilted(p, np.array([0.0, hi, -lo]))).sum() / 2
     assert tv == pytest.approx(mass_aware_bound(row.mass, row.low, row.high), rel=1e-12)
     assert tv < 0.9 * math.tanh(0.25)
+
+
+@pytest.mark.parametrize("posterior", [False, True])
+@pytest.mark.parametrize("width", [0.1, 0.5, 1.0, 20.0])
+def test_extremal_rows_attain_the_bound_or_say_so(width: float, posterior: bool) -> None:
+    limit = 1 / (1 + math.exp(-width / 2))
+
+    def row(share: float, with_direct: bool = not posterior) -> ExtremalRow:
+        return extremal_row(width, share, with_direct=with_direct, posterior=posterior)
+
+    share = limit - 1e-2 * (1 - limit)
+    made = row(share)
+    p = tilted(np.exp(made.logits), np.zeros(3))
+    tv = np.abs(p - tilted(p, np.array([0.0, (1 - share) * width, -share * width]))).sum() / 2
+    # exp(width) loses that much of the digits of the mass, which the best event forgives.
+    assert tv == pytest.approx(mass_aware_bound(made.mass, made.low, made.high), rel=1e-6)
+    need = re.escape(f"share must be below {limit:.6g} for width = {width:g}, with one of ")
+    with pytest.raises(ValueError, match=f"^{need}.* got share = .*makes the event the best one$"):
+        row(0.5 + 0.5 * limit)
+    with pytest.raises(ValueError, match=f"^{need}"):
+        row(share, with_direct=posterior)
+    need = re.escape(f" {limit:.6g} for width = {width:g}, ")
+    with pytest.raises(ValueError, match=f"^share must be (near|below){need}.*(; raise|best) "):
+        row(0.01)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0, math.nan])
+def test_a_share_is_inside_the_unit_interval(share: float) -> None:
+    wrong = f"share must be in (0, 1), got {share:g}; change share"
+    with pytest.raises(ValueError, match=f"^{re.escape(wrong)}$"):
+        extremal_row(1.0, share)
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, 20.5, 600.0, math.inf, math.nan])
+def test_a_width_keeps_the_digits_of_the_mass(width: float) -> None:
+    wrong = f"width must be in (0, 20], got {width:g}; change width"
+    with pytest.raises(ValueError, match=f"^{re.escape(wrong)}$"):
+        extremal_row(width, 0.5, with_direct=True)
 
 
 def bennett(b: Array, v: Array) -> Array:

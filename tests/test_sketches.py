@@ -27,7 +27,7 @@ import sketchattn as sa
 from sketchattn.base.draws import Draw
 from sketchattn.kernels import sketching
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.sketches.base import Sketch, make_sketch, random_signs, sketches
+from sketchattn.sketches.base import Sketch, make_sketch, sketches
 from sketchattn.sketches.dense import GivenSketch, check_sketch
 
 Array = NDArray[Any]
@@ -345,26 +345,57 @@ SIGNED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.statistical
-@pytest.mark.parametrize(("kind", "parameters"), SIGNED)
-def test_signs_tell_nothing_about_rows(
-    kind: str, parameters: dict[str, Any], global_random_seed: int
-) -> None:
-    """Of 16 columns, all pairs of a row and a sign: generators of one seed give related numbers.
+# All kinds that draw two arrays.  A shuffle takes the low bits of a word and a sign the highest bit
+# of a byte: only transforms of more than 128 rows, of which the last is taken, share a bit of it.
+TWO_ARRAYS: list[tuple[str, int, dict[str, Any]]] = [
+    ("countsketch", 8, {}),
+    ("sjlt", 8, {"s": 2}),
+    ("osnap", 8, {"s": 2}),
+    ("srht", 256, {}),
+    ("srht", 8, {"replace": True}),
+    ("dct", 256, {}),
+    ("dct", 8, {"replace": True}),
+    ("less_uniform", 8, {"t": 2}),
+    ("sparse", 8, {}),
+]
 
-    1024 pairs at most, each correlation is normal with the standard error 1/sqrt(2000): beyond 6
-    for one of them has a chance of 2e-6.
+
+def places_and_signs(
+    kind: str, r: int, parameters: dict[str, Any], rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Return where entries are and their signs, a line for each of 500 draws."""
+    n = 256 if r == 256 else 16
+    draws = [make_sketch(kind, r, n, rng, **parameters).arrays for _ in range(500)]
+    name = next(x for x in ("rows", "hash", "columns") if x in draws[0])
+    # A sparse sketch has a random number of entries: as many as every draw has.
+    sizes = {x: min(draw[x].size for draw in draws) for x in (name, "signs")}
+    places, signs = (np.stack([draw[x].ravel()[: sizes[x]] for draw in draws]) for x in sizes)
+    return places, signs
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("kind", "r", "parameters"), TWO_ARRAYS)
+def test_signs_tell_nothing_about_rows(
+    kind: str,
+    r: int,
+    parameters: dict[str, Any],
+    global_random_seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All pairs of a place and a sign: generators of one seed give related numbers.
+
+    65536 pairs at most, each correlation is normal with the standard error 1/sqrt(500): beyond 7
+    for one of them has a chance of 2e-7.
     """
     rng = np.random.default_rng(global_random_seed)
-    name = "rows" if kind in ORTHOGONAL else "hash"
-    draws = [make_sketch(kind, 8, 16, rng, **parameters).arrays for _ in range(2000)]
-    rows, signs = (np.stack([draw[x] for draw in draws]) for x in (name, "signs"))
-    assert dependence(rows, signs) < 6
-    # A negative control: one generator's numbers for both.
-    seeds = range(2000)
-    same_rows = np.stack([np.random.default_rng(i).integers(0, 8, 16, np.int32) for i in seeds])
-    same_signs = np.stack([random_signs(np.random.default_rng(i), 16) for i in seeds])
-    assert dependence(same_rows, same_signs) > 6
+    assert dependence(*places_and_signs(kind, r, parameters, rng)) < 7
+
+    def one_seed(rng: np.random.Generator, count: int) -> list[np.random.Generator]:
+        seed = int(rng.integers(2**63))
+        return [np.random.default_rng(seed) for _ in range(count)]
+
+    monkeypatch.setattr(sys.modules[sketches()[kind].__module__], "streams", one_seed)
+    assert dependence(*places_and_signs(kind, r, parameters, rng)) > 10
 
 
 @pytest.mark.parametrize(("kind", "parameters"), SIGNED)

@@ -59,10 +59,24 @@ corrections make the normal interval hold on samples of tens of rows:
   ``(q^2 C/2 - (q^2 - 1) M/6) / V`` (for small pi the ``(1 + 2 q^2) gamma / 6`` of Johnson 1978,
   "Modified t tests and confidence intervals for asymmetrical populations", and Hall 1992).
 - Rows farther off than all k that were drawn carry a share ``1/(k + 1)`` of the weight on average,
-  by exchangeability.  Each end takes in one such row, as far off as the farthest one seen.
+  by exchangeability, and more than twice that in one sample of seven.  Each end takes in two such
+  rows, as far off as the farthest one seen.
+- There may be rows much farther off.  Beyond the farthest row seen, z, the errors are taken to
+  follow a Pareto law, ``P(error > u z) = u^(-1/gamma) / k``, up to the largest of ``N - n`` rows:
+  with ``L = (N - n)/k`` unseen rows for each drawn one they add ``z g``, where
+  ``g = (1 - L^(gamma - 1)) / (1 - gamma)``: about 1 for a light tail, L - 1 for gamma = 2.  gamma
+  is the estimate of Hill (1975, "A simple general approach to inference about the tail of a
+  distribution") from the 16 largest ``x_k / pi_k``, plus two of its standard errors.
 
-Each end is moved outwards only, by the sum of the three, relative to X: the upper one on the scale
-of logarithms, the lower one on that of theta^2, which are the wider choices.
+Each end is moved outwards only, by the sum of the first three, relative to X: the upper one on the
+scale of logarithms, the lower one on that of theta^2, which are the wider choices.  The fourth
+adds ``z (g - 1)`` to the upper end.  Where that is more than twice the estimate of theta, the upper
+end of the finite-sample interval of the same sample, at the same level, takes its place if it is
+smaller.
+
+**The weights of the approximate interval** favour rows that a pilot suspects; see
+``sketchattn.errors.pilots``.  On the bundled heads the rows that hold most of an error are those
+where the output is farthest from the pilot, although the pilot is as wrong as the output.
 """
 
 from __future__ import annotations
@@ -74,6 +88,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .pilots import Guess
 
 Array = NDArray[Any]
 
@@ -87,6 +103,7 @@ CELL = 16
 COARSE = 1 / 16
 OCTAVES = 4  # that are tested at once
 FAR = 32  # values that are taken as they are where all of them are bounded
+TAIL = 16  # largest errors of a sample from which the tail beyond them is guessed
 # Entries of the arrays (candidates, rows) that are handled at once.
 BLOCK_ENTRIES = 1 << 14
 # Largest factor of a bet that is put at stake: a row at the very end of its range costs the
@@ -107,18 +124,18 @@ class Known(NamedTuple):
 
     ``output`` (n_q, d_v): as handed in; ``factor``: the power of two that it, values and exact
     rows are multiplied by; ``rows``: those that see a key; ``square``: ``|ohat_i|^2``; ``guess``:
-    of ``|o_i|^2``, for weights only; ``distance``: ``|ohat_i - c|``; ``near``: its square;
-    ``along``: ``c . (ohat_i - c)``; ``radius``: ``R_i``; ``rest``: the same
-    without the F values that are farthest from c, ``far`` (F,): their ``|v_j|^2``; ``dots`` (m, F):
-    ``ohat_i . v_j``, infinite where row i does not see key j; ``centre``: ``|c|``; ``fixed``: the
-    sum of ``|ohat_i|^2`` over the rows that see no key.
+    what a pilot says, for the weights of the approximate interval only; ``distance``:
+    ``|ohat_i - c|``; ``near``: its square; ``along``: ``c . (ohat_i - c)``; ``radius``: ``R_i``;
+    ``rest``: the same without the F values that are farthest from c, ``far`` (F,): their
+    ``|v_j|^2``; ``dots`` (m, F): ``ohat_i . v_j``, infinite where row i does not see key j;
+    ``centre``: ``|c|``; ``fixed``: the sum of ``|ohat_i|^2`` over the rows that see no key.
     """
 
     output: Array
     factor: float
     rows: Array
     square: Array
-    guess: Array
+    guess: Guess
     distance: Array
     near: Array
     along: Array
@@ -211,14 +228,20 @@ def weigh(known: Known) -> Array:
 
 
 def weigh_squares(known: Known) -> Array:
-    """Return the weights of the approximate interval, (m,): thirds of 1, width and guess.
+    """Return the weights of the approximate interval, (m,): five parts of the same mean.
 
     A residual ``x_i - t y_i`` may be large because of its x, which the width bounds, or of its y,
-    of which there is a guess.
+    and there is a guess of each.  The fifth part is one over the rank by the spread of logits,
+    flat rows first: what a method keeps of few keys is worst there, and no output tells.
     """
     weights = weigh(known)
-    mean = float(known.guess.mean())
-    return weights + known.guess / mean if mean > 0 else weights
+    error, square, spread = known.guess
+    rank = 1 + np.searchsorted(np.sort(spread), spread)  # the same for equal rows
+    for part in (error, square, 1.0 / rank):
+        mean = float(part.mean())
+        if mean > 0:
+            weights += part / mean
+    return weights
 
 
 def draw(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
@@ -460,6 +483,7 @@ def approximate(known: Known, sample: Sample, confidence: float) -> tuple[float,
     squares, rest = (1.0 - pi) * e**2, 1.0 - pi
     variance = float(squares.sum())
     up = down = SLACK  # where every row has the same relative error only rounding is left
+    beyond = 0.0
     if variance > 0.0:
         noise = float((rest * (squares - squares.mean()) ** 2).sum())
         freedom = count - 1.0
@@ -472,6 +496,31 @@ def approximate(known: Known, sample: Sample, confidence: float) -> tuple[float,
         )
         skew /= variance
         width = float(stdtrit(freedom, level)) * math.sqrt(count / (count - 1) * variance)
-        up += width + max(skew, 0.0) + max(float((rest * e).max()), 0.0)
-        down += width + max(-skew, 0.0) + max(-float((rest * e).min()), 0.0)
-    return max(low, t * max(1.0 - down, 0.0)), min(high, t * math.exp(min(up, 700.0)))
+        farthest = max(float((rest * e).max()), 0.0)
+        up += width + max(skew, 0.0) + 2.0 * farthest
+        down += width + max(-skew, 0.0) + 2.0 * max(-float((rest * e).min()), 0.0)
+        unseen = (len(known.rows) - len(sample.x)) / count
+        beyond = farthest * max(_tail(sample.x[drawn] / pi, unseen) - 1.0, 0.0)
+    low = max(low, t * max(1.0 - down, 0.0))
+    end = t * (math.exp(min(up, 700.0)) + beyond)
+    if end > 4.0 * t:
+        end = min(end, finite_sample(known, sample, 0.5 * (1.0 - confidence))[1])
+    return low, min(high, end)
+
+
+def _tail(x: Array, unseen: float) -> float:
+    """Return what rows beyond all of x (k,) add, for ``unseen`` rows a drawn one: g of the text.
+
+    In units of the farthest row.
+    """
+    top = np.sort(x)[::-1][: TAIL + 1]
+    count = len(top) - 1
+    if top[0] <= 0.0:
+        return 0.0
+    top = np.maximum(top, TINY * top[0])
+    gamma = float(np.log(top[:count] / top[count]).mean())
+    less = gamma * (1.0 + 2.0 / math.sqrt(count)) - 1.0
+    level = math.log(max(unseen, 1.0))
+    if abs(less) * level < 1e-9:
+        return level
+    return math.expm1(min(less * level, 700.0)) / less

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ...base.floating import without_floating_errors
+from ...errors.rows import mass_aware_bound
 from ...operators.partitioned.summaries import Reference
 from ...partitions.patterns import make_plan
 from ...partitions.plans import Plan
 from ...problem import AttentionProblem
-from ..engine.arguments import Array
+from ..engine.arguments import Array, real
 from ..engine.assumptions import DENSE, ROWS
 from ..engine.instances import instance
 from ..engine.observers import implemented, is_default, problem_of
@@ -148,11 +149,21 @@ def extremal_row(
 
     Parameters
     ----------
-    width, share : float
+    width : float
+        In (0, 20]: beyond, the equation for the mass loses its digits.
+    share : float
+        In (0, 1), at most ``1 / (1 + exp(-width/2))`` and not far below: elsewhere no mass of the
+        region makes the event the best one.
     with_direct : bool
         Whether the direct key is in the event.
     posterior : bool
-        Whether the bound is attained that uses the mass of the region under Ahat.
+        Whether the bound is attained that uses the mass of the region under Ahat; exactly one of
+        the two is True.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a width or share outside of its range, and where no such row attains the bound.
 
     Examples
     --------
@@ -166,6 +177,8 @@ def extremal_row(
     """
     from scipy.optimize import brentq
 
+    width = float(real(width, "width", 0, 20, high_open=False))
+    share = float(real(share, "share", 0, 1))
     lam = np.array([share, 1 - share])
     lo, hi = share * width, (1 - share) * width
     tilt = np.array([hi, -lo])
@@ -183,11 +196,27 @@ def extremal_row(
         c = 1 - w + w * a
         return (math.sqrt(t * c) - c) / (t - a) - w * float(p[rises])
 
-    w = float(brentq(off, 1e-9, 1.0, xtol=1e-15))
+    least, most = 1e-9, 1.0
+    limit = 1 / (1 + math.exp(-width / 2))
+    if with_direct == posterior or not off(least) > 0 > off(most - least):
+        raise ValueError(
+            f"share must be below {limit:.6g} for width = {width:g}, with one of with_direct and "
+            f"posterior True, got share = {share:g}, {with_direct} and {posterior}; else no mass "
+            f"of the region makes the event the best one"
+        )
+    w = float(brentq(off, least, most, xtol=1e-15))
     row = np.array([1 - w, *(w * p)])
     if posterior:
         row = row * np.exp([0.0, *(-tilt)])
     low, high = (hi, lo) if posterior else (lo, hi)
+    moved = row * np.exp([0.0, *tilt])
+    tv = float(np.abs(row / row.sum() - moved / moved.sum()).sum()) / 2
+    reached = tv / float(np.asarray(mass_aware_bound(w, low, high)))
+    if reached < 1 - 1e-6:
+        raise ValueError(
+            f"share must be near {limit:.6g} for width = {width:g}, got {share:g}, where another "
+            f"event is better and the row has {reached:.3g} of the bound; raise share"
+        )
     return ExtremalRow(np.log(row), np.array([0.0, *np.log(lam)]), w, low, high)
 
 

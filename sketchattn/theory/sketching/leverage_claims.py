@@ -140,7 +140,7 @@ def _ridge_columns(context: Context, *, size: float = 4.0, delta: float = 0.05) 
     instance = context.instance
     _, sigma, vt = instance.svd
     squares = sigma[sigma > 1e-12 * sigma[0]] ** 2
-    context.require(size < len(squares), f"d_eff = {size:g} of a matrix of rank {len(squares)}")
+    context.require(0 < size < len(squares), f"d_eff = {size:g} of a matrix of rank {len(squares)}")
     lam = _ridge_of_size(squares, size)
     law = (vt[: len(squares)] ** 2).T @ (squares / (squares + lam))
     law /= law.sum()
@@ -156,7 +156,7 @@ def _ridge_columns(context: Context, *, size: float = 4.0, delta: float = 0.05) 
 
 
 def _ridge_of_size(squares: Array, size: float) -> float:
-    """Return lam with ``sum_i s_i/(s_i + lam) = size``."""
+    """Return lam with ``sum_i s_i/(s_i + lam) = size``, ``0 < size < len(squares)``."""
     from scipy.optimize import brentq
 
     top = math.log(float(squares[0]))
@@ -164,4 +164,9 @@ def _ridge_of_size(squares: Array, size: float) -> float:
     def excess(log: float) -> float:
         return float(np.sum(squares / (squares + math.exp(log)))) - size
 
-    return math.exp(float(brentq(excess, top - 60, top + math.log(len(squares)) + 10)))
+    low, high = top - 60, top + math.log(len(squares)) + 10
+    while excess(low) < 0:  # size is next to the rank of a spectrum that falls far
+        low -= 60
+    while excess(high) > 0:
+        high += 60
+    return math.exp(float(brentq(excess, low, high)))
