@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.errors import rows as row_certificates
-from sketchattn.errors.rows import KINDS, certify_rows, gap_bound, mass_aware_bound
+from sketchattn.errors.rows import KINDS, _log_mass, certify_rows, gap_bound, mass_aware_bound
 from sketchattn.operators.partitioned.summaries import Reference, Rule
 from sketchattn.partitions.patterns import make_plan
+from sketchattn.partitions.ragged import Ragged
 from sketchattn.theory.combiner.cases import ExtremalRow, extremal_row
 
 Array = NDArray[Any]
@@ -553,3 +554,14 @@ def test_settings_of_the_caller_change_nothing() -> None:
     assert np.array_equal(rows.tv, other.tv)
     assert np.array_equal(rows.kl, other.kl)
     assert np.array_equal(np.stack([mass, gap]), np.stack(rest))
+
+
+def test_shares_of_regions_do_not_see_a_shift_of_large_logits() -> None:
+    direct = Ragged.of([[0, 1], [], [2]])
+    regions = Ragged.of([[0], [1, 2], [0]])
+    # Whole numbers: a shift by 2^50 is exact, and the normaliser of a shifted row is not.
+    d, r = np.array([3.0, -2.0, 0.0]), np.array([1.0, 4.0, 5.0, -60.0])
+    mass = np.exp(_log_mass(direct, regions, d, r))
+    assert np.allclose(mass, [2 / 10.25, 1 / 3, 2 / 3, 2.0**-60], rtol=1e-15)
+    shifted = _log_mass(direct, regions, d + 2.0**50, r + 2.0**50)
+    assert np.array_equal(np.exp(shifted), mass)

@@ -507,6 +507,17 @@ def test_logits_that_overflow_are_refused() -> None:
 # --- identities ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [1.0, 1e8, 1e18])
+def test_terms_of_large_logits_come_from_shares(size: float) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 24, 4))
+    # Every key twice, one of them drawn: half of each row lies outside, whatever the logits.
+    problem = sa.AttentionProblem(size * q, np.concatenate([k, k]), np.concatenate([v, v]))
+    method = make(24, pilot_reuse=False, law="uniform")
+    terms = method.error_terms(problem, draw=fixed(np.arange(24)))
+    assert np.abs(terms.mass - 0.5).max() <= 1e-14
+
+
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("fill", FILLS)
 def test_the_error_is_its_two_terms(kind: str, fill: str) -> None:

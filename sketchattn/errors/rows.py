@@ -581,10 +581,10 @@ def _certify(ahat: PartitionedAttention, directions: int) -> RowCertificates:
     for first in range(0, n_q, step):
         rows = np.arange(first, min(first + step, n_q))
         direct, regions = layout.slots(rows)
-        _, logits, lse = slot_logits(data, rows, direct, regions)
         if not len(regions.items):
             continue
-        log_mass = logits / LOG2E - lse[regions.owner]
+        logits = slot_logits(data, rows, direct, regions)[:2]
+        log_mass = _log_mass(direct, regions, *logits)
         seen = _slots(rows, regions, known, q, problem.scale, log_mass)
         for name, found in _of_rows(seen, regions, known, reach).items():
             target = {"kl": kl, "output": output}.get(name, bounds.get(name))
@@ -600,6 +600,23 @@ def _certify(ahat: PartitionedAttention, directions: int) -> RowCertificates:
         kl,
         None if problem.v is None else np.minimum(output, tv * reach),
     )
+
+
+def _log_mass(direct: Ragged, regions: Ragged, d_logits: Array, r_logits: Array) -> Array:
+    """Return the log share of regions (s,) in their rows, from base-2 logits of all slots.
+
+    From differences of logits: the normaliser of a row, rounded, is off by far more where logits
+    are large.
+    """
+    top = np.full(len(regions), -np.inf)
+    np.maximum.at(top, direct.owner, d_logits)
+    np.maximum.at(top, regions.owner, r_logits)
+    total = np.zeros(len(regions))
+    np.add.at(total, direct.owner, np.exp2(d_logits - top[direct.owner]))
+    away = r_logits - top[regions.owner]
+    np.add.at(total, regions.owner, np.exp2(away))
+    out: Array = away / LOG2E - np.log(total)[regions.owner]
+    return out
 
 
 def _of_rows(seen: _Slots, regions: Ragged, known: _Regions, reach: float) -> dict[str, Array]:

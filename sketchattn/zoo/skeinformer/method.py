@@ -19,7 +19,7 @@ from ...base.draws import Draw, Rng, as_generator, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.sampled import SampledAttention
-from ...operators.steep import check_overflow
+from ...operators.steep import check_overflow, softmax_tiles, steep_rows
 from ...problem import AttentionProblem
 from ...sampling.draws import gumbel_top, sample_with_replacement
 from ...sampling.laws import (
@@ -598,6 +598,9 @@ class Skeinformer(Method):
         seeing = np.isfinite(log_mass)
         tau = np.zeros(problem.n_q, problem.dtype)
         tau[seeing] = np.exp(outside.logsumexp[seeing] - log_mass[seeing])
+        steep = steep_rows(problem)
+        for positions, weights, _ in softmax_tiles(problem, steep):
+            tau[steep[positions]] = weights[:, others].sum(axis=1)
         tau_hat = made.mass_outside if c.normalizer == "adaptive" else np.zeros_like(tau)
         mean = np.asarray(VisibleMean(outside) @ values)
         return ErrorTerms(
