@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ sys.exit(code)
 
 
 def loaded_by(*arguments: str) -> set[str]:
-    out, err = child(LOADED, *arguments).communicate(timeout=120)
+    out, err = child(LOADED, *arguments).communicate(timeout=600)
     assert err == ""
     return {name for name in out.split("LOADED ")[1].split() if name in HEAVY}
 
@@ -116,13 +117,13 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_runs_as_a_module() -> None:
     process = child("", "-m", "sketchattn", "methods", "--jsn")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 2
     assert out == ""
     assert err.startswith("sketchattn: No such option: --jsn")
     assert err.count("\n") == 1
     process = child("", "-m", "sketchattn", "--version")
-    assert process.communicate(timeout=120)[0] == f"sketchattn {sa.__version__}\n"
+    assert process.communicate(timeout=600)[0] == f"sketchattn {sa.__version__}\n"
     assert process.returncode == 0
 
 
@@ -426,13 +427,17 @@ def test_ctrl_c_ends_a_parallel_study_without_a_traceback(tmp_path: Path) -> Non
         *("--out", str(tmp_path)),
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while not any(f.stat().st_size > 3000 for f in (tmp_path / "cells").glob("*.jsonl")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 600  # of a machine on which others have all cores
+        while not any(f.stat().st_size > 3000 for f in (tmp_path / "cells").glob("*.jsonl")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        out, err = process.communicate(timeout=600)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert out == ""
     assert err.strip() == "sketchattn: interrupted; the same command continues"
@@ -458,7 +463,7 @@ def test_a_closed_stdout_is_no_error() -> None:
     command = [sys.executable, "-m", "sketchattn", "methods"]
     words = "import os, sys; os.close(1); os.execv(sys.argv[1], sys.argv[1:])"
     process = child(words, *command)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (0, "", "")
 
 
@@ -474,7 +479,7 @@ def test_a_console_that_cannot_print_a_name_costs_nothing(tmp_path: Path) -> Non
         ("certify", str(tmp_path / "named.npz"), str(tmp_path / "output.npy"), "--rows", "8"),
     ):
         process = child(code, *words, environment={"PYTHONIOENCODING": "cp1252"})
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
         assert (process.returncode, err) == (0, "")
         assert "warning" not in out
     assert "\\u6ce8\\u610f" in out
@@ -490,7 +495,7 @@ def test_the_backend_of_the_user_costs_no_study(tmp_path: Path, backend: str) ->
         *("study", "--heads", MADE, *SMALL, "--out", str(tmp_path / "out")),
         environment={"MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path)},
     )
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, err) == (0, "")
     assert len(list((tmp_path / "out").glob("*.png"))) == len(FIELDS)
     assert (tmp_path / "out" / "study.json").exists()

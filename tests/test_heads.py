@@ -1584,7 +1584,7 @@ def test_bundled_heads_are_read_from_a_zipped_package(tmp_path: Path) -> None:
         [sys.executable, "-c", paths + IN_A_ZIP],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         cwd=tmp_path,
     )
     assert (found.returncode, found.stdout) == (0, "12\n"), found.stderr

@@ -754,7 +754,7 @@ def test_blocks_run_at_the_same_time_with_one_blas_thread_each(
 
     problem = make((2, 2), (3, 4), (2, 2))
     small_blocks(monkeypatch, 4, 3, 2)
-    together = threading.Barrier(2, timeout=60)
+    together = threading.Barrier(2, timeout=600)
     blas_threads: list[int] = []
 
     def watched(*arguments: Any, **options: Any) -> Any:

@@ -750,7 +750,7 @@ def finished_lines(folder: Path) -> int:
 @pytest.mark.parametrize(("jobs", "moment"), [(1, 1), (1, 30), (2, 12)])
 def test_a_killed_study_continues_to_the_same_rows(tmp_path: Path, jobs: int, moment: int) -> None:
     process = start(tmp_path, jobs)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while finished_lines(tmp_path) < moment:
         assert process.poll() is None, "the study ended before it could be killed"
         assert time.monotonic() < deadline
@@ -767,7 +767,7 @@ def test_a_killed_study_continues_to_the_same_rows(tmp_path: Path, jobs: int, mo
 
     again = start(tmp_path, jobs)
     try:
-        output, _ = again.communicate(timeout=120)
+        output, _ = again.communicate(timeout=600)
     finally:
         for group in (process.pid, again.pid):
             with contextlib.suppress(ProcessLookupError):
@@ -1062,7 +1062,7 @@ def test_workers_of_a_killed_study_end(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": paths},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     try:
         while len(list(tmp_path.glob("*.worker"))) < 2:
             assert process.poll() is None
@@ -1072,7 +1072,7 @@ def test_workers_of_a_killed_study_end(tmp_path: Path) -> None:
         process.wait()
         workers = [int(p.stem) for p in tmp_path.glob("*.worker")]
         assert process.pid not in workers
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while any(parallel.is_alive(worker) for worker in workers):
             assert time.monotonic() < deadline, "a worker outlived its study"
             time.sleep(0.1)
@@ -1118,7 +1118,7 @@ def test_a_method_of_a_script_runs_in_two_jobs(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.split() == [str(2 * (4 + 2 + 2))]
