@@ -196,7 +196,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it(dtype: Any) -> None:
     clean = sa.attention_vjp(q, k, v, g, causal=True)
     v[0, 3, 1] = NAN  # seen by rows 3, 4 and 5, whose keys are 0 to 5
     dq, dk, dv = sa.attention_vjp(q, k, v, g, causal=True)
-    np.testing.assert_allclose(dq[0, :3], clean[0][0, :3], rtol=1e-5)
+    np.testing.assert_allclose(dq[0, :3], clean[0][0, :3], rtol=1e-4, atol=1e-6)
     assert np.isnan(dq[0, 3:]).all()
     assert np.isnan(dk).all()
     np.testing.assert_allclose(dv, clean[2], rtol=1e-4, atol=1e-6)
