@@ -19,7 +19,25 @@ Vjp = Callable[[sa.AttentionProblem, Array, Mapping[str, Any]], tuple[Array, Arr
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Parameters that change what is differentiated, beside those of the contract tests.
-MORE: dict[str, list[dict[str, Any]]] = {}
+MORE: dict[str, list[dict[str, Any]]] = {
+    "jl": [{"sketch": "sjlt", "sketch_options": {"s": 2}}],
+    "column_sampling": [{"law": "pilot", "pilots": 3, "mix": 0.2}],
+    "linformer": [
+        {"projection": "srht", "sharing": "kv"},
+        {"projection": "gaussian", "scale": "none"},
+        {"init": "fairseq"},
+        {"projection": "mean_pool", "block_bias": False},
+        {"projection": "mean_pool", "scale": "none"},
+        {"projection": "max_pool"},
+    ],
+    "skeinformer": [
+        {"fill": "arithmetic"},
+        {"fill": "oracle", "causal_form": "corrected"},
+        {"law": "uniform", "weights": "importance", "normalizer": "sampled"},
+        {"preset": "exact_normalizer"},
+        {"law": "uniform", "pilot_reuse": False, "causal_form": "corrected"},
+    ],
+}
 
 
 def gradient_cases() -> list[MethodCase]:
@@ -53,10 +71,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 RANK = 5
 
-# Differences of fourth order: what is left out is of the order h^4 times a fifth derivative, at
-# most about |logit|^5 = 10^4 here, which is 2e-11; rounding of the output divided by the step,
-# u |G| |O| / h, is 1e-12.  Both are relative to 1; 1e-7 leaves room for small inverses.
-STEP = 2e-4
+# Differences of fourth order: what is left out is h^4 / 30 times a fifth derivative, and with logits
+# up to 10 that of a weight is 10^5 at most, together below 1e-15; rounding of the output divided by
+# the step, a few u |G| |O| / h, is 3e-11.  Small inverses have larger derivatives and more rounding,
+# for which the relative term has room.  The step is so small that maxima rarely change places in it.
+STEP = 2e-5
 RELATIVE, ABSOLUTE = 1e-7, 1e-10
 
 
@@ -161,6 +180,35 @@ def test_float32_has_the_gradient_of_the_same_numbers(case: MethodCase) -> None:
     # The same bits again, from an rng that makes the draw.
     for first, second in zip(found, method.vjp(problem, g, rng=0), strict=True):
         assert np.array_equal(first, second)
+
+
+# --- parts that need sizes of their own -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_convolutions_of_keys_and_values(axes: int) -> None:
+    rng = np.random.default_rng(0)
+    e, f = (rng.standard_normal((3, m, m)[:axes]) for m in (4, 3))
+    for keep in (None, np.arange(12) % 5 != 2):
+        problem = make_problem(7, 12, key_mask=keep)
+        method = sa.Linformer(4, "conv", E=e, F=f)
+        assert wrong_slopes(method, problem, {}, library_vjp(method)) == []
+
+
+def test_matrices_that_are_given_and_averaged() -> None:
+    e, f = np.random.default_rng(0).standard_normal((2, 4, 14))
+    problem = make_problem(7, 12, key_mask=np.arange(12) % 5 != 2)
+    method = sa.Linformer(4, "given", E=e, F=f, scale="average")
+    assert wrong_slopes(method, problem, {}, library_vjp(method)) == []
+
+
+def test_many_keys_and_a_tile_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sketchattn.operators.pullback.TILE_ENTRIES", 64)
+    monkeypatch.setattr("sketchattn.operators.pullback.LEAST_ROWS", 3)
+    for method in (sa.Exact(), sa.Skeinformer(5, causal_form="corrected")):
+        problem = make_problem(40, 40, causal=True)
+        draw = method.draw(problem, rng=0)
+        assert wrong_slopes(method, problem, draw, library_vjp(method), directions=1) == []
 
 
 # --- negative controls ----------------------------------------------------------------------------

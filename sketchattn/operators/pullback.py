@@ -147,7 +147,7 @@ def softmax_pullback(
 def rows_pullback(problem: Head, rows: Array | None, x: Array, g: Array) -> Gradient:
     """Return the same for rows I of the exact matrix of a problem: ``O = A_I X``.
 
-    ``rows`` int (s,), None for all; ``x (n_k, m)``, of which masked keys are not read; ``g (s, m)``.
+    ``rows`` int (s,), None for all; ``x (n_k, m)``, not read at masked keys; ``g (s, m)``.
     The gradients have the shapes of Q, K and X, with zeros for other rows and masked keys.
     """
     kept, (q, k, _) = problem.kept_keys, problem.arrays
