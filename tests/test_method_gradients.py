@@ -30,6 +30,11 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"projection": "mean_pool", "scale": "none"},
         {"projection": "max_pool"},
     ],
+    "performer": [
+        {"features": "hyperbolic", "orthogonal": False},
+        {"preset": "performer-pytorch"},
+        {"eps": 0.1, "center_keys": True},
+    ],
     "skeinformer": [
         {"fill": "arithmetic"},
         {"fill": "oracle", "causal_form": "corrected"},
@@ -71,10 +76,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 RANK = 5
 
-# Differences of fourth order: what is left out is h^4 / 30 times a fifth derivative, and with logits
-# up to 10 that of a weight is 10^5 at most, together below 1e-15; rounding of the output divided by
-# the step, a few u |G| |O| / h, is 3e-11.  Small inverses have larger derivatives and more rounding,
-# for which the relative term has room.  The step is so small that maxima rarely change places in it.
+# Differences of fourth order: what is left out is h^4 / 30 times a fifth derivative, and with
+# logits up to 10 that of a weight is 10^5 at most, together below 1e-15; rounding of the output
+# divided by the step, a few u |G| |O| / h, is 3e-11.  Small inverses have larger derivatives and
+# more rounding, for which the relative term has room.  The step is so small that maxima rarely
+# change places in it.
 STEP = 2e-5
 RELATIVE, ABSOLUTE = 1e-7, 1e-10
 
