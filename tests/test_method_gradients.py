@@ -30,6 +30,14 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"projection": "mean_pool", "scale": "none"},
         {"projection": "max_pool"},
     ],
+    "nystromformer": [
+        {"iterations": 0},
+        {"iterations": 14},
+        {"iterations": None},
+        {"landmarks": "random", "iterations": None, "rcond": 0.3},
+        {"preset": "original", "renormalize": True},
+        {"convolution": [0.5, -1.0, 2.0]},
+    ],
     "performer": [
         {"features": "hyperbolic", "orthogonal": False},
         {"preset": "performer-pytorch"},
@@ -215,6 +223,26 @@ def test_many_keys_and_a_tile_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> No
         problem = make_problem(40, 40, causal=True)
         draw = method.draw(problem, rng=0)
         assert wrong_slopes(method, problem, draw, library_vjp(method), directions=1) == []
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 6), (6, 3)])
+@pytest.mark.parametrize(("ridge", "cut"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.3), (0.1, 0.3)])
+def test_inverses_by_singular_values(shape: tuple[int, int], ridge: float, cut: float) -> None:
+    from sketchattn.zoo.nystromformer.gradient import inverse_pullback
+
+    rng = np.random.default_rng(1)
+    u, w = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in shape)
+    s = np.array([3.0, 2.0, 2.0 - 1e-3, 0.5])[: min(shape)]
+    m = (u[:, : len(s)] * s) @ w[: len(s)]
+    g, e = rng.standard_normal(shape[::-1]), rng.standard_normal(shape)
+
+    def f(h: float) -> float:
+        p, s, wt = np.linalg.svd(m + h * e, full_matrices=False)
+        gain = np.where(s > cut * s[0], s / (s**2 + ridge * s[0] ** 2), 0)
+        return float(np.sum(g * ((wt.T * gain) @ p.T)))
+
+    made = float(np.sum(inverse_pullback(m, ridge, cut, g) * e))
+    assert abs(made - slope(f, STEP)) <= 1e-8 * abs(made)
 
 
 # --- negative controls ----------------------------------------------------------------------------

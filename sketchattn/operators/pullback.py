@@ -192,3 +192,18 @@ def chosen_pullback(problem: Head, columns: Array, weights: Array, g: Array) -> 
     dv = np.zeros(x.shape)
     dv[columns] = weights[:, None] * made.v[columns]
     return Gradient(made.q, made.k, dv)
+
+
+def means_pullback(labels: Array, g: Array) -> Array:
+    """Return what a cotangent G (m, d) of the means of m groups of rows is at these rows.
+
+    ``labels`` int (n,) are the group of each row; every group has one.
+
+    Examples
+    --------
+    >>> means_pullback(np.array([0, 1, 0]), np.array([[2.0], [3.0]])).ravel().tolist()
+    [1.0, 3.0, 1.0]
+    """
+    counts = np.bincount(labels, minlength=len(g))
+    spread: Array = (g / counts[:, None])[labels]
+    return spread
