@@ -22,6 +22,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MORE: dict[str, list[dict[str, Any]]] = {
     "jl": [{"sketch": "sjlt", "sketch_options": {"s": 2}}],
     "column_sampling": [{"law": "pilot", "pilots": 3, "mix": 0.2}],
+    "dba": [
+        {"preset": "softmax_interp"},
+        {"landmarks": "segment_means", "pack": "mean", "core": "softmax_logcount"},
+        {"landmarks": "segment_means", "pack": "mean", "unpack": "softmax_keys"},
+        {"landmarks": "segment_means", "unpack": "softmax", "hidden": "srht", "d_in": 3},
+        {"landmarks": "kmeans", "unpack": "lsq", "ridge": 0.1},
+        {"pack": "mean", "unpack": "lsq", "hidden": "gaussian", "d_in": 9},
+        {"preset": "nystrom", "iterations": None, "ridge": 1e-2},
+    ],
     "linformer": [
         {"projection": "srht", "sharing": "kv"},
         {"projection": "gaussian", "scale": "none"},
