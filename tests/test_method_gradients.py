@@ -22,6 +22,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MORE: dict[str, list[dict[str, Any]]] = {
     "jl": [{"sketch": "sjlt", "sketch_options": {"s": 2}}],
     "column_sampling": [{"law": "pilot", "pilots": 3, "mix": 0.2}],
+    "combiner": [
+        {"key": "mean", "bias": "log_count", "reference": "region_mean"},
+        {"reference": "region_max", "second_order": "diag", "direct": "none"},
+        {"reference": "mass_weighted(2, 64)"},
+        {"reference": "mass_weighted", "direct": "own+top_mass(1)+window(1)"},
+        {"pattern": "axial_rowmajor", "reference": "column"},
+        {"pattern": "axial_horizontal", "split": True},
+        {"pattern": "logsparse", "reference": "region_mean"},
+        {"pattern": ("fixed", "logsparse"), "weights": (0.3, 0.7)},
+    ],
     "dba": [
         {"preset": "softmax_interp"},
         {"landmarks": "segment_means", "pack": "mean", "core": "softmax_logcount"},
@@ -222,6 +232,26 @@ def test_matrices_that_are_given_and_averaged() -> None:
     e, f = np.random.default_rng(0).standard_normal((2, 4, 14))
     problem = make_problem(7, 12, key_mask=np.arange(12) % 5 != 2)
     method = sa.Linformer(4, "given", E=e, F=f, scale="average")
+    assert wrong_slopes(method, problem, {}, library_vjp(method)) == []
+
+
+def test_plans_of_causal_problems() -> None:
+    problem = make_problem(13, 13, causal=True)
+    for options in (
+        {"pattern": "axial_joint", "reference": "region_max", "key": "max", "bias": "none"},
+        {"reference": "mass_weighted(1, 64)", "allow_leak": True, "direct": "own+top_mass(2)"},
+        {"pattern": "routing", "rank": 3, "allow_leak": True, "reference": "region_mean"},
+    ):
+        method = sa.Combiner(**({"block": 3} if "rank" not in options else {}), **options)
+        draw = method.draw(problem, rng=1)
+        assert wrong_slopes(method, problem, draw, library_vjp(method)) == [], options
+
+
+def test_regions_and_slots_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sketchattn.operators.partitioned.pullback.LISTED", 40)
+    monkeypatch.setattr("sketchattn.operators.pullback.PAIR_ENTRIES", 50)
+    problem = make_problem(30, 30)
+    method = sa.Combiner("axial_vertical", block=5, reference="region_mean")
     assert wrong_slopes(method, problem, {}, library_vjp(method)) == []
 
 
