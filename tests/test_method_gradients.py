@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MORE: dict[str, list[dict[str, Any]]] = {
     "jl": [{"sketch": "sjlt", "sketch_options": {"s": 2}}],
     "column_sampling": [{"law": "pilot", "pilots": 3, "mix": 0.2}],
+    "clustered": [{"improved": True, "top_keys": 40}],
     "combiner": [
         {"key": "mean", "bias": "log_count", "reference": "region_mean"},
         {"reference": "region_max", "second_order": "diag", "direct": "none"},
