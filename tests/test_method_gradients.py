@@ -238,12 +238,13 @@ def test_matrices_that_are_given_and_averaged() -> None:
 
 def test_plans_of_causal_problems() -> None:
     problem = make_problem(13, 13, causal=True)
-    for options in (
+    choices: list[dict[str, Any]] = [
         {"pattern": "axial_joint", "reference": "region_max", "key": "max", "bias": "none"},
         {"reference": "mass_weighted(1, 64)", "allow_leak": True, "direct": "own+top_mass(2)"},
-        {"pattern": "routing", "rank": 3, "allow_leak": True, "reference": "region_mean"},
-    ):
-        method = sa.Combiner(**({"block": 3} if "rank" not in options else {}), **options)
+        {"pattern": "routing", "allow_leak": True, "reference": "region_mean"},
+    ]
+    for options in choices:
+        method = sa.Combiner(rank=3, **options)
         draw = method.draw(problem, rng=1)
         assert wrong_slopes(method, problem, draw, library_vjp(method)) == [], options
 

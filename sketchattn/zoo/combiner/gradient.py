@@ -85,11 +85,11 @@ def _through_masses(
     dsums = np.where(some[:, None], dq0, 0.0) / divisor
     dmass = -np.sum(dsums * sums, axis=1) / divisor[:, 0]
     if pilots is not None:
-        regions = max(np.count_nonzero(ahat.layout.nonempty), 1)
+        regions = max(int(np.count_nonzero(ahat.layout.nonempty)), 1)
         mean = problem.q.mean(axis=0)
         dextra = float(np.sum(dsums @ mean) + dmass.sum())
         out.q[:] += extra * dsums.sum(axis=0) / problem.n_q
-        dmass = dmass + dextra / regions
+        dmass += dextra / regions
     rows = np.arange(problem.n_q) if pilots is None else pilots
     asked = np.concatenate([problem.q[rows], np.ones((len(rows), 1))], axis=1)
     xhat = np.concatenate([dsums, dmass[:, None]], axis=1)
