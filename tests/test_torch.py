@@ -129,7 +129,8 @@ def test_backward_uses_the_draw_of_forward(rng: Any) -> None:
     found = torch.autograd.grad(out, (q, k, v), g)
     arrays = [x.detach().numpy() for x in (q, k, v)]
     again = 0 if rng == 0 else np.random.default_rng(5)
-    expected = sa.attention(*arrays, "skeinformer", rank=3, rng=again, enable_gqa=True)
+    options: dict[str, Any] = {"rank": 3, "rng": again, "enable_gqa": True}
+    expected = sa.attention(arrays[0], arrays[1], arrays[2], "skeinformer", **options)
     np.testing.assert_array_equal(out.detach().numpy(), expected)
     if rng != 0:
         return  # the streams of heads grow from what the generator gave

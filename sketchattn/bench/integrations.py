@@ -134,8 +134,8 @@ def _gradients(torch: Any, function: Callable[..., Any], arrays: Sequence[Array]
 def _error_row(torch: Any, function: Callable[..., Any], n: int) -> Row:
     """Return the line of the largest relative error of the three gradients against float64."""
     arrays = normal(2, n, 64)
-    wide = [x.astype(np.float64) for x in arrays]
-    exact = attention_vjp(*wide, wide[2][:, ::-1], compute_dtype=np.float64)
+    q, k, v = (x.astype(np.float64) for x in arrays)
+    exact = attention_vjp(q, k, v, v[:, ::-1], compute_dtype=np.float64)
     errors = [
         max(
             float(np.linalg.norm(x - y) / np.linalg.norm(y))
