@@ -12,6 +12,9 @@ from .errors.reports import ErrorReport as ErrorReport
 from .errors.reports import error_report as error_report
 from .errors.rows import certify_rows as certify_rows
 from .functional.batched import attention as attention
+from .functional.conventions import Convention as Convention
+from .functional.conventions import as_convention as as_convention
+from .functional.conventions import conventions as conventions
 from .heads.container import Heads as Heads
 from .heads.families import make_heads as make_heads
 from .heads.files import load_heads as load_heads
