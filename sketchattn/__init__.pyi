@@ -15,6 +15,7 @@ from .functional.batched import attention as attention
 from .functional.conventions import Convention as Convention
 from .functional.conventions import as_convention as as_convention
 from .functional.conventions import conventions as conventions
+from .functional.vjp import attention_vjp as attention_vjp
 from .heads.container import Heads as Heads
 from .heads.families import make_heads as make_heads
 from .heads.files import load_heads as load_heads
