@@ -3,6 +3,7 @@
 from . import partitions as partitions
 from . import sampling as sampling
 from . import sketches as sketches
+from . import testing as testing
 from . import theory as theory
 from .base.draws import Draw as Draw
 from .errors import perturbation as perturbation
