@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..functional.vjp import attention_vjp
-from .dense import Parts, scaled_logits, softmax, weights
+from .dense import Parts, logits, scaled_logits, softmax, weights
 from .inputs import Case, numbers, rounded
 from .tolerance import floor, growth, low_logits, single, spread, units
 
@@ -107,6 +107,16 @@ def _in_sequence(a: Array, b: Array) -> Array:
     return total
 
 
+def _recomputed(p: Parts) -> Array:
+    """Return the weights as ``exp(L - lse)``, from a logsumexp that was kept in float32."""
+    shown = np.where(p.seen, logits(p), np.float32(-np.inf))
+    top = shown.max(axis=-1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isneginf(top), np.float32(0), top)
+    lse = top + np.log(np.exp(shown - top).sum(axis=-1, keepdims=True))
+    a: Array = np.where(p.seen, np.exp(shown - lse), np.float32(0))
+    return a
+
+
 def baselines(case: Case, g: Array) -> Iterator[Triple]:
     """Yield the gradients of correct programs in low precision."""
     p, small = single(case.parts()), g.astype(np.float32)
@@ -120,6 +130,7 @@ def baselines(case: Case, g: Array) -> Iterator[Triple]:
             yield backward(p, small, case.group, a, rnd, keep=keep)
     if case.dtype == "float32":
         a = softmax(low_logits(p, "float32", "after"), p.seen, p.sink)
+        yield backward(p, small, case.group, _recomputed(p))
         d_a = _in_sequence(small, _transposed(p.v))
         d_l = a * (d_a - np.cumsum(a * d_a, axis=-1)[..., -1:])
         if p.softcap:

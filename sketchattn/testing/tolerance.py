@@ -132,13 +132,14 @@ def in_sequence(p: Parts) -> Array:
 def base_two(p: Parts) -> Array:
     """Return the output in float32 with ``exp(x)`` as ``exp2(x log2(e))``, as many kernels have it.
 
-    The factor goes into the scale, so that logits that were exact are rounded.
+    The factor goes into the scale, and that on q, so that logits that were exact are rounded and
+    those that were equal are not.
     """
     factor = np.log2(np.e)
     if p.softcap or p.bias is not None:
         x = logits(p) * np.float32(factor)
     else:
-        x = (p.q @ np.swapaxes(p.k, -1, -2)) * np.float32(p.scale * factor)
+        x = (np.float32(p.scale * factor) * p.q) @ np.swapaxes(p.k, -1, -2)
     sink = None if p.sink is None else p.sink * np.float32(factor)
     return combine(softmax(x, p.seen, sink, np.exp2), p)
 
