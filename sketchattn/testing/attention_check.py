@@ -168,6 +168,8 @@ def check_attention(
         number=number,
     )
     for dtype in names:
+        run.candidate.to.floats(np.zeros(1), dtype)  # says what is not installed
+    for dtype in names:
         if inputs is not None:
             run.cases(dtype, list(given_cases(dtype, library.setting, inputs)))
         else:
