@@ -3,6 +3,7 @@
 from . import partitions as partitions
 from . import sampling as sampling
 from . import sketches as sketches
+from . import testing as testing
 from . import theory as theory
 from .base.draws import Draw as Draw
 from .errors import perturbation as perturbation
@@ -12,6 +13,9 @@ from .errors.reports import ErrorReport as ErrorReport
 from .errors.reports import error_report as error_report
 from .errors.rows import certify_rows as certify_rows
 from .functional.batched import attention as attention
+from .functional.conventions import Convention as Convention
+from .functional.conventions import as_convention as as_convention
+from .functional.conventions import conventions as conventions
 from .functional.vjp import attention_vjp as attention_vjp
 from .heads.container import Heads as Heads
 from .heads.families import make_heads as make_heads
