@@ -576,7 +576,9 @@ def _per_head(
 
 @app.command("golden")
 def _golden(
-    folder: Annotated[Path, typer.Argument(help="Folder to write, made if need be.", metavar="DIR")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder to write, made if need be.", metavar="DIR")
+    ],
     cases: Annotated[str | None, typer.Option(help=CASES_HELP, metavar="A,B")] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:

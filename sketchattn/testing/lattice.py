@@ -60,9 +60,11 @@ def normals(name: str, shape: tuple[int, ...], half_sizes: int = 2) -> Array:
         total += parts.astype(np.int64).sum(axis=1)
     centred = (total - 12 * 0xFFFF // 2) * half_sizes  # in units of 2^-17
     multiples = (centred + (1 << 4)) >> 5
-    return rounded(np.ldexp(multiples.astype(np.float64), -12), "bfloat16").astype(
-        np.float64
-    ).reshape(shape)
+    return (
+        rounded(np.ldexp(multiples.astype(np.float64), -12), "bfloat16")
+        .astype(np.float64)
+        .reshape(shape)
+    )
 
 
 def on_lattice(x: Array, step: float = STEP) -> Array:

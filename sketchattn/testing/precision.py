@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..problem import AttentionProblem
 from ..zoo.base import Method
 from .dense import Parts, combine, softmax
-from .inputs import ROUNDOFF, rounded
+from .inputs import rounded
 from .lattice import signs
 
 Array = NDArray[Any]
@@ -135,7 +135,7 @@ def method_errors(
     problems: Sequence[AttentionProblem],
     draws: Sequence[Given],
     out: Array,
-    dtype: str,
+    unit: float,
 ) -> float:
     """Return the largest error that roundings of the inputs and the draw cause.
 
@@ -146,13 +146,13 @@ def method_errors(
         In float64.
     out : float64 array (H, n_q, d_v)
         The outputs without them.
-    dtype : str
-        The precision whose roundoff it is.
+    unit : float
+        The roundoff.
     """
     worst = 0.0
     for h, (problem, draw) in enumerate(zip(problems, draws, strict=True)):
         for pattern in range(PATTERNS):
-            made = run_changed(method, problem, draw, ROUNDOFF[dtype], f"{dtype}/{pattern}/{h}")
+            made = run_changed(method, problem, draw, unit, f"{unit}/{pattern}/{h}")
             worst = max(worst, float(np.abs(made - out[h]).max(initial=0.0)))
     return worst
 

@@ -38,7 +38,15 @@ from .lattice import (
     raised_clearance,
     words,
 )
-from .precision import changed, low_logits, low_outputs, method_errors, run, run_changed, wrong_answers
+from .precision import (
+    changed,
+    low_logits,
+    low_outputs,
+    method_errors,
+    run,
+    run_changed,
+    wrong_answers,
+)
 from .tolerance import floor, growth
 
 Array = NDArray[Any]
@@ -399,7 +407,7 @@ class Trial:
     @cached_property
     def draws(self) -> list[dict[str, Array]]:
         """The draws, with floating point rounded to float32."""
-        return [_storable(draw) for draw in self._draw(self.problems)]
+        return [storable(draw) for draw in self._draw(self.problems)]
 
     @cached_property
     def results(self) -> tuple[Array, Array | None, Array | None]:
@@ -432,7 +440,7 @@ class Trial:
                     label: x * (1 + sign * NUDGE) if np.issubdtype(x.dtype, np.floating) else x
                     for label, x in draw.items()
                 }
-                moved.append(_storable(off))
+                moved.append(storable(off))
         nudged = []
         worst = 0.0
         for h, (problem, draw) in enumerate(zip(self.problems, self.draws, strict=True)):
@@ -440,7 +448,7 @@ class Trial:
             worst = max(worst, float(np.abs(made - out[h]).max(initial=0.0)))
             off, _ = changed(problem, {}, NUDGE, f"{self.seed}/nudge{h}")
             nudged.append(off)
-        again = [_storable(draw) for draw in self._draw(nudged)]
+        again = [storable(draw) for draw in self._draw(nudged)]
         same = all(_same(a, b) for a, b in zip(self.draws, again, strict=True))
         same &= all(_same(self.draws[i // 2], other) for i, other in enumerate(moved))
         return worst / NUDGE / max(1.0, float(np.abs(out).max())) if same else np.inf
@@ -460,7 +468,9 @@ class Trial:
             if dtype == "float64":
                 continue
             if self.method is not None:
-                found[dtype] = method_errors(self.method, self.problems, self.draws, out, dtype)
+                found[dtype] = method_errors(
+                    self.method, self.problems, self.draws, out, ROUNDOFF[dtype]
+                )
                 continue
             found[dtype] = max(float(np.abs(x[0] - out).max()) for x in low_outputs(parts, dtype))
             assert lse is not None
@@ -510,7 +520,7 @@ class Trial:
         return found
 
 
-def _storable(draw: Mapping[str, Array]) -> dict[str, Array]:
+def storable(draw: Mapping[str, Array]) -> dict[str, Array]:
     """Return a draw whose floating-point numbers are exact in float32."""
     return {
         name: x.astype(np.float32).astype(np.float64)
@@ -692,7 +702,7 @@ def write_golden(
         "formulas": FORMULAS,
         "rule": "results are multiples of step; an answer is right if no entry is further off than "
         "the tolerance of its dtype",
-        "versions": _versions(),
+        "versions": versions(),
         "cases": entries,
         "left_out": left_out,
     }
@@ -713,7 +723,7 @@ def _entry(case: GoldenCase, file: str, data: bytes) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Return the versions of what makes inputs, draws and results."""
     from importlib.metadata import version
 
