@@ -20,7 +20,7 @@ from ..base.arguments import check_choice
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method, methods
 from .inputs import DTYPES, ROUNDOFF
-from .precision import method_errors, run, wrong_answers
+from .precision import method_errors, run, unit_of, wrong_answers
 from .report import FAIL, PASS, UNCERTIFIED, AttentionReport, CaseRecord, MutantRecord, ProbeRecord
 from .samples import TESTS, comparisons, p_value
 from .tolerance import floor
@@ -30,9 +30,6 @@ Array = NDArray[Any]
 
 # Distance, in tolerances, at which a wrong answer is seen beyond doubt.
 FAR = 5.0
-# Roundings that an entry of a program in float64 may gather.
-_GATHERED = 16
-
 OPTIONS = ("cross", "causal", "key_mask", "scale")
 
 
@@ -327,9 +324,7 @@ class _Check:
 
     def _error(self, trial: Trial, dtype: str) -> float:
         """Return the error of correct programs in a precision."""
-        # A sum of some dozens of terms gathers more than one rounding; in lower precisions sums
-        # are kept in float32.
-        unit = (_GATHERED if dtype == "float64" else 1) * ROUNDOFF[dtype]
+        unit = unit_of(dtype, trial.problem.d)
         error = method_errors(self.method, [trial.problem], [trial.draw], trial.out[None], unit)
         if dtype == "float32":
             single = run(self.method, trial.problem.astype(np.float32), trial.draw)

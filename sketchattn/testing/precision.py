@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..problem import AttentionProblem
 from ..zoo.base import Method
 from .dense import Parts, combine, softmax
-from .inputs import rounded
+from .inputs import ROUNDOFF, rounded
 from .lattice import signs
 
 Array = NDArray[Any]
@@ -83,6 +83,15 @@ def _in_sequence(p: Parts) -> Array:
 
 
 # --- any method -----------------------------------------------------------------------------------
+
+
+def unit_of(dtype: str, d: int) -> float:
+    """Return what inputs are changed by: the roundoff, and what a sum of d terms gathers of it.
+
+    Roundings of a sum one after the other add up like a random walk, to ``sqrt(d)`` of them; the
+    sums of half precisions are kept in float32, where they do not count.
+    """
+    return ROUNDOFF[dtype] * (d**0.5 if dtype in ("float32", "float64") else 1.0)
 
 
 def changed(

@@ -45,6 +45,7 @@ from .precision import (
     method_errors,
     run,
     run_changed,
+    unit_of,
     wrong_answers,
 )
 from .tolerance import floor, growth
@@ -469,7 +470,7 @@ class Trial:
                 continue
             if self.method is not None:
                 found[dtype] = method_errors(
-                    self.method, self.problems, self.draws, out, ROUNDOFF[dtype]
+                    self.method, self.problems, self.draws, out, unit_of(dtype, WIDTH)
                 )
                 continue
             found[dtype] = max(float(np.abs(x[0] - out).max()) for x in low_outputs(parts, dtype))
