@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -338,7 +339,7 @@ def read_outputs(outputs: Outputs) -> tuple[dict[str, Array], dict[str, str]]:
         arrays, kinds, _ = read_tensors(path.read_bytes(), str(path))
         return arrays, kinds
     try:
-        with np.load(path, allow_pickle=False) as loaded:
+        with np.load(BytesIO(path.read_bytes()), allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
     except Exception as error:  # the format raises many kinds for damaged files
         raise ValueError(

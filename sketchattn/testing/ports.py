@@ -154,7 +154,7 @@ def check_method(
         raise ValueError(f"repeats must be at least 20, got {repeats}; fewer say nothing")
     for option in supports or ():
         check_choice(option, "supports", OPTIONS)
-    one = _as_method(method, parameters)
+    one = as_method(method, parameters)
     own = draws == "own" and one.traits.randomized
     trials = list(_trials(one, supports, seeds))
     check = _Check(fn, one, strict)
@@ -189,7 +189,7 @@ def check_method(
     )
 
 
-def _as_method(method: str | Method, parameters: Mapping[str, Any]) -> Method:
+def as_method(method: str | Method, parameters: Mapping[str, Any]) -> Method:
     """Return the method; a name gets a rank where it has one and none is given."""
     if isinstance(method, str) and method in methods() and "rank" not in parameters:
         known = inspect.signature(methods()[method]).parameters
