@@ -47,7 +47,7 @@ def ports(dtype: str) -> dict[str, tuple[str, Port]]:
         return r(r(weights_of(q, k[kept], scale, r)) @ v[kept])
 
     def jl(q: Array, k: Array, v: Array, draw: Any, scale: float | None = None) -> Array:
-        s = r(draw["sketch"])
+        s = r(draw["sketch"] / np.float32(8**0.5))  # drawn with entries of variance 1
         return r(r(r(weights_of(q, k, scale, r)) @ s.T) @ r(s @ v))
 
     def linformer(q: Array, k: Array, v: Array, draw: Any, scale: float | None = None) -> Array:
@@ -286,7 +286,7 @@ def test_p_values_of_all_assignments() -> None:
     for row, chosen in zip(assignments, combinations(range(4), 2), strict=True):
         row[list(chosen)] = 1
     values = np.sort(statistic(assignments))
-    assert np.allclose(values, [2.5, 2.5, 3.5, 3.5, 6.5, 6.5])
+    assert np.allclose(values, [1.5, 1.5, 2.5, 2.5, 6.5, 6.5])
     p = p_value(statistic, 2, 4, 1e-4, np.random.default_rng(0))
     assert abs(p - 2 / 6) < 0.3  # settled after ten exceedances
     assert np.array_equal(ranks(np.array([3.0, 1.0, 3.0])), [2.5, 1.0, 2.5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -491,3 +492,17 @@ def test_a_program_in_cpp(folder: Path, tmp_path: Path) -> None:
     broken.write_bytes(chosen[0].read_bytes()[:500])
     done = subprocess.run([binary, output, str(broken)], capture_output=True, timeout=60)
     assert (done.returncode, b"attention: " in done.stderr) == (2, True)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "golden.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["report"].passed
+    # The numbers of the page.
+    assert f"{len(specs())} cases" in text
+    assert f"{len(EXACT)} cases" in text

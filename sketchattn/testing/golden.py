@@ -191,7 +191,8 @@ def read_tensors(raw: bytes, source: str) -> tuple[dict[str, Array], dict[str, s
             raise ValueError(
                 f"{source} must hold {', '.join(_KINDS)}, got {kind} for {name!r}; convert it"
             )
-        x = np.frombuffer(tensor["data"], _KINDS[kind]).reshape(tensor["shape"])
+        # A copy: what a buffer gives is read-only, which compiled code is not made for.
+        x = np.frombuffer(tensor["data"], _KINDS[kind]).reshape(tensor["shape"]).copy()
         if kind == "BF16":
             x = (x.astype(np.uint32) << 16).view(np.float32)
         arrays[name] = x
