@@ -23,7 +23,6 @@ Array = NDArray[Any]
 Options = dict[str, Any]
 
 
-
 def load(name: str, why: str) -> Any:
     """Return an optional package, or say how to get it."""
     try:
@@ -58,7 +57,8 @@ class Arrays:
 
 def _numpy_dtype(dtype: str) -> np.dtype[Any]:
     if dtype == "bfloat16":
-        return np.dtype(load("ml_dtypes", "bfloat16 in NumPy arrays").bfloat16)
+        found: np.dtype[Any] = np.dtype(load("ml_dtypes", "bfloat16 in NumPy arrays").bfloat16)
+        return found
     return np.dtype(dtype)
 
 
@@ -72,7 +72,9 @@ def _read_numpy(x: Any) -> Array:
 
 def numpy_arrays() -> Arrays:
     """Return how NumPy arrays are made and read."""
-    return Arrays(_numpy_floats, np.ascontiguousarray, _read_numpy, lambda x: np.asarray(x).dtype.name)
+    return Arrays(
+        _numpy_floats, np.ascontiguousarray, _read_numpy, lambda x: np.asarray(x).dtype.name
+    )
 
 
 def torch_arrays(device: str | None) -> Arrays:

@@ -6,6 +6,7 @@ one line a step, so that a wrong program is the right one with one part replaced
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,8 @@ class Parts:
 def scaled_logits(p: Parts) -> Array:
     """Return ``scale Q K^T``, without softcap and bias."""
     products: Array = p.q @ np.swapaxes(p.k, -1, -2)
-    return products * products.dtype.type(p.scale)
+    products *= products.dtype.type(p.scale)
+    return products
 
 
 def logits(p: Parts) -> Array:
@@ -58,7 +60,9 @@ def logits(p: Parts) -> Array:
     return x if p.bias is None else x + p.bias.astype(x.dtype)
 
 
-def softmax(x: Array, seen: Array, sink: Array | None = None) -> Array:
+def softmax(
+    x: Array, seen: Array, sink: Array | None = None, exp: Callable[[Array], Array] = np.exp
+) -> Array:
     """Return the softmax of the visible logits of each row; zeros in a row without any."""
     shown = np.where(seen, x, x.dtype.type(-np.inf))
     top = shown.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -66,11 +70,12 @@ def softmax(x: Array, seen: Array, sink: Array | None = None) -> Array:
         extra = sink.astype(x.dtype)[:, None, None]
         top = np.maximum(top, extra)
     top = np.where(np.isneginf(top), 0, top)
-    powers = np.exp(shown - top)
+    powers = exp(shown - top)
     total = powers.sum(axis=-1, keepdims=True)
     if sink is not None:
-        total = total + np.exp(extra - top)
-    return powers / np.where(total == 0, 1, total)
+        total = total + exp(extra - top)
+    a: Array = powers / np.where(total == 0, total.dtype.type(1), total)
+    return a
 
 
 def weights(p: Parts) -> Array:

@@ -1,4 +1,4 @@
-"""Inputs that tell right from wrong: cases of every option, at sizes that are no multiple of a tile.
+"""Inputs that tell right from wrong: cases of every option, at sizes that fill no tile.
 
 Random inputs have logits of deviation 2, so that rows differ from the mean of V.  Lattice inputs
 are small integers of width 16, so that the scale 1/4 and every logit is exact in float16 and
@@ -139,14 +139,16 @@ class Case:
 
     def parts(self) -> Parts:
         """Return what the output is made of."""
-        additive = self.mask is not None and self.mask.dtype != np.bool_
+        bias = None
+        if self.mask is not None and self.mask.dtype != np.bool_:
+            bias = np.where(self.mask == -np.inf, 0, self.mask)
         return Parts(
             q=self.q,
             k=np.repeat(self.k, self.group, axis=1),
             v=np.repeat(self.v, self.group, axis=1),
             scale=self.factor,
             softcap=self.softcap,
-            bias=np.where(self.mask == -np.inf, 0, self.mask) if additive else None,
+            bias=bias,
             seen=self.seen(),
             sink=self.sink,
             empty_row=self.empty_row,
@@ -309,7 +311,7 @@ def _constant(**options: Any) -> Build:
 
 
 def _sink(rng: np.random.Generator, setting: Setting, x: Heads) -> Mapping[str, Any]:
-    return {"sink": rng.integers(1, 5, x[0].shape[1]).astype(np.float64)}
+    return {"sink": rng.integers(5, 9, x[0].shape[1]).astype(np.float64)}
 
 
 def _wider(rng: np.random.Generator, setting: Setting, x: Heads) -> Mapping[str, Any]:
@@ -333,9 +335,7 @@ _CASES: tuple[tuple[str, str, Sizes, Build, tuple[str, ...]], ...] = (
 )
 
 
-def _case(
-    name: str, feature: str, dtype: str, setting: Setting, x: Heads, **options: Any
-) -> Case:
+def _case(name: str, feature: str, dtype: str, setting: Setting, x: Heads, **options: Any) -> Case:
     """Return a case whose numbers are those of the dtype."""
     q, k, v = (numbers(options.pop(label, y), dtype) for label, y in zip("qkv", x, strict=True))
     mask = options.pop("mask", None)

@@ -45,7 +45,7 @@ class Mutant:
 
 
 def _always(case: Case) -> bool:
-    return case.k.shape[2] > 1
+    return bool(case.k.shape[2] > 1)
 
 
 def _of_parts(

@@ -214,7 +214,10 @@ class AttentionReport:
     def failures(self) -> tuple[CaseRecord | ProbeRecord, ...]:
         """What made the verdict FAIL."""
         bad = ("fail", "suspect") if self.strict else ("fail",)
-        return tuple(x for x in (*self.cases, *self.probes) if x.status in bad)
+        return (
+            *(x for x in self.cases if x.status in bad),
+            *(x for x in self.probes if x.status in bad),
+        )
 
     @property
     def unseen(self) -> tuple[MutantRecord, ...]:
@@ -289,7 +292,7 @@ class AttentionReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain data; numbers that are not finite are text."""
+        """Return everything as plain data: NaN is None, and infinities are text."""
         plain = {"schema": SCHEMA, **asdict(self), "passed": self.passed}
         found: dict[str, Any] = _plain(plain)
         return found

@@ -129,6 +129,21 @@ def in_sequence(p: Parts) -> Array:
     return combine(np.zeros_like(x), p) + out
 
 
+def base_two(p: Parts) -> Array:
+    """Return the output in float32 with ``exp(x)`` as ``exp2(x log2(e))``, as many kernels have it.
+
+    The factor goes into the scale, and that on q, so that logits that were exact are rounded and
+    those that were equal are not.
+    """
+    factor = np.log2(np.e)
+    if p.softcap or p.bias is not None:
+        x = logits(p) * np.float32(factor)
+    else:
+        x = (np.float32(p.scale * factor) * p.q) @ np.swapaxes(p.k, -1, -2)
+    sink = None if p.sink is None else p.sink * np.float32(factor)
+    return combine(softmax(x, p.seen, sink, np.exp2), p)
+
+
 def baselines(case: Case) -> Iterator[Array]:
     """Yield the outputs of correct programs in low precision, none for float64."""
     if case.dtype == "float64":
@@ -139,6 +154,7 @@ def baselines(case: Case) -> Iterator[Array]:
         yield rounded(combine(a, p), case.dtype)
     if case.dtype == "float32":
         yield in_sequence(p)
+        yield base_two(p)
 
 
 def spread(p: Parts, dtype: str) -> Array:
@@ -157,8 +173,8 @@ def ceiling(case: Case) -> Array:
     """Bound what rounding can do to the output, entry by entry.
 
     ``[exp(2 eta_i) (1 + gamma_(2 n_k + 12)) (1 + 3 u') - 1] sum_j A_ij |V_jc|``: logits off by at
-    most eta change a weight by a factor between ``exp(-2 eta)`` and ``exp(2 eta)``; the exponential,
-    two sums and the division are counted in gamma, the roundings of P and O in the last factor.
+    most eta change a weight by a factor between ``exp(-2 eta)`` and ``exp(2 eta)``; gamma counts
+    the exponential, two sums and the division, the last factor the roundings of P and O.
     """
     p = case.parts()
     w, u = units(case.dtype)
