@@ -273,6 +273,8 @@ def test_wrong_programs_with_draws_of_their_own_fail(wrong: str) -> None:
     report = check_method(port, method, **OWN)
     assert report.verdict == "FAIL", str(report)
     assert any("more than" in x.message for x in report.failures)
+    assert report.draws == "own"
+    assert "p = " in str(report)
 
 
 # --- the tests themselves -------------------------------------------------------------------------

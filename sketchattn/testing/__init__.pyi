@@ -5,6 +5,7 @@ from .golden import GoldenRecord as GoldenRecord
 from .golden import GoldenReport as GoldenReport
 from .golden import check_golden as check_golden
 from .golden import read_golden as read_golden
+from .ports import MethodReport as MethodReport
 from .ports import check_method as check_method
 from .report import AttentionReport as AttentionReport
 from .report import CaseRecord as CaseRecord

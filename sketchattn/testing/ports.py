@@ -64,6 +64,41 @@ class Trial:
         return f"n {p.n_q} x {p.n_k}, d {p.d}, d_v {p.d_v}"
 
 
+@dataclass(frozen=True)
+class MethodReport(AttentionReport):
+    """Say whether a function computes an approximate method, how wrong it is and where.
+
+    Attributes
+    ----------
+    draws : {"given", "own"}
+        "own": ``probes`` are permutation tests, and ``rho`` of a wrong law is five times the level
+        over its p-value, so that 5 is needed here too.
+    convention : str
+        The method.
+    kind : str
+        "approx".
+
+    Notes
+    -----
+    The other attributes are those of AttentionReport.
+    """
+
+    draws: str = "given"
+
+    def __str__(self) -> str:
+        """Return the verdict, then a line for each failure."""
+        if self.draws == "given":
+            return super().__str__()
+        lines = [self._first_line(), *(f"  {x}" for x in self.failures)]
+        lines += [f"  would be let through: samples {x.name} ({x.dtype})" for x in self.unseen]
+        lines += [f"  not checked: {name} ({why})" for name, why in self.skipped.items()]
+        return "\n".join(lines + [f"  note: {x}" for x in self.notes])
+
+    def __repr__(self) -> str:
+        """Return the first line."""
+        return f"<MethodReport {self._first_line()}>"
+
+
 def check_method(
     fn: Callable[..., Any],
     method: str | Method,
@@ -76,7 +111,7 @@ def check_method(
     level: float = 1e-3,
     strict: bool = True,
     **parameters: Any,
-) -> AttentionReport:
+) -> MethodReport:
     """Check another implementation of an approximate method.
 
     With ``draws="given"`` it is handed our draw as arrays and compared to our float64 output,
@@ -114,8 +149,8 @@ def check_method(
 
     Returns
     -------
-    AttentionReport
-        With ``kind="approx"``.  ``mutants`` say which wrong answers would have been seen: zeros,
+    MethodReport
+        ``mutants`` say which wrong answers would have been seen: zeros,
         the mean of V, rows in reverse, exact attention, another draw, a draw with other numbers.
 
     Raises
@@ -169,7 +204,7 @@ def check_method(
             f"permutation tests of {repeats} outputs on either side, at level {level:g} together"
         )
     allowed = [x for x in OPTIONS if any(t.name.startswith(x) for t in trials)]
-    return AttentionReport(
+    return MethodReport(
         verdict=check.verdict,
         candidate=getattr(fn, "__name__", type(fn).__name__),
         convention=repr(one),
@@ -186,6 +221,7 @@ def check_method(
         seeds=tuple(seeds),
         tolerance="derived",
         versions=versions(),
+        draws="own" if own else "given",
     )
 
 
