@@ -27,6 +27,7 @@ HEADS_HELP = (
     "A .safetensors or .npz file, the name of a bundled set (minilm), or made heads such as "
     "clustered:n=512,d=64,heads=2,rng=0."
 )
+CASES_HELP = "Names of cases, patterns such as 'exact-*' among them; all by default."
 JSON_HELP = "Print JSON instead of a table; numbers that are not finite become strings."
 
 # Exit codes: 0 done, 1 done but not as recorded, 2 refused or failed, 130 interrupted (128 + 2).
@@ -571,6 +572,76 @@ def _per_head(
         f"output must have the shape {one} of one head or {(len(heads), *one)} of all, got "
         f"{array.shape}; check that it belongs to these heads"
     )
+
+
+@app.command("golden")
+def _golden(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder to write, made if need be.", metavar="DIR")
+    ],
+    cases: Annotated[str | None, typer.Option(help=CASES_HELP, metavar="A,B")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Write golden vectors: small cases for checking other programs.
+
+    Inputs, draws, float64 results and tolerances of exact attention with all its options and of
+    every method; the same bytes on every x86 machine.
+    """
+    from .testing.golden import read_manifest
+    from .testing.vectors import write_golden
+
+    path = write_golden(_home(folder), cases=cases)
+    manifest = read_manifest(path.parent)
+    if as_json:
+        _print_json(manifest)
+        return
+    typer.echo(f"{len(manifest['cases'])} cases in {path.parent}, listed in {path.name}")
+    for name, reason in manifest["left_out"].items():
+        typer.echo(f"  left out: {name}: {reason}")
+
+
+@app.command("check")
+def _check(
+    folder: Annotated[
+        Path, typer.Argument(help="Golden vectors, of 'sketchattn golden'.", metavar="DIR")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="What another program computed: .safetensors or .npz, an array a case.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ],
+    cases: Annotated[str | None, typer.Option(help=CASES_HELP, metavar="A,B")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision that it computed in; that of each array by default.",
+            metavar="DTYPE",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Check what another program computed from golden vectors.
+
+    The exit code is 1 where a case is wrong or missing.
+    """
+    from .testing.golden import check_golden
+
+    report = check_golden(_home(folder), output, cases=cases, dtype=dtype)
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        typer.echo(str(report))
+    if not report.passed:
+        raise typer.Exit(DIFFERS)
+
+
+def _home(path: Path) -> Path:
+    """Return a path in which ``~`` is the home folder."""
+    return Path(os.path.expanduser(path))
 
 
 @app.command("bench")
