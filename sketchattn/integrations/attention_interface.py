@@ -203,9 +203,7 @@ class Registration:
         How many of them ``decode="exact"`` gave to the exact attention.
     """
 
-    def __init__(
-        self, name: str, method: Method, rng: Rng = None, decode: str = "method"
-    ) -> None:
+    def __init__(self, name: str, method: Method, rng: Rng = None, decode: str = "method") -> None:
         self.name, self.method, self.rng, self.decode = name, method, rng, decode
         self.calls = self.exact_calls = 0
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -334,21 +332,20 @@ def exact(asked: Request) -> Tensor:
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    sink: Tensor | None = None,
-    **options: Any,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Tensor:
+    """Return attention of tensors."""
     from ..functional.batched import attention
 
-    out = attention(query, key, value, attn_mask=mask, sink=sink, **options)
-    return torch.from_numpy(out).to(query.dtype)
+    if not torch.is_grad_enabled():
+        query, key, value = (x.detach() for x in (query, key, value))
+        mask, options["sink"] = (
+            None if x is None else x.detach() for x in (mask, options.pop("sink"))
+        )
+    return torch.from_numpy(attention(query, key, value, attn_mask=mask, **options)).to(query.dtype)
 
 
-# --- names, and what models run --------------------------------------------------------------------
+# --- names, and what models run -------------------------------------------------------------------
 
 REGISTERED: dict[str, Registration] = {}
 
@@ -422,4 +419,3 @@ def check_options(rng: Rng, decode: object) -> None:
         as_generator(rng)
     if decode not in DECODE:
         raise ValueError(f"decode must be 'method' or 'exact', got {decode!r}; choose one")
-

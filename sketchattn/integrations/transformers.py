@@ -229,7 +229,7 @@ def capture_text(
         raise ValueError("text must hold at least one token, got none; give another text")
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
-    made = capture(
+    return capture(
         model,
         tokens,
         layers,
@@ -237,7 +237,6 @@ def capture_text(
         leave_out=leave_out,
         description=f"{path.resolve().name}, {tokens['input_ids'].shape[1]} tokens of a text",
     )
-    return made
 
 
 def _inputs(inputs: Any) -> dict[str, Any]:
