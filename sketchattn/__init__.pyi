@@ -12,6 +12,7 @@ from .errors.reports import ErrorReport as ErrorReport
 from .errors.reports import error_report as error_report
 from .errors.rows import certify_rows as certify_rows
 from .functional.batched import attention as attention
+from .functional.vjp import attention_vjp as attention_vjp
 from .heads.container import Heads as Heads
 from .heads.families import make_heads as make_heads
 from .heads.files import load_heads as load_heads

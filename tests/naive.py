@@ -71,6 +71,52 @@ def naive_attention(
     return weights, out, lse
 
 
+def naive_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    cotangent: Array,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink: float | None = None,
+    **options: Any,
+) -> tuple[Array, Array, Array, Array, float]:
+    """Return (dq, dk, dv, dbias, dsink) of one head, entry by entry through the softmax Jacobian.
+
+    ``dL_il = sum_j (G_i . v_j) A_ij ([j = l] - A_il)``: no sum is shared between entries.
+    """
+    weights, _, lse = naive_attention(
+        q, k, v, scale=scale, softcap=softcap, sink=sink, **options
+    )  # fmt: skip
+    n_q, n_k = weights.shape
+    d_q, d_k, d_v = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    d_bias = np.zeros((n_q, n_k))
+    d_sink = 0.0
+    for i in range(n_q):
+        read = [j for j in range(n_k) if weights[i, j] > 0]
+        inner = {
+            j: sum(float(cotangent[i, c]) * float(v[j, c]) for c in range(v.shape[1])) for j in read
+        }
+        for j in read:
+            d_v[j] += weights[i, j] * cotangent[i]
+        for t in read:
+            d_logit = sum(
+                inner[j] * weights[i, j] * ((1.0 if j == t else 0.0) - weights[i, t]) for j in read
+            )
+            d_bias[i, t] = d_logit
+            slope = 1.0
+            if softcap != 0.0:
+                product = scale * sum(float(a) * float(b) for a, b in zip(q[i], k[t], strict=True))
+                slope = 1.0 / math.cosh(product / softcap) ** 2
+            d_q[i] += scale * slope * d_logit * k[t]
+            d_k[t] += scale * slope * d_logit * q[i]
+        if sink is not None:
+            share = math.exp(sink - lse[i])
+            d_sink -= share * sum(inner[j] * weights[i, j] for j in read)
+    return d_q, d_k, d_v, d_bias, d_sink
+
+
 def naive_transposed(weights: Array, y: Array) -> Array:
     """Return A^T Y of weights (n_q, n_k) and y (n_q, m)."""
     out = np.zeros((weights.shape[1], y.shape[1]))

@@ -48,16 +48,12 @@ def exact(call: Call) -> tuple[Array, Array]:
     """
     from ..kernels.softmax import softmax_product  # loads the compiler, which refusals do without
 
-    q, k, v = call.flat()
+    q, k, v, clean = arrays(call)
     options = vars(call.terms)
-    clean = _finite(k, v)
-    if not clean:
-        k, v = without_hidden(q.shape[1], k, v, call.terms)
-        clean = _finite(k, v)
     product = reference_attention if call.reference else softmax_product
     if clean:
         out, lse = product(q, k, v, **options)
-        check_logits(np.where(lost_rows(lse, k.shape[1], call.terms), np.nan, lse))
+        check_sums(call, lse)
         return out, lse
     if call.reference:
         return product(q, k, v, **options)
@@ -66,6 +62,24 @@ def exact(call: Call) -> tuple[Array, Array]:
     out, lse = product(q, k, np.where(np.isfinite(v), v, v.dtype.type(0)), **options)
     add_non_finite(out, lse, q, k, v, call.terms)
     return out, lse
+
+
+def arrays(call: Call) -> tuple[Array, Array, Array, bool]:
+    """Return q, k and v of flat heads, and whether every key and value that is seen is finite.
+
+    Keys that no query sees are zero where there is one that is not finite.
+    """
+    q, k, v = call.flat()
+    clean = _finite(k, v)
+    if not clean:
+        k, v = without_hidden(q.shape[1], k, v, call.terms)
+        clean = _finite(k, v)
+    return q, k, v, clean
+
+
+def check_sums(call: Call, lse: Array) -> None:
+    """Refuse logits that overflowed, which shows in their log-sum-exp."""
+    check_logits(np.where(lost_rows(lse, call.layout.n_k, call.terms), np.nan, lse))
 
 
 def _finite(k: Array, v: Array) -> bool:

@@ -80,14 +80,15 @@ class Layout:
         """Return the mask (M, m_q, m_k) and the slab of each flat head; broadcast axes stay 1."""
         mask = mask.reshape((1,) * (2 - mask.ndim) + mask.shape) if mask.ndim < 2 else mask
         lead = mask.shape[:-2]
-        of_head = np.broadcast_to(np.arange(math.prod(lead)).reshape(lead), self.lead)
         flat = mask.reshape((math.prod(lead), *mask.shape[-2:]))
         if flat.dtype != np.bool_:
             flat = narrow_logits(flat, dtype)
-        return (
-            np.require(flat, requirements=["C", "W"]),
-            np.ascontiguousarray(of_head.reshape(-1).astype(np.int64)),
-        )
+        return np.require(flat, requirements=["C", "W"]), self.slab_of_head(lead)
+
+    def slab_of_head(self, lead: tuple[int, ...]) -> Array:
+        """Return which of the slabs over leading axes, of length 1 or whole, a flat head reads."""
+        of_head = np.broadcast_to(np.arange(math.prod(lead)).reshape(lead), self.lead)
+        return np.ascontiguousarray(of_head.reshape(-1).astype(np.int64))
 
     def output(self, flat: Array, dtype: np.dtype[Any]) -> Array:
         """Return an output (H, n_q, d_v) as (*lead, n_q, d_v), rounded once to ``dtype``."""

@@ -22,6 +22,8 @@ Array = NDArray[Any]
 
 # Columns of X that one thread carries through all tokens: its state is (R, COLUMNS).
 COLUMNS = 32
+# Features whose states (LINES, m) one thread carries where each has a result of its own.
+LINES = 8
 # Rows whose features a thread holds at a time.
 TILE = 256
 # Keys are summed in so many pieces at most, which do not depend on the threads.
@@ -163,6 +165,70 @@ def _backward(u: Array, beta: Array, offset: int, y: Array, threads: int, out: A
                         state[l, c] = rest * d
                 for c in range(c1 - c0):
                     out[j, c0 + c] = line[c]
+
+
+@kernel(parallel=True)
+def _prefix_dots(beta: Array, offset: int, x: Array, y: Array, threads: int, out: Array) -> None:
+    """``out_il = y_i . C_l (n_q, R)``, C the state of ``_forward`` after the last key of row i."""
+    n_q, width = out.shape
+    n_k, m = x.shape
+    parts = (width + LINES - 1) // LINES
+    for worker in prange(threads):
+        state = np.empty((LINES, m), x.dtype)
+        for part in range(worker, parts, threads):
+            l0 = part * LINES
+            count = min(LINES, width - l0)
+            state[:] = 0.0
+            i = 0
+            while i < n_q and i + offset < 0:
+                out[i, l0 : l0 + count] = 0.0
+                i += 1
+            for j in range(n_k):
+                for l in range(count):  # noqa: E741  (the letter of the formulas)
+                    b = beta[j, l0 + l]
+                    for c in range(m):
+                        state[l, c] += b * (x[j, c] - state[l, c])
+                while i < n_q and (i + offset == j or j == n_k - 1):
+                    for l in range(count):  # noqa: E741  (the letter of the formulas)
+                        total = x.dtype.type(0.0)
+                        for c in range(m):
+                            total += y[i, c] * state[l, c]
+                        out[i, l0 + l] = total
+                    i += 1
+
+
+@kernel(parallel=True)
+def _suffix_dots(
+    u: Array, beta: Array, offset: int, y: Array, x: Array, threads: int, out: Array
+) -> None:
+    """``out_jl = beta_jl (D_l . x_j) (n_k, R)``, D the state of ``_backward`` at key j."""
+    n_q, m = y.shape
+    n_k, width = beta.shape
+    one = x.dtype.type(1.0)
+    parts = (width + LINES - 1) // LINES
+    for worker in prange(threads):
+        state = np.empty((LINES, m), x.dtype)
+        for part in range(worker, parts, threads):
+            l0 = part * LINES
+            count = min(LINES, width - l0)
+            state[:] = 0.0
+            i = n_q - 1
+            for back in range(n_k):
+                j = n_k - 1 - back
+                while i >= 0 and i + offset >= j:
+                    for l in range(count):  # noqa: E741  (the letter of the formulas)
+                        w = u[i, l0 + l]
+                        for c in range(m):
+                            state[l, c] += w * y[i, c]
+                    i -= 1
+                for l in range(count):  # noqa: E741  (the letter of the formulas)
+                    b = beta[j, l0 + l]
+                    rest = one - b
+                    total = x.dtype.type(0.0)
+                    for c in range(m):
+                        total += state[l, c] * x[j, c]
+                        state[l, c] *= rest
+                    out[j, l0 + l] = b * total
 
 
 @kernel(parallel=True)
@@ -332,4 +398,22 @@ def prefix_transposed(u: Array, beta: Array, offset: int, y: Array) -> Array:
     if out.size and len(y):
         with kernel_threads() as threads:
             _backward(u, beta, offset, y, threads, out)
+    return out
+
+
+def prefix_dots(beta: Array, offset: int, x: Array, y: Array) -> Array:
+    """Return ``y_i . C_il`` (n_q, R) for y (n_q, m) and the prefix means C of x (n_k, m)."""
+    out = np.zeros((len(y), beta.shape[1]), x.dtype)
+    if out.size and len(x):
+        with kernel_threads() as threads:
+            _prefix_dots(beta, offset, x, y, threads, out)
+    return out
+
+
+def suffix_dots(u: Array, beta: Array, offset: int, y: Array, x: Array) -> Array:
+    """Return ``sum_i U_il exp(N_jl - a_(e_i)l) y_i . x_j`` (n_k, R), over the rows that see j."""
+    out = np.zeros(beta.shape, x.dtype)
+    if out.size and len(y):
+        with kernel_threads() as threads:
+            _suffix_dots(u, beta, offset, y, x, threads, out)
     return out

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..base.head import Head
 from .base import AttentionOperator, Index, pick
+from .pullback import Gradient, rows_pullback
 from .softmax import exact_of
 
 Array = NDArray[Any]
@@ -73,12 +74,17 @@ class ProductSketch(AttentionOperator):
     def _seen(self) -> Array:
         return (self.problem.visible_counts() > 0).astype(self.dtype)
 
-    def _matmat(self, x: Array) -> Array:
+    def _sketched(self, x: Array) -> tuple[Array, Array]:
+        """Return ``S^T S (X - 1 mean^T)``, zero at masked keys, and the mean that is exact."""
         keys = self.problem.kept_keys
         kept = self._cast(x)[keys]
         mean = kept.mean(axis=0) if self.center else np.zeros(kept.shape[1], self.dtype)
         full = np.zeros((self.shape[1], kept.shape[1]), self.dtype)
         full[keys] = self._project(kept - mean)
+        return full, mean
+
+    def _matmat(self, x: Array) -> Array:
+        full, mean = self._sketched(x)
         out: Array = exact_of(self.problem) @ full + self._seen()[:, None] * mean
         return out
 
@@ -101,3 +107,8 @@ class ProductSketch(AttentionOperator):
         chosen = pick(self.shape[0], index)
         z = exact_of(self.problem).rows(chosen)[:, self.problem.kept_keys].T
         return np.ascontiguousarray(self._spread(z, self._seen()[chosen]).T)
+
+    def pullback(self, x: Array, g: Array) -> Gradient:
+        """Return what a cotangent G (n_q, m) of ``Ahat X`` is at the queries, keys and X."""
+        made = rows_pullback(self.problem, None, self._sketched(x)[0], g)
+        return made._replace(v=self._spread(made.v[self.problem.kept_keys], self._seen() @ g))

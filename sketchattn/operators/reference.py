@@ -21,8 +21,9 @@ The functions take arguments that `sketchattn.attention` has validated; they che
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -31,6 +32,7 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Mask = BoolArray | FloatArray
+T = TypeVar("T")
 Stage = Literal["scaled", "capped", "masked"]
 
 # Bytes of logits a block of rows may hold: enough rows for BLAS to be fast, and enough blocks
@@ -324,7 +326,7 @@ def reference_attention(
     n_k, d_v = v.shape[1:]
     out = np.empty((heads, n_q, d_v))
     lse = np.empty((heads, n_q))
-    step = max(1, _BLOCK_BYTES // (8 * max(1, n_k)))
+    step = block_rows(n_k)
 
     def block(task: tuple[int, int]) -> None:
         h, start = task
@@ -346,7 +348,7 @@ def reference_attention(
             k[h // group],
             scale=scale,
             softcap=softcap,
-            bias=_bias(slab, start, stop),
+            bias=bias_rows(slab, start, stop),
             seen=seen,
         )
         weights, lse[h, start:stop] = softmax_rows(
@@ -354,37 +356,49 @@ def reference_attention(
         )
         out[h, start:stop] = weighted_values(weights, seen, v[h // group])
 
-    _for_each(block, [(h, i) for h in range(heads) for i in range(0, n_q, step)], 8 * step * n_k)
+    tasks = [(h, i) for h in range(heads) for i in range(0, n_q, step)]
+    for _ in in_order(block, tasks, 8 * step * n_k):
+        pass
     return out, lse
 
 
-def _bias(mask: Mask | None, start: int, stop: int) -> FloatArray | None:
+def block_rows(n_k: int) -> int:
+    """Return how many query rows a block has, which depends on the number of keys alone."""
+    return max(1, _BLOCK_BYTES // (8 * max(1, n_k)))
+
+
+def bias_rows(mask: Mask | None, start: int, stop: int) -> FloatArray | None:
     """Return the rows of an additive mask, and None for a boolean one."""
     if mask is None or mask.dtype == np.bool_:
         return None
     return mask_rows(mask, start, stop).astype(np.float64, copy=False)
 
 
-def _for_each(
-    block: Callable[[tuple[int, int]], None], tasks: list[tuple[int, int]], size: int
-) -> None:
-    """Run ``block`` once a task, on several threads, each with single-threaded BLAS.
+def in_order(
+    block: Callable[[tuple[int, int]], T], tasks: list[tuple[int, int]], size: int
+) -> Iterator[T]:
+    """Yield ``block`` of all tasks in their order, on several threads with single-threaded BLAS.
 
-    ``size`` is the bytes of logits of a block; fewer threads run where blocks are large.
+    ``size`` is the bytes that a running block holds; fewer threads run where blocks are large.
+    No more results wait than there are threads.
     """
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from ..kernels._threads import blas_single_thread, thread_count
 
     workers = min(thread_count(), len(tasks), max(1, _TOTAL_BYTES // max(1, size)))
     with blas_single_thread():
         if workers <= 1:
-            for task in tasks:
-                block(task)
+            yield from map(block, tasks)
             return
         with ThreadPoolExecutor(max_workers=workers) as pool:
-            for _ in pool.map(block, tasks):  # an exception of a block is raised here
-                pass
+            running: deque[Future[T]] = deque()
+            for task in tasks:
+                if len(running) > workers:
+                    yield running.popleft().result()  # an exception of a block is raised here
+                running.append(pool.submit(block, task))
+            while running:
+                yield running.popleft().result()
 
 
 def merge(
@@ -463,12 +477,24 @@ def round_to(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
         if target in (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16)):
             return x.astype(target, copy=False)
         if target.name == "bfloat16":
-            _, exponent = np.frexp(x)  # |x| = f 2^exponent with 1/2 <= f < 1
-            places = np.maximum(exponent - 1, -126) - 7
-            rounded: NDArray[Any] = np.ldexp(np.rint(np.ldexp(x, -places)), places)
-            # Exact from here on: every number is a bfloat16, or the power of two above them.
-            return rounded.astype(np.float32).astype(target)
+            return to_bfloat16(x).astype(target)
     raise TypeError(
         "dtype must be float64, float32, float16 or bfloat16, "
         f"got {target.name}; choose one of these."
     )
+
+
+def to_bfloat16(x: NDArray[Any]) -> NDArray[np.float32]:
+    """Round numbers as ``round_to`` does to bfloat16, and return them as float32.
+
+    Examples
+    --------
+    >>> to_bfloat16(np.array([1.0 + 2.0**-8 + 2.0**-40]))
+    array([1.0078125], dtype=float32)
+    """
+    with np.errstate(all="ignore"):
+        _, exponent = np.frexp(x)  # |x| = f 2^exponent with 1/2 <= f < 1
+        places = np.maximum(exponent - 1, -126) - 7
+        rounded: NDArray[Any] = np.ldexp(np.rint(np.ldexp(x, -places)), places)
+        # Exact from here on: every number is a bfloat16, or the power of two above them.
+        return rounded.astype(np.float32)

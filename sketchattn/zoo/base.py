@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 
-from ..base.arguments import check_rank, closest, stacked
+from ..base.arguments import (
+    as_array,
+    check_finite,
+    check_rank,
+    closest,
+    float_dtype,
+    prepare,
+    stacked,
+)
 from ..base.draws import Draw, Rng, as_generator
 from ..base.quiet import quiet
 from ..operators.base import AttentionOperator
+from ..operators.pullback import Gradient
 from ..operators.steep import check_overflow
 from ..problem import AttentionProblem
 
@@ -55,6 +64,9 @@ class Traits:
     matrix : bool
         The output is ``Ahat V`` with a matrix that does not depend on V; otherwise `approximate`
         refuses, `Method.attend` gives the output, and errors of the matrix are unknown.
+    differentiable : bool
+        At a fixed draw the output has a derivative with respect to Q, K and V, which `Method.vjp`
+        applies.
     """
 
     causal: bool = False
@@ -70,6 +82,7 @@ class Traits:
     exact_at_full_rank: bool = False
     autoregressive: bool = True
     matrix: bool = True
+    differentiable: bool = False
 
 
 def register(name: str) -> Callable[[M], M]:
@@ -321,6 +334,88 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         """Return `attend_heads`; overridden by methods whose passes take many heads."""
         pairs = zip(problems, rngs, strict=True)
         return stacked([self.attend(problem, rng, draw=draw) for problem, rng in pairs])
+
+    def vjp(
+        self,
+        problem: AttentionProblem,
+        cotangent: ArrayLike,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Return the vector-Jacobian product of `attend` at a fixed draw.
+
+        For ``f(Q, K, V) = sum_ic G_ic Ohat_ic(Q, K, V)`` with the cotangent G these are
+        ``df/dQ``, ``df/dK`` and ``df/dV``: gradients of the program that is run with this draw.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            With values.
+        cotangent : array (n_q, d_v)
+            G, finite; floating point of any precision.
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        dq, dk, dv : ndarray (n_q, d), (n_k, d), (n_k, d_v)
+            In the precision of the problem; zero for masked keys.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `attend`; for a method whose ``traits.differentiable`` is False; and for a cotangent
+            of another shape or dtype, or that is not finite.
+
+        Notes
+        -----
+        All that a draw holds is constant, also where it was computed from Q, K and V: columns and
+        their weights or probabilities, pilot rows, random features, projections, labels, landmarks
+        that were drawn.  What the method computes from Q, K and V beside it is differentiated:
+        normalisers, fills, means of segments or clusters, small inverses.  Choices that change by
+        jumps, such as the place of a maximum or which entries are largest, stay as they are, which
+        is the derivative wherever there is one.
+
+        Computed in float64 and rounded once.  No array of n_q x n_k is held, and the cost is a
+        small multiple of that of `attend`.
+
+        Examples
+        --------
+        >>> import numpy as np, sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0].astype(np.float64)
+        >>> method = sa.UniformColumns(rank=4)
+        >>> draw = method.draw(problem, rng=0)
+        >>> dq, dk, dv = method.vjp(problem, np.ones((16, 4)), draw=draw)
+        >>> moved = sa.AttentionProblem(problem.q, problem.k, problem.v + 0.5)
+        >>> change = method.attend(moved, draw=draw) - method.attend(problem, draw=draw)
+        >>> bool(np.isclose(change.sum(), 0.5 * dv.sum()))
+        True
+        """
+        check_problem(problem)
+        if not self.traits.differentiable:
+            raise ValueError(
+                f"method must be differentiable at a fixed draw for its vjp, got {self!r}; use a "
+                f"method whose traits.differentiable is True"
+            )
+        made = self._checked(problem, rng, draw)
+        g = as_array(cotangent, "cotangent")
+        float_dtype(g, "cotangent")
+        wanted = (problem.n_q, problem.values.shape[1])
+        if g.shape != wanted:
+            raise ValueError(
+                f"cotangent must have shape (n_q, d_v) = {wanted}, got {g.shape}; give one weight "
+                f"for each entry of the output"
+            )
+        check_finite(g, "cotangent")
+        wide = problem.astype(np.float64)
+        found = self._vjp(wide, made, prepare(g, np.dtype(np.float64)))
+        dq, dk, dv = (prepare(x, problem.dtype) for x in found)
+        return dq, dk, dv
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        """Return `vjp`; all is checked and in float64, and none of it may be written into."""
+        raise TypeError(f"{type(self).__name__} must define _vjp, since its traits promise it")
 
     def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
         """Return the draw that ``rng`` makes, or the one given, checked as the problem is."""

@@ -11,16 +11,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..base.arguments import check_choice, check_flag
 from ..base.draws import Draw, check_columns
 from ..operators.base import AttentionOperator
 from ..operators.factored import FactoredAttention, zero_attention
+from ..operators.pullback import (
+    Gradient,
+    chosen_pullback,
+    columns_pullback,
+    rows_pullback,
+    zero_gradient,
+)
 from ..operators.sampled import SampledAttention
 from ..operators.solve import softmax_over
 from ..operators.visible_mean import VisibleMean
 from ..problem import AttentionProblem
 from .base import Deterministic, Method, Traits, register
+
+Array = NDArray[Any]
 
 # Rows of the exact matrix that an oracle looks at in one piece, in entries.
 BLOCK_ENTRIES = 1 << 22
@@ -49,10 +59,14 @@ class Exact(Deterministic):
             nonnegative=True,
             uses_rank=False,
             exact_at_full_rank=True,
+            differentiable=True,
         )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         return problem.exact
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        return rows_pullback(problem, None, problem.values, cotangent)
 
 
 @register("zero")
@@ -71,11 +85,19 @@ class Zero(Deterministic):
     def traits(self) -> Traits:
         """A predictor: no rank, no randomness, no rows that sum to one."""
         return Traits(
-            causal=True, key_mask=True, randomized=False, nonnegative=True, uses_rank=False
+            causal=True,
+            key_mask=True,
+            randomized=False,
+            nonnegative=True,
+            uses_rank=False,
+            differentiable=True,
         )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         return zero_attention(problem)
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        return zero_gradient(problem)
 
 
 @register("vmean")
@@ -103,10 +125,14 @@ class VMean(Deterministic):
             row_stochastic=True,
             nonnegative=True,
             uses_rank=False,
+            differentiable=True,
         )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         return VisibleMean(problem)
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        return zero_gradient(problem)._replace(v=VisibleMean(problem).T @ cotangent)
 
 
 @register("svd")
@@ -257,6 +283,7 @@ class UniformColumns(Method):
             row_stochastic=self.estimator == "self-normalized",
             nonnegative=True,
             exact_at_full_rank=True,
+            differentiable=True,
         )
 
     def _check_parameters(self) -> None:
@@ -285,3 +312,10 @@ class UniformColumns(Method):
             weights = problem.exact.columns(columns)
             weights *= problem.dtype.type(kept / max(len(columns), 1))
         return SampledAttention(columns, weights, problem.n_k, len(columns))
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        columns = draw["columns"]
+        if self.estimator == "self-normalized":
+            return columns_pullback(problem, columns, cotangent)
+        factor = len(problem.kept_keys) / max(len(columns), 1)
+        return chosen_pullback(problem, columns, np.full(len(columns), factor), cotangent)

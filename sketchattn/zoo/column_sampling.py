@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..base.arguments import check_choice, check_flag
 from ..base.draws import Draw, check_columns
 from ..operators.base import AttentionOperator
+from ..operators.pullback import Gradient, chosen_pullback, columns_pullback
 from ..operators.sampled import SampledAttention
 from ..operators.solve import softmax_over
 from ..problem import AttentionProblem
@@ -133,6 +134,7 @@ class ColumnSampling(Method):
                 not self.replace and isinstance(self.law, str) and self.law == "uniform"
             ),
             claims=self._claims(),
+            differentiable=True,
         )
 
     def _claims(self) -> tuple[str, ...]:
@@ -183,8 +185,9 @@ class ColumnSampling(Method):
         check_weights(weights, p, rank, replace)
         return Draw(columns=columns, weights=weights, probabilities=p)
 
-    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
-        columns, weights = ColumnDraw(
+    def _merged(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
+        """Return the distinct columns of a draw and the sums of their weights."""
+        return ColumnDraw(
             draw["columns"].copy(),
             draw["weights"].copy(),
             draw["probabilities"].copy(),
@@ -192,12 +195,21 @@ class ColumnSampling(Method):
             int(self.rank),
             bool(self.replace),
         ).merged()
+
+    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        columns, weights = self._merged(problem, draw)
         if self.normalizer == "exact":
             entries = problem.exact.columns(columns)
             entries *= weights.astype(problem.dtype)
         else:
             entries = softmax_over(problem, columns, weights)
         return SampledAttention(columns, entries, problem.n_k, len(columns))
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        columns, weights = self._merged(problem, draw)
+        if self.normalizer == "exact":
+            return chosen_pullback(problem, columns, weights, cotangent)
+        return columns_pullback(problem, columns, cotangent, weights)
 
 
 def check_drawn(columns: Array, keys: Array, rank: int, replace: bool) -> Array:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from ..base.arguments import check_finite, float_dtype
 from ..base.draws import Draw, Rng, as_generator, check_draw
 from ..base.head import Head
+from ..kernels._threads import product
 from ..operators.base import AttentionOperator
+from ..operators.pullback import Gradient
 from ..operators.softmax import SoftmaxAttention
 from ..problem import AttentionProblem
 from ..sketches.base import streams
@@ -190,6 +192,7 @@ class Compressed(Method):
                 inner.exact_at_full_rank and not inner.uses_rank and not self._random
             ),
             autoregressive=inner.autoregressive and self._random and not centered,
+            differentiable=inner.differentiable and self._random,
         )
 
     def width(self, d: int) -> int:
@@ -369,3 +372,13 @@ class Compressed(Method):
         self.check(problem)
         projection, stream = self._split(problem, as_generator(rng))
         return self._small(problem, projection), stream
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        small, options = self._given(problem, draw)
+        found = self.method.vjp(small, cotangent, **options)
+        back = np.asarray(draw[PROJECTION], np.float64).T
+        dk = product(found[1], back)
+        if self.center:
+            kept = problem.kept_keys
+            dk[kept] -= dk[kept].mean(axis=0)
+        return Gradient(product(found[0], back), dk, found[2])

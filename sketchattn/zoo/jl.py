@@ -17,6 +17,7 @@ from ..base.draws import Draw
 from ..operators.base import AttentionOperator
 from ..operators.factored import zero_attention
 from ..operators.product import ProductSketch
+from ..operators.pullback import Gradient, zero_gradient
 from ..problem import AttentionProblem
 from ..sketches.base import make_sketch, sketches
 from .base import Method, Traits, register
@@ -80,6 +81,7 @@ class JL(Method):
             row_stochastic=bool(self.center),
             exact_at_full_rank=self.sketch in _EXACT,
             claims=self._claims(),
+            differentiable=True,
         )
 
     def _claims(self) -> tuple[str, ...]:
@@ -130,11 +132,18 @@ class JL(Method):
             return check_draw(draw, ())
         return check_draw(draw, sketches()[self.sketch].array_names)
 
-    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+    def _product(self, problem: AttentionProblem, draw: Draw) -> ProductSketch:
         r, n = self._size(problem)
-        if n == 0:
-            return zero_attention(problem)
         options = dict(self.sketch_options or {})
         cls = sketches()[self.sketch]
         drawn = cls.from_arrays(draw, (r, n), dtype=problem.dtype, **options)
         return ProductSketch(problem, drawn, center=bool(self.center))
+
+    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        empty = len(problem.kept_keys) == 0
+        return zero_attention(problem) if empty else self._product(problem, draw)
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        if len(problem.kept_keys) == 0:
+            return zero_gradient(problem)
+        return self._product(problem, draw).pullback(problem.values, cotangent)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,10 @@ from ...base.arguments import (
     float_dtype,
 )
 from ...base.draws import Draw, check_columns, check_draw
+from ...kernels._threads import product
 from ...operators.base import AttentionOperator
 from ...operators.factored import Assignment, FactoredAttention, zero_attention
+from ...operators.pullback import Gradient, zero_gradient
 from ...operators.softmax import SoftmaxAttention
 from ...problem import AttentionProblem
 from ...sampling.landmarks import (
@@ -49,6 +51,7 @@ from ...sketches.compression import (
 )
 from ..base import InFloat64, Method, Traits, check_preset, in_force, register
 from ..nystromformer import filter_inverse, pseudo_inverse, small_softmax
+from ..nystromformer.inverse import inverse_cut, pseudo_inverse_of
 from .choices import (
     CORES,
     FACTOR_CLAIMS,
@@ -61,6 +64,7 @@ from .choices import (
     Choices,
     not_meaningful,
 )
+from .gradient import Numbers, Parts, Side, gradient
 
 Array = NDArray[Any]
 
@@ -69,13 +73,6 @@ Array = NDArray[Any]
 SAMPLE_ROWS, SAMPLE_RATIO = 1024, 4
 # Columns of A that least squares look at for each landmark, and what they are damped with.
 LSQ_COLUMNS, LSQ_RIDGE = 4, 1e-3
-
-
-class _Side(NamedTuple):
-    """Landmarks of queries or keys, float64 (m, d), and the landmark of each row, or None."""
-
-    marks: Array
-    labels: Array | None
 
 
 @register("dba")
@@ -204,6 +201,8 @@ class DBA(Method):
             # As many landmark keys as keys, and queries as they are.
             exact_at_full_rank=self.kind is None
             and (choice.pack, choice.core, choice.unpack) == ("mean", "identity", "softmax_keys"),
+            # A compression that is fitted to Q and K is no part of the draw.
+            differentiable=self.kind is None or self.kind in RANDOM_KINDS,
             claims=FACTOR_CLAIMS + (MEANS_CLAIMS if choice.core == "softmax_logcount" else ()),
         )
 
@@ -441,14 +440,14 @@ class DBA(Method):
             lambda: apply_compression(problem, fit_compression(problem, int(d_in), kind)),
         )
 
-    def _sides(self, problem: AttentionProblem, draw: Draw) -> tuple[_Side | None, _Side | None]:
+    def _sides(self, problem: AttentionProblem, draw: Draw) -> tuple[Side | None, Side | None]:
         """Return the landmarks of queries and of the keys that are not masked."""
         choice, used = self.choices, self._used
         kept = problem.kept_keys
         if choice.landmarks == "segment_means":
             both = (problem.q, problem.k[kept])
             made = [
-                _Side(segment_means(x, r), segment_labels(len(x), r)) if r else None
+                Side(segment_means(x, r), segment_labels(len(x), r)) if r else None
                 for x, r in zip(both, self._budgets(problem), strict=True)
             ]
             return made[0], made[1]
@@ -464,8 +463,8 @@ class DBA(Method):
         else:
             split = len(marks) // 2
         return (
-            _Side(marks[:split], of_queries) if used[0] else None,
-            _Side(marks[split:], None if of_keys is None else of_keys - split) if used[1] else None,
+            Side(marks[:split], of_queries) if used[0] else None,
+            Side(marks[split:], None if of_keys is None else of_keys - split) if used[1] else None,
         )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
@@ -480,7 +479,8 @@ class DBA(Method):
             )
         return self._build(problem, draw)
 
-    def _build(self, problem: AttentionProblem, draw: Draw) -> FactoredAttention:
+    def _parts(self, problem: AttentionProblem, draw: Draw) -> Parts:
+        """Return what the factors are made of, and those that no other one is needed for."""
         small = self._compressed(problem, draw)
         queries, keys = self._sides(small, draw)
         counts = None
@@ -488,6 +488,10 @@ class DBA(Method):
             counts = np.bincount(keys.labels, minlength=len(keys.marks))
         pack = self._pack(small, queries, keys, counts)
         core = self._core_matrix(small, queries, keys, counts)
+        return Parts(small, queries, keys, counts, pack, core)
+
+    def _build(self, problem: AttentionProblem, draw: Draw) -> FactoredAttention:
+        small, queries, keys, counts, pack, core = self._parts(problem, draw)
         unpack = self._unpack(problem, small, queries, keys, counts, pack, draw)
 
         remake = InFloat64(self._build, problem, (draw,))
@@ -497,8 +501,8 @@ class DBA(Method):
     def _pack(
         self,
         small: AttentionProblem,
-        queries: _Side | None,
-        keys: _Side | None,
+        queries: Side | None,
+        keys: Side | None,
         counts: Array | None,
     ) -> AttentionOperator:
         if counts is not None and keys is not None and keys.labels is not None:
@@ -514,8 +518,8 @@ class DBA(Method):
     def _core_matrix(
         self,
         small: AttentionProblem,
-        queries: _Side | None,
-        keys: _Side | None,
+        queries: Side | None,
+        keys: Side | None,
         counts: Array | None,
     ) -> Array | None:
         core = self.choices.core
@@ -538,8 +542,8 @@ class DBA(Method):
         self,
         problem: AttentionProblem,
         small: AttentionProblem,
-        queries: _Side | None,
-        keys: _Side | None,
+        queries: Side | None,
+        keys: Side | None,
         counts: Array | None,
         pack: AttentionOperator,
         draw: Draw,
@@ -566,19 +570,36 @@ class DBA(Method):
         self, problem: AttentionProblem, pack: AttentionOperator, draw: Draw
     ) -> Array:
         """Return ``argmin_U |U P_J - A_J|_F^2 + ridge |P_J|_2^2 |U|_F^2`` (n_q, r)."""
-        from ...kernels._threads import blas_single_thread
-
         columns = draw["columns"]
-        ridge = LSQ_RIDGE if self.ridge is None else float(self.ridge)
         wanted = problem.exact.columns(columns)
         p = pack.columns(columns).astype(np.float64)
-        with blas_single_thread():  # the same bits for any number of threads
-            w, s, zt = np.linalg.svd(p, full_matrices=False)
-            high = s.max(initial=0.0)
-            cut = max(p.shape) * float(np.finfo(np.float64).eps) * high
-            size = s**2 + ridge * high**2
-            gain = np.divide(s, size, out=np.zeros_like(s), where=s > cut)
-            return np.asarray(wanted @ ((zt.T * gain) @ w.T).astype(wanted.dtype))
+        return np.asarray(wanted @ pseudo_inverse_of(p, *self._lsq(p)).astype(wanted.dtype))
+
+    def _lsq(self, p: Array) -> tuple[float, float]:
+        """Return the ridge of the least squares, and the share of s_1 that counts as zero."""
+        ridge = LSQ_RIDGE if self.ridge is None else float(self.ridge)
+        return ridge, max(p.shape) * float(np.finfo(np.float64).eps)
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        if problem.n_q == 0 or not len(problem.kept_keys):
+            return zero_gradient(problem)
+        parts, columns = self._parts(problem, draw), draw.get("columns")
+        shape = np.zeros((0 if columns is None else len(columns), parts.pack.shape[0]))
+        size = 0 if parts.core is None else len(parts.core)
+        numbers = Numbers(
+            float(self.tau),
+            self.iterations,
+            self.ridge or 0.0,
+            inverse_cut(size, None),
+            columns,
+            self._lsq(shape),
+        )
+        own, inside = gradient(self.choices, problem, parts, numbers, cotangent)
+        dq, dk = inside.q, inside.k
+        if self.kind is not None:
+            back = np.asarray(draw["sketch"], np.float64)
+            dq, dk = product(dq, back), product(dk, back)
+        return Gradient(own.q + dq, own.k + dk, own.v)
 
 
 def _softmax(q: Array, k: Array, scale: float, key_mask: Array | None = None) -> SoftmaxAttention:

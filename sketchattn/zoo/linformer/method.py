@@ -18,6 +18,7 @@ from ...base.arguments import as_array, check_name
 from ...base.draws import Draw, Rng, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
+from ...operators.pullback import Gradient, softmax_pullback, zero_gradient
 from ...problem import AttentionProblem
 from ...sketches.base import Sketch, make_sketch, sketches, streams
 from ..base import InFloat64, Method, Traits, register
@@ -126,6 +127,7 @@ class Linformer(Method):
             nonnegative=means,
             exact_at_full_rank=means,
             matrix=self.is_linear,
+            differentiable=True,
             claims=(
                 "linformer.thm1",
                 "linformer.thm2",
@@ -367,6 +369,18 @@ class Linformer(Method):
         weights = self._given()["E"]
         return lambda k: convolve(weights, k, r, keep)
 
+    def _values(self, problem: AttentionProblem, f: Projection | None) -> Array:
+        """Return the compressed values ``F V``, or what stands for them."""
+        v = problem.arrays.v
+        assert v is not None
+        if f is not None:
+            return f.apply(v)
+        r, keep = int(self.rank), problem.key_mask
+        if self.projection == "max_pool":
+            return max_pool_rows(v, r, keep)
+        given = self._given()
+        return convolve(given.get("F", given["E"]), v, r, keep)
+
     def _blocks(self, problem: AttentionProblem) -> tuple[Array | None, Array | None]:
         """Return the bias ``ln m_b``, where it is added, and the blocks without a key."""
         if self.projection not in FIXED[:-1]:
@@ -417,15 +431,33 @@ class Linformer(Method):
         v = problem.values
         if len(problem.kept_keys) == 0:
             return np.zeros((problem.n_q, v.shape[1]), problem.dtype)
-        r, keep = int(self.rank), problem.key_mask
-        if self.projection == "max_pool":
-            values = max_pool_rows(v, r, keep)
-        else:
-            given = self._given()
-            values = convolve(given.get("F", given["E"]), v, r, keep)
         # W alone: the r compressed keys are the columns, and F is the identity on them.
         e, _ = self._projections(problem, Draw())
         bias, empty = self._blocks(problem)
-        identity = Projection(np.eye(r, dtype=problem.dtype), None)
+        identity = Projection(np.eye(int(self.rank), dtype=problem.dtype), None)
         reduced = ReducedAttention(problem, self._keys(problem, e), identity, bias, empty)
-        return np.asarray(reduced.compressed.exact @ values)
+        return np.asarray(reduced.compressed.exact @ self._values(problem, None))
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        from .gradient import spread
+
+        if len(problem.kept_keys) == 0:
+            return zero_gradient(problem)
+        e, f = self._projections(problem, draw)
+        keys, values = self._keys(problem, e)(problem.arrays.k), self._values(problem, f)
+        bias, empty = self._blocks(problem)
+        there = np.arange(len(keys)) if empty is None else np.flatnonzero(~empty)
+        made = softmax_pullback(
+            problem.q,
+            keys[there],
+            values[there],
+            cotangent,
+            problem.scale,
+            bias=None if bias is None else bias[there],
+        )
+        dkeys, dvalues = np.zeros(keys.shape), np.zeros(values.shape)
+        dkeys[there], dvalues[there] = made.k, made.x
+        given, keep = self._given(), problem.key_mask
+        weights = given.get("E"), given.get("F", given.get("E"))
+        dk = spread(e, weights[0], problem.k, dkeys, keep)
+        return Gradient(made.q, dk, spread(f, weights[1], problem.values, dvalues, keep))

@@ -153,18 +153,29 @@ def pseudo_inverse(m: ArrayLike, ridge: float = 0.0, rcond: float | None = None)
     >>> pseudo_inverse([[0.5, 0.0], [0.0, 0.0]]).tolist()
     [[2.0, 0.0], [0.0, 0.0]]
     """
-    from ...kernels._threads import blas_single_thread
-
     matrix = _square(m)
     extra = check_fraction(ridge, "ridge", math.inf)
-    cut = len(matrix) * float(np.finfo(np.float64).eps)
-    cut = cut if rcond is None else check_fraction(rcond, "rcond", 1.0)
+    cut = inverse_cut(len(matrix), rcond)
+    return pseudo_inverse_of(matrix, extra, cut)
+
+
+def pseudo_inverse_of(m: Array, ridge: float, cut: float) -> Array:
+    """Return the same for any (a, b) matrix in float64, unchecked: zero up to ``cut s_1``."""
+    from ...kernels._threads import blas_single_thread
+
     with blas_single_thread():  # the same bits for any number of threads
-        p, s, wt = np.linalg.svd(matrix)
+        p, s, wt = np.linalg.svd(m, full_matrices=False)
         high = s.max(initial=0.0)
-        size = s**2 + extra * high**2
+        size = s**2 + ridge * high**2
         gain = np.divide(s, size, out=np.zeros_like(s), where=s > cut * high)
         return np.asarray((wt.T * gain) @ p.T)
+
+
+def inverse_cut(r: int, rcond: float | None) -> float:
+    """Return the share of s_1 up to which singular values of an (r, r) matrix count as zero."""
+    if rcond is None:
+        return r * float(np.finfo(np.float64).eps)
+    return check_fraction(rcond, "rcond", 1.0)
 
 
 def _start_scale(matrix: Array) -> float:

@@ -25,6 +25,7 @@ from ...base.arguments import (
 from ...base.draws import Draw, Rng, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import FactoredAttention, zero_attention
+from ...operators.pullback import Gradient, zero_gradient
 from ...problem import AttentionProblem
 from ...sampling.landmarks import chosen_rows, kmeans, segment_means
 from ...sketches.base import streams
@@ -38,7 +39,14 @@ from .choices import (
     PRESETS,
     Core,
 )
-from .inverse import check_fraction, check_iterations, filter_inverse, pseudo_inverse, small_softmax
+from .inverse import (
+    check_fraction,
+    check_iterations,
+    filter_inverse,
+    inverse_cut,
+    pseudo_inverse,
+    small_softmax,
+)
 from .renormalized import LEAST_ROW_SUM, RenormalizedAttention
 
 Array = NDArray[Any]
@@ -172,6 +180,7 @@ class Nystromformer(Method):
             rectangular=plain,
             randomized=self._draws,
             matrix=plain,
+            differentiable=True,
             claims=inverse + FACTOR_CLAIMS if plain else (),
         )
 
@@ -330,6 +339,20 @@ class Nystromformer(Method):
         weights = np.asarray(as_array(self.convolution, "convolution"), np.float64)
         near = correlate1d(shown.astype(np.float64), weights, axis=0, mode="constant")
         return np.asarray(out + near, problem.dtype)
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        from .gradient import convolution_pullback, gradient
+
+        if self._budget(problem) == 0:
+            return zero_gradient(problem)
+        marks = self._landmarks(problem, draw)
+        z = self.inverse(small_softmax(*marks, problem.scale))
+        cut = inverse_cut(len(z), self.rcond)
+        made = gradient(self.core, problem, marks, z, cut, cotangent, bool(self.renormalize))
+        if self.convolution is not None:
+            weights = np.asarray(as_array(self.convolution, "convolution"), np.float64)
+            made.v[:] += convolution_pullback(weights, cotangent, problem.key_mask)
+        return made
 
     def details(
         self,

@@ -27,6 +27,7 @@ from ...base.arguments import (
 from ...base.draws import Draw, Rng, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import FactoredAttention, zero_attention
+from ...operators.pullback import Gradient, zero_gradient
 from ...operators.softmax import SoftmaxAttention
 from ...operators.solve import solution
 from ...problem import AttentionProblem
@@ -148,6 +149,7 @@ class Performer(Method):
             key_mask=True,
             row_stochastic=not signed,
             nonnegative=not signed,
+            differentiable=True,
             claims=claims_of(form),
         )
 
@@ -334,6 +336,29 @@ class Performer(Method):
             # The pass that gave the normalisers of the keys gave their products too.
             return np.asarray(ahat.u @ solution(ahat.p.problem)[0])
         return np.asarray(ahat @ values)
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        from .gradient import causal_gradient, dense_gradient, softmax_gradient
+
+        if len(problem.kept_keys) == 0 or problem.n_q == 0:
+            return zero_gradient(problem)
+        (x, y), omega = self._scaled(problem), self._omega(problem, draw)
+        form = self.form
+        if form.features == "trigonometric" or form.eps > 0:
+            signed = form.features == "trigonometric"
+            made = dense_gradient(problem, x, y, omega, cotangent, float(form.eps), signed)
+        elif problem.causal:
+            ahat = self._approximate(problem, draw)
+            assert isinstance(ahat, PrefixAttention)
+            made = causal_gradient(problem, ahat.u, ahat.beta, y, omega, cotangent)
+        else:
+            made = softmax_gradient(problem, x, y, omega, cotangent)
+        root = math.sqrt(abs(problem.scale))
+        dk = math.copysign(root, problem.scale) * made.k
+        if self.center_keys:
+            kept = problem.kept_keys
+            dk[kept] -= dk[kept].mean(axis=0)
+        return Gradient(root * made.q, dk, made.v)
 
     def details(
         self,

@@ -18,6 +18,7 @@ from ...base.arguments import check_choice, check_flag, check_rank
 from ...base.draws import Draw, Rng, as_generator, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
+from ...operators.pullback import Gradient
 from ...operators.sampled import SampledAttention
 from ...operators.steep import check_overflow
 from ...problem import AttentionProblem
@@ -198,6 +199,7 @@ class Skeinformer(Method):
             row_stochastic=c.normalizer != "exact" or (centred and c.normalizer == "exact"),
             nonnegative=not (centred and c.normalizer == "exact"),
             exact_at_full_rank=named and not c.replace,
+            differentiable=True,
             claims=self._claims(c, centred),
         )
 
@@ -481,6 +483,11 @@ class Skeinformer(Method):
         if c.pilot_reuse and pilots is not None:
             out[np.arange(len(out))[:, None], pilots.rows] = pilots.output
         return out
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        from .gradient import gradient
+
+        return gradient(self.components, problem, draw, cotangent, bool(self.center_values))
 
     # --- what it did ----------------------------------------------------------------------
 
