@@ -20,19 +20,20 @@ from numpy.typing import NDArray
 from ..base.draws import Rng, as_generator, entropy_of
 from ..functional.exact import is_exact
 from .masks import Seen, read_mask
+from .torch import scaled_dot_product_attention as attend
+from .torch import torch
 
 if TYPE_CHECKING:
     from ..zoo.base import Method
 
 try:
-    torch: Any = importlib.import_module("torch")
     hf: Any = importlib.import_module("transformers")
     masking: Any = importlib.import_module("transformers.masking_utils")
     modeling: Any = importlib.import_module("transformers.modeling_utils")
 except ImportError as error:
     raise ImportError(
-        f"sketchattn.integrations.transformers needs PyTorch and transformers 5, got "
-        f"{error}; run: python -m pip install 'sketchattn[transformers]'"
+        f"sketchattn.integrations.transformers needs transformers 5, which cannot be imported "
+        f"({error}); run: python -m pip install 'sketchattn[transformers]'"
     ) from error
 
 Array = NDArray[Any]
@@ -331,20 +332,6 @@ def exact(asked: Request) -> Tensor:
     )
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> Tensor:
-    """Return attention of tensors."""
-    from ..functional.batched import attention
-
-    if not torch.is_grad_enabled():
-        query, key, value = (x.detach() for x in (query, key, value))
-        mask, options["sink"] = (
-            None if x is None else x.detach() for x in (mask, options.pop("sink"))
-        )
-    return torch.from_numpy(attention(query, key, value, attn_mask=mask, **options)).to(query.dtype)
-
-
 # --- names, and what models run -------------------------------------------------------------------
 
 REGISTERED: dict[str, Registration] = {}
@@ -404,13 +391,17 @@ def restore(before: list[tuple[Any, Any]]) -> None:
 
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """Keep transformers from warning of what is raised here."""
-    level = hf.logging.get_verbosity()
-    hf.logging.set_verbosity_error()
+    """Keep transformers from warning of what is raised here, and from drawing bars."""
+    log = hf.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        hf.logging.set_verbosity(level)
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
 
 
 def check_options(rng: Rng, decode: object) -> None:

@@ -15,7 +15,7 @@ from ..base.arguments import as_integer
 from ..base.draws import Rng
 from ..heads.container import Heads
 from ..zoo.base import make_method
-from .attention_interface import Registration, add, check_options, hf, torch
+from .attention_interface import Registration, add, check_options, hf, quiet_logging, torch
 from .recording import LEFT_OUT, heads_of, record
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def capture(
                 f"leave_out must hold some of {', '.join(LEFT_OUT)}, got {word!r}; drop it"
             )
     recorded = record(model, _inputs(inputs))
+    name = str(getattr(model.config, "_name_or_path", ""))
     return heads_of(
         recorded,
         layers,
@@ -167,7 +168,7 @@ def capture(
         leave_out,
         description,
         {
-            "model": str(getattr(model.config, "_name_or_path", "")),
+            "model": Path(name).name if os.path.isdir(name) else name,
             "architecture": type(model).__name__,
             "transformers": str(hf.__version__),
             "torch": str(torch.__version__),
@@ -217,14 +218,16 @@ def capture_text(
             f"save one there with model.save_pretrained and tokenizer.save_pretrained"
         )
     length = as_integer(max_length, "max_length", "give a number of tokens")
-    config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
+    with quiet_logging():
+        config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if length < 1 or (most is not None and length > most):
         limit = "" if most is None else f" and at most {most}, the positions of this model"
         raise ValueError(f"max_length must be at least 1{limit}, got {length}; change it")
-    tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model = hf.AutoModel.from_pretrained(path, local_files_only=True).eval()
-    tokens = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+    with quiet_logging():
+        tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = hf.AutoModel.from_pretrained(path, local_files_only=True).eval()
+        tokens = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
     if not text.strip() or tokens["input_ids"].shape[1] == 0:
         raise ValueError("text must hold at least one token, got none; give another text")
     if model.config.is_encoder_decoder:
