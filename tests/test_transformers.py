@@ -274,24 +274,29 @@ def test_any_change_of_a_mask_is_seen() -> None:
 
 def test_slots_of_a_cache_are_left_out_of_one_query() -> None:
     mask = np.array([[[1, 1, 1, 0, 0]], [[0, 1, 1, 0, 0]]], bool)
-    assert read_mask(mask) == Seen(False, read_mask(mask).key_mask, 5)  # type: ignore[union-attr]
-    found = read_mask(mask, cached=True)
-    assert found is not None
-    assert found.keys == 3
-    assert np.array_equal(found.key_mask, mask[:, 0, :3])  # type: ignore[arg-type]
+    for cached, keys in ((False, 5), (True, 3)):
+        found = read_mask(mask, cached=cached)
+        assert found is not None
+        assert (found.causal, found.keys) == (False, keys)
+        assert np.array_equal(found.key_mask, mask[:, 0, :keys])  # type: ignore[arg-type]
 
 
 # --- approximate methods --------------------------------------------------------------------------
 
 
+class Same(sa.Exact):
+    """Exact, by the path that methods take: a problem a head, with what was read off the mask."""
+
+    name = "same"
+
+
 @pytest.mark.parametrize("mask", ["sdpa_mask", "eager_mask"])
 @pytest.mark.parametrize("mode", ["full", "padded", "chunks", "decode", "static"])
 def test_methods_get_causality_and_padding_exactly(eager: Any, mode: str, mask: str) -> None:
-    # Logits of width 16 are compressed to width 16: exact, by way of a method's own path.
     model = decoder("llama")
-    registered = ours.register("ours", "compressed", rank=1, d_in=16, model=model)
+    registered = ours.register("ours", Same(), model=model)
     hf.AttentionMaskInterface.register("ours", getattr(masking, mask))
-    assert (hidden(model, mode) - eager("llama", mode)).abs().max() <= 10 * CLOSE
+    assert (hidden(model, mode) - eager("llama", mode)).abs().max() <= CLOSE
     assert registered.exact_calls == 0
 
 
@@ -302,7 +307,7 @@ def test_exact_steps_of_a_decoder_are_asked_for_and_counted(eager: Any) -> None:
         hidden(model, "static")
     registered = ours.register("ours", "combiner", block=16, decode="exact")
     # Spans of all keys: combiner is exact too.
-    assert (hidden(model, "static") - eager("llama", "static")).abs().max() <= 10 * CLOSE
+    assert (hidden(model, "static") - eager("llama", "static")).abs().max() <= CLOSE
     assert (registered.calls, registered.exact_calls) == (6, 4)
     registered = ours.register("ours", "vmean", decode="exact")
     assert (hidden(model, "full") - eager("llama", "full")).abs().max() > 1e-2
@@ -315,7 +320,7 @@ def test_exact_steps_of_a_decoder_are_asked_for_and_counted(eager: Any) -> None:
     [
         ("mistral", "full", "attention_mask must hide padded keys, later keys, or both"),
         ("llama", "packed", "such as a window, packed sequences"),
-        ("gemma2", "full", "softcap must be 0.0 for method 'performer'"),
+        ("gemma2", "full", "softcap must be 0 for method 'performer'"),
         ("gpt_oss", "full", "sink must be None for method 'performer'"),
     ],
 )
@@ -355,7 +360,8 @@ def test_layers_heads_and_texts_have_their_own_randomness(method: str) -> None:
     assert torch.equal(states(), first)
     assert not torch.allclose(first[0], first[1])  # batch entries
     with torch.no_grad():
-        assert torch.equal(model(tokens[:1]).last_hidden_state[0], first[0])
+        alone = model(tokens[:1]).last_hidden_state[0]
+    assert torch.allclose(alone, first[0], atol=1e-4)  # the other layers round differently
     ours.register("ours", method, rank=3, rng=6)
     assert not torch.equal(states(), first)
     ours.register("ours", method, rank=3)
@@ -399,7 +405,7 @@ def test_outputs_are_contiguous_and_of_the_dtype_of_the_query(dtype: str) -> Non
 
 
 def test_without_a_mask_causality_is_aligned_at_the_top_left() -> None:
-    exact, causal = ours.register("ours"), ours.register("other", "compressed", rank=8)
+    exact, causal = ours.register("ours"), ours.register("other", Same())
     out, (q, k, v) = ask(exact)  # a module that says nothing is causal
     truth = sa.attention(q, k, v, causal="top-left", enable_gqa=True).swapaxes(1, 2)
     assert np.allclose(out, truth, atol=1e-6)
@@ -533,13 +539,12 @@ class Stubborn(hf.PreTrainedModel):  # type: ignore[misc]  # no types
 
 
 def test_a_model_with_its_own_attention_is_refused_and_left_as_it_was() -> None:
-    model = Stubborn(hf.BertConfig())
+    model = Stubborn(hf.BertConfig()).eval()
     before = model.config._attn_implementation, model.inside.config._attn_implementation
-    for use in (lambda: ours.register("ours", model=model), lambda: ours.capture(model, ids())):
-        with pytest.raises(
-            ValueError, match="model must take its attention .* got Stubborn, which"
-        ):
-            use()
+    uses: list[Any] = [ours.capture, lambda model, _: ours.register("ours", model=model)]
+    for use in uses:
+        with pytest.raises(ValueError, match="must take its attention .* got Stubborn, which has"):
+            use(model, ids())
     after = model.config._attn_implementation, model.inside.config._attn_implementation
     assert after == before
     assert ours.register("ours").calls == 0
@@ -592,9 +597,10 @@ def test_captured_heads_are_what_attention_was_asked(tmp_path: Path) -> None:
                 problem = heads[f"entry{entry}.layer{layer}.head{head}"]
                 expected = truth[layer][entry].reshape(10, 4, 16)[:, head].numpy()
                 keep = PADDED[entry].bool().numpy()
-                assert np.abs(problem.output - expected)[keep].max() <= CLOSE
-    assert np.array_equal(heads.key_mask[0], np.ones(10))  # type: ignore[index]
-    assert np.array_equal(heads.key_mask[-1], PADDED[1])  # type: ignore[index]
+                size = max(1, np.abs(expected).max())
+                assert np.abs(problem.output - expected)[keep].max() <= CLOSE * size
+    assert np.array_equal(heads.key_mask[0], np.ones(10))
+    assert np.array_equal(heads.key_mask[-1], PADDED[1])
     path = tmp_path / "heads.safetensors"
     sa.write_heads(path, heads)
     again = sa.read_heads(path)

@@ -285,7 +285,7 @@ class Registration:
             asked.query,
             asked.key[:, :, :keys],
             asked.value[:, :, :keys],
-            asked.bias,
+            None if asked.bias is None else asked.bias[..., :keys],
             scale=asked.scale,
             causal=seen.causal,
             key_mask=seen.key_mask,

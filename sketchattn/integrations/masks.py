@@ -53,7 +53,7 @@ def read_mask(mask: Array, *, cached: bool = False) -> Seen | None:
     if 0 in mask.shape:
         return Seen(False, None, n_k)
     last = mask[:, -1]
-    used = int(np.flatnonzero(last.any(axis=0)).max(initial=n_q - 1)) + 1
+    used = int(np.flatnonzero(mask.any(axis=(0, 1))).max(initial=n_q - 1)) + 1
     if n_q == 1 or bool((mask == last[:, None]).all()):
         keys = used if cached and n_q < n_k else n_k
         return Seen(False, _some(last[:, :keys]), keys)

@@ -22,8 +22,8 @@ from .attention_interface import (
     put,
     read_request,
     restore,
-    torch,
 )
+from .torch import torch
 
 Array = NDArray[Any]
 Tensor = Any
@@ -90,11 +90,12 @@ def record(model: Any, inputs: Mapping[str, Any]) -> list[Layer]:
             f"{type(model).__name__}, which did not ask for any; use another model"
         )
     names = {part: name for name, part in model.named_modules()}
-    given = [getattr(module, "layer_idx", None) for module, _ in recorder.calls]
-    numbered = None not in given and len(set(given)) == len(given)
+    numbers = [getattr(module, "layer_idx", None) for module, _ in recorder.calls]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        numbers = list(range(len(numbers)))
     return [
-        Layer(given[i] if numbered else i, names.get(module, ""), asked)
-        for i, (module, asked) in enumerate(recorder.calls)
+        Layer(number, names.get(module, ""), asked)
+        for number, (module, asked) in zip(numbers, recorder.calls, strict=True)
     ]
 
 

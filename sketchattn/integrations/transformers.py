@@ -15,8 +15,9 @@ from ..base.arguments import as_integer
 from ..base.draws import Rng
 from ..heads.container import Heads
 from ..zoo.base import make_method
-from .attention_interface import Registration, add, check_options, hf, quiet_logging, torch
+from .attention_interface import Registration, add, check_options, hf, quiet_logging
 from .recording import LEFT_OUT, heads_of, record
+from .torch import torch
 
 if TYPE_CHECKING:
     from ..zoo.base import Method
