@@ -152,13 +152,7 @@ def write_heads(
     ...     sa.read_heads(path).dtype
     dtype('float16')
     """
-    target = _check_path(path)
-    if not target.parent.is_dir():
-        raise ValueError(
-            f"path must be in an existing folder, got {str(target)!r}; make the folder first"
-        )
-    if target.is_dir():
-        raise ValueError(f"path must be a file, got the folder {str(target)!r}; add a file name")
+    target = check_target(path)
     if not isinstance(heads, Heads):
         heads = Heads.from_problems(heads)
     tensors = {"q": heads.q, "k": heads.k, "v": heads.v}
@@ -171,6 +165,18 @@ def write_heads(
         "description": heads.description,
     }
     write_bytes(target, _WRITERS[target.suffix](tensors, entries, dict(heads.metadata)))
+
+
+def check_target(path: object) -> Path:
+    """Return the path of a file of heads that can be written."""
+    target = _check_path(path)
+    if not target.parent.is_dir():
+        raise ValueError(
+            f"path must be in an existing folder, got {str(target)!r}; make the folder first"
+        )
+    if target.is_dir():
+        raise ValueError(f"path must be a file, got the folder {str(target)!r}; add a file name")
+    return target
 
 
 def _check_path(path: object) -> Path:
