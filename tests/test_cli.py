@@ -68,7 +68,7 @@ def only_line(said: Said, message: str) -> None:
 
 # --- help and version ---------------------------------------------------------------------------
 
-VERBS = ["study", "validate", "certify", "bench", "methods", "warmup"]
+VERBS = ["study", "validate", "certify", "bench", "conformance", "methods", "warmup"]
 
 
 def test_help_lists_the_verbs_and_each_explains_itself(say: Any) -> None:
