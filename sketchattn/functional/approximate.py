@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,23 @@ def approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | 
         For options and masks that the method cannot honour, keys and values that are not finite,
         ``rng`` beside ``draw``, and what the method itself refuses.
     """
+    check_approximate(call, method, rng, draw)
+    layout = call.layout
+    out = np.zeros((layout.entries * layout.h, layout.n_q, layout.d_v), call.computing)
+    if layout.n_q > 0 and layout.n_k > 0:
+        problem_of, rng_of = _problems(call), _streams(call, rng, draw is not None)
+        numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
+        step = max(1, _HEADS_ENTRIES // max(numbers, 1))
+        for start in range(0, len(out), step):
+            heads = range(start, min(start + step, len(out)))
+            out[start : start + step] = method.attend_heads(
+                [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=draw
+            )
+    return layout.output(out, call.q.dtype)
+
+
+def check_approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None) -> None:
+    """Refuse what ``approximate`` refuses, but for what the method says of each head."""
     for name, neutral, given in call.exact_only:
         raise ValueError(
             f"{name} must be {neutral!r} for method {method.name!r}, which cannot honour it, "
@@ -41,26 +58,60 @@ def approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | 
         check_finite(x if keys is None else layout.keep(x, keys), label)
     if draw is not None and rng is not None:
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
-    out = np.zeros((layout.entries * layout.h, layout.n_q, layout.d_v), call.computing)
-    problem_of = _problems(call)
-    some = layout.n_q > 0 and layout.n_k > 0
     if call.causal and not method.traits.causal:
-        if some and len(out):
-            method.check(problem_of(0))  # a method says better why, and what to do
+        if layout.n_q > 0 and layout.n_k > 0 and layout.entries * layout.h > 0:
+            method.check(_problems(call)(0))  # a method says better why, and what to do
         raise ValueError(
             f"causal must be False for method {method.name!r}, which sees all keys, got "
             f"{call.causal!r}; use a method whose traits.causal is True"
         )
-    if some:
-        rng_of = _streams(call, rng, draw is not None)
-        numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
-        step = max(1, _HEADS_ENTRIES // max(numbers, 1))
-        for start in range(0, len(out), step):
-            heads = range(start, min(start + step, len(out)))
-            out[start : start + step] = method.attend_heads(
-                [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=draw
-            )
+
+
+def draws_of(
+    call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None
+) -> list[Mapping[str, Any]]:
+    """Return the draw that ``approximate`` uses for each head; the call is checked."""
+    heads = range(call.layout.entries * call.layout.h)
+    if draw is not None:
+        return [draw for _ in heads]
+    if call.layout.n_q == 0 or call.layout.n_k == 0:
+        return [{} for _ in heads]
+    problem_of, rng_of = _problems(call), _streams(call, rng, drawn=False)
+    return [method.draw(problem_of(flat), rng_of(flat)) for flat in heads]
+
+
+def attend_at(call: Call, method: Method, draws: Sequence[Mapping[str, Any]]) -> Array:
+    """Return what ``approximate`` returns where each head has this draw."""
+    layout = call.layout
+    out = np.zeros((len(draws), layout.n_q, layout.d_v), call.computing)
+    if layout.n_q > 0 and layout.n_k > 0:
+        problem_of = _problems(call)
+        for flat, draw in enumerate(draws):
+            out[flat] = method.attend(problem_of(flat), draw=draw)
     return layout.output(out, call.q.dtype)
+
+
+def approximate_vjp(
+    call: Call, method: Method, draws: Sequence[Mapping[str, Any]], cotangent: Array
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of flat heads for a cotangent (..., n_q, d_v), at these draws.
+
+    A cotangent that is not finite makes the gradients of its head NaN.
+    """
+    layout = call.layout
+    g = layout.flatten(cotangent, call.computing)
+    q, k, v = (np.zeros_like(x) for x in call.flat())
+    if layout.n_q > 0 and layout.n_k > 0:
+        problem_of = _problems(call)
+        for flat, draw in enumerate(draws):
+            of = flat // layout.group
+            if np.isfinite(g[flat]).all():
+                q[flat], keys, values = method.vjp(problem_of(flat), g[flat], draw=draw)
+                k[of] += keys
+                v[of] += values
+            else:
+                q[flat], k[of], v[of] = np.nan, np.nan, np.nan
+    return q, k, v
 
 
 def _problems(call: Call) -> Callable[[int], AttentionProblem]:

@@ -119,15 +119,18 @@ def attention_vjp(
     sinks = _differentiable(sink, "sink", return_sink, "return_sink")
     found = exact_vjp(call, _check_cotangent(cotangent, call), None if bias is None else bias.shape)
     results = [
-        round_to(flat, x.dtype.newbyteorder("=")).reshape(x.shape)
-        for flat, x in ((found.q, call.q), (found.k, call.k), (found.v, call.v))
+        shaped(flat, x) for flat, x in ((found.q, call.q), (found.k, call.k), (found.v, call.v))
     ]
     if bias is not None and found.bias is not None:
-        results.append(round_to(found.bias, bias.dtype.newbyteorder("=")).reshape(bias.shape))
+        results.append(shaped(found.bias, bias))
     if sinks is not None and found.sink is not None:
-        summed = found.sink.reshape((-1, call.layout.h)).sum(axis=0)
-        results.append(round_to(summed, sinks.dtype.newbyteorder("=")))
+        results.append(shaped(found.sink, sinks))
     return tuple(results)
+
+
+def shaped(gradient: Array, argument: Array) -> Array:
+    """Return a gradient in the shape of its argument, rounded once to its dtype."""
+    return round_to(gradient, argument.dtype.newbyteorder("=")).reshape(argument.shape)
 
 
 def exact_vjp(
@@ -138,9 +141,23 @@ def exact_vjp(
 ) -> Gradients:
     """Return the gradients of flat heads for a cotangent (..., n_q, d_v), in ``call.computing``.
 
-    ``bias_shape`` is that of ``attn_mask``, and None leaves its gradient out; ``forward`` is what
-    ``exact`` returned for this call, if it is known.
+    That of the sink is (h,), summed over the batch.  ``bias_shape`` is the shape of ``attn_mask``,
+    and None leaves its gradient out; ``forward`` is what ``exact`` returned for this call, if it
+    is known.
     """
+    found = _flat_vjp(call, cotangent, bias_shape, forward)
+    if found.sink is None:
+        return found
+    return found._replace(sink=found.sink.reshape((-1, call.layout.h)).sum(axis=0))
+
+
+def _flat_vjp(
+    call: Call,
+    cotangent: Array,
+    bias_shape: tuple[int, ...] | None,
+    forward: tuple[Array, Array] | None,
+) -> Gradients:
+    """Return ``exact_vjp``, but the gradient of the sink of each flat head."""
     layout, terms = call.layout, call.terms
     q, k, v, clean = arrays(call)
     g = layout.flatten(cotangent, call.computing)

@@ -477,12 +477,24 @@ def round_to(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
         if target in (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16)):
             return x.astype(target, copy=False)
         if target.name == "bfloat16":
-            _, exponent = np.frexp(x)  # |x| = f 2^exponent with 1/2 <= f < 1
-            places = np.maximum(exponent - 1, -126) - 7
-            rounded: NDArray[Any] = np.ldexp(np.rint(np.ldexp(x, -places)), places)
-            # Exact from here on: every number is a bfloat16, or the power of two above them.
-            return rounded.astype(np.float32).astype(target)
+            return to_bfloat16(x).astype(target)
     raise TypeError(
         "dtype must be float64, float32, float16 or bfloat16, "
         f"got {target.name}; choose one of these."
     )
+
+
+def to_bfloat16(x: NDArray[Any]) -> NDArray[np.float32]:
+    """Round numbers as ``round_to`` does to bfloat16, and return them as float32.
+
+    Examples
+    --------
+    >>> to_bfloat16(np.array([1.0 + 2.0**-8 + 2.0**-40]))
+    array([1.0078125], dtype=float32)
+    """
+    with np.errstate(all="ignore"):
+        _, exponent = np.frexp(x)  # |x| = f 2^exponent with 1/2 <= f < 1
+        places = np.maximum(exponent - 1, -126) - 7
+        rounded: NDArray[Any] = np.ldexp(np.rint(np.ldexp(x, -places)), places)
+        # Exact from here on: every number is a bfloat16, or the power of two above them.
+        return rounded.astype(np.float32)
