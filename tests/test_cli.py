@@ -69,7 +69,10 @@ def only_line(said: Said, message: str) -> None:
 
 # --- help and version ---------------------------------------------------------------------------
 
-VERBS = ["study", "validate", "certify", "capture", "bench", "methods", "warmup"]
+VERBS = [
+    "study", "validate", "certify", "capture", "golden", "check", "bench", "conformance", "methods",
+    "warmup",
+]  # fmt: skip
 
 
 def test_help_lists_the_verbs_and_each_explains_itself(say: Any) -> None:
