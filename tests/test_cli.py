@@ -70,7 +70,7 @@ def only_line(said: Said, message: str) -> None:
 # --- help and version ---------------------------------------------------------------------------
 
 VERBS = [
-    "study", "validate", "certify", "capture", "golden", "check", "bench", "conformance", "methods",
+    "study", "validate", "certify", "golden", "check", "capture", "bench", "conformance", "methods",
     "warmup",
 ]  # fmt: skip
 
