@@ -90,9 +90,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=map(str, CASES))
 KINDS: dict[str, dict[str, Any]] = {
     "square": {"n_q": 13, "n_k": 13},
     "rectangular": {"n_q": 9, "n_k": 14},
-    "tall": {"n_q": 15, "n_k": 11},
     "masked": {"n_q": 13, "n_k": 13, "key_mask": np.arange(13) % 4 != 1},
-    "causal": {"n_q": 13, "n_k": 13, "causal": True},
     "causal and masked": {
         "n_q": 13,
         "n_k": 13,
@@ -137,9 +135,12 @@ def wrong_slopes(
     draw: Mapping[str, Any],
     vjp: Vjp,
     *,
-    directions: int = 2,
+    directions: int = 1,
 ) -> list[str]:
-    """Return where a gradient differs from differences of `attend` at the same draw."""
+    """Return where a gradient differs from differences of `attend` at the same draw.
+
+    Along a random direction, in which an error of any entry shows.
+    """
     rng = np.random.default_rng(1)
     out = method.attend(problem, draw=draw)
     g = rng.standard_normal(out.shape)
@@ -238,7 +239,7 @@ def test_edges(edge: str) -> None:
         with np.errstate(all="raise"):
             found = method.vjp(problem, np.ones((problem.n_q, 3)), draw=draw)
         assert [x.shape for x in found] == [x.shape for x in (problem.q, problem.k, problem.values)]
-        assert wrong_slopes(method, problem, draw, library_vjp(method), directions=1) == [], name
+        assert wrong_slopes(method, problem, draw, library_vjp(method)) == [], name
 
 
 @every_case
@@ -313,7 +314,7 @@ def test_many_keys_and_a_tile_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> No
     for method in (sa.Exact(), sa.Skeinformer(5, causal_form="corrected")):
         problem = make_problem(40, 40, causal=True)
         draw = method.draw(problem, rng=0)
-        assert wrong_slopes(method, problem, draw, library_vjp(method), directions=1) == []
+        assert wrong_slopes(method, problem, draw, library_vjp(method)) == []
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 6), (6, 3)])
@@ -358,9 +359,11 @@ def dense_vjp(*, sign: float = 1.0, normalised: bool = True) -> Vjp:
 def test_differences_see_a_wrong_sign_and_a_missing_normaliser() -> None:
     problem, method = make_problem(13, 13, causal=True), sa.Exact()
     assert wrong_slopes(method, problem, {}, dense_vjp()) == []
-    seen = [x[:2] for x in wrong_slopes(method, problem, {}, dense_vjp(sign=-1.0))]
+    seen = [x[:2] for x in wrong_slopes(method, problem, {}, dense_vjp(sign=-1.0), directions=2)]
     assert seen == ["dq", "dq"]
-    seen = [x[:2] for x in wrong_slopes(method, problem, {}, dense_vjp(normalised=False))]
+    seen = [
+        x[:2] for x in wrong_slopes(method, problem, {}, dense_vjp(normalised=False), directions=2)
+    ]
     assert seen == ["dq", "dq", "dk", "dk"]
 
 
