@@ -42,6 +42,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"pack": "mean", "unpack": "lsq", "hidden": "gaussian", "d_in": 9},
         {"preset": "nystrom", "iterations": None, "ridge": 1e-2},
     ],
+    "informer": [{"statistic": "random"}],
     "linformer": [
         {"projection": "srht", "sharing": "kv"},
         {"projection": "gaussian", "scale": "none"},
@@ -298,6 +299,14 @@ def test_plans_of_causal_problems() -> None:
         method = sa.Combiner(rank=3, **options)
         draw = method.draw(problem, rng=1)
         assert wrong_slopes(method, problem, draw, library_vjp(method)) == [], options
+
+
+@pytest.mark.parametrize("fill", ["cummean", "cumsum"])
+def test_running_fills_of_causal_problems(fill: str) -> None:
+    problem = make_problem(13, 13, causal=True)
+    method = sa.Informer(5, statistic="random", fill=fill)
+    draw = method.draw(problem, rng=1)
+    assert wrong_slopes(method, problem, draw, library_vjp(method)) == []
 
 
 def test_regions_and_slots_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
