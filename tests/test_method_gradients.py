@@ -376,6 +376,20 @@ def test_differences_see_a_wrong_sign_and_a_missing_normaliser() -> None:
     assert seen == ["dq", "dq", "dk", "dk"]
 
 
+def test_differences_see_a_link_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sketchattn.operators.pullback import softmax_pullback
+
+    def without_normaliser(*args: Any, lse: Array | None = None, **options: Any) -> Any:
+        return softmax_pullback(*args, **options)
+
+    problem, method = make_problem(13, 13), sa.Performer(5)
+    draw = method.draw(problem, rng=0)
+    assert wrong_slopes(method, problem, draw, library_vjp(method)) == []
+    monkeypatch.setattr("sketchattn.zoo.performer.gradient.softmax_pullback", without_normaliser)
+    seen = wrong_slopes(method, problem, draw, library_vjp(method))
+    assert [x[:2] for x in seen] == ["dk"]
+
+
 # --- arguments ------------------------------------------------------------------------------------
 
 
