@@ -29,7 +29,7 @@ T = TypeVar("T")
 # keys, which so many rows outweigh.
 TILE_ENTRIES, LEAST_ROWS = 1 << 19, 32
 # Numbers that are gathered at a time for products of chosen pairs of rows.
-PAIR_ENTRIES = 1 << 20
+PAIR_ENTRIES = 1 << 17
 
 
 class Gradient(NamedTuple):

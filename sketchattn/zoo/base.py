@@ -382,7 +382,8 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         that were drawn.  What the method computes from Q, K and V beside it is differentiated:
         normalisers, fills, means of segments or clusters, small inverses.  Choices that change by
         jumps, such as the place of a maximum or which entries are largest, stay as they are, which
-        is the derivative wherever there is one.
+        is the derivative wherever there is one; they are made in float64, so that of two that
+        float32 cannot tell apart `attend` may have taken the other one.
 
         Computed in float64 and rounded once.  No array of n_q x n_k is held, and the cost is a
         small multiple of that of `attend`.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ...base.arguments import check_count, check_logits, check_name, check_rank, stacked
 from ...base.draws import Draw, Rng, check_draw
 from ...operators.base import AttentionOperator
+from ...operators.pullback import Gradient, rows_pullback
 from ...operators.sampled import SampledAttention
 from ...operators.solve import PART_KEYS, solve_rows_of_heads
 from ...problem import AttentionProblem
@@ -213,6 +214,7 @@ class Informer(Method):
             nonnegative=True,
             oracle=oracle,
             claims=CLAIMS,
+            differentiable=True,
         )
 
     # --- arguments --------------------------------------------------------------------------
@@ -428,6 +430,14 @@ class Informer(Method):
             rows=rows,
             row_weights=problem.exact.rows(rows),
         )
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        rows = np.sort(self._select(problem, draw))
+        exact = rows_pullback(problem, rows, problem.values, cotangent[rows])
+        others = cotangent.copy()
+        others[rows] = 0
+        lazy = lazy_operator(problem, self.choices.fill, np.float64)
+        return exact._replace(v=exact.v + lazy.T @ others)
 
     def _attend_heads(
         self,
