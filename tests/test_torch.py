@@ -266,6 +266,7 @@ class Twice:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks, and hides it if it may
 def test_compiled_programs_leave_their_graph_and_return() -> None:
     q, k, v = tensors((2, 5, 4), (2, 5, 4), (2, 5, 3))
     counter = importlib.import_module("torch._dynamo.testing").CompileCounter()
