@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from packaging_checks import ROOT
 
 import sketchattn as sa
 from sketchattn.base.draws import head_generator
@@ -18,6 +20,7 @@ attend: Any = importlib.import_module("sketchattn.integrations.torch").scaled_do
 own = torch.nn.functional.scaled_dot_product_attention
 
 Array = NDArray[Any]
+FENCE = re.compile(r"^```([^\n]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -263,6 +266,7 @@ class Twice:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks, and hides it if it may
 def test_compiled_programs_leave_their_graph_and_return() -> None:
     q, k, v = tensors((2, 5, 4), (2, 5, 4), (2, 5, 3))
     counter = importlib.import_module("torch._dynamo.testing").CompileCounter()
@@ -343,3 +347,13 @@ def test_without_torch_the_command_that_installs_it_is_named(
     monkeypatch.delitem(sys.modules, "sketchattn.integrations.torch")
     with pytest.raises(ImportError, match=r"run: python -m pip install torch"):
         importlib.import_module("sketchattn.integrations.torch")
+
+
+def test_the_blocks_of_the_page_run() -> None:
+    text = (ROOT / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    blocks = FENCE.findall(text)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    for language, source in blocks:
+        assert language == "python"
+        exec(compile(source, "docs/pytorch.md", "exec"), names)
