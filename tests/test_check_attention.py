@@ -33,7 +33,7 @@ check = sa.testing.check_attention
 ALL = frozenset(FEATURES)
 NARROW = ("float32", "float16", "bfloat16")
 DTYPES = (*NARROW, "float64")
-EVERYTHING = Setting()
+EVERYTHING = Setting(both=True)
 
 
 def name_of(x: Array) -> str:

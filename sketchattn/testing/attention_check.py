@@ -444,9 +444,8 @@ class _Run:
                 matrix = measured_matrix(self.candidate, case)
             except Exception as wrong:  # noqa: BLE001  # a candidate may raise anything
                 said = f"raised {type(wrong).__name__}: {first_line(wrong)}"
-                name = f"the matrix itself, {case.feature}"
                 status = "fail" if self.exact else "report"
-                self.probes.append(ProbeRecord("matrix", name, dtype, status, message=said))
+                self.probes.append(ProbeRecord("matrix", case.feature, dtype, status, message=said))
                 continue
             seen = resolve(matrix, case)
             for key, value in (
