@@ -377,16 +377,19 @@ def planted(wrong: str) -> Function:
         "sketch not scaled",
     ],
 )
-def test_ten_planted_bugs_are_caught_in_every_dtype(wrong: str) -> None:
+@pytest.mark.parametrize(
+    "dtypes", [("bfloat16",), pytest.param(DTYPES, marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_ten_planted_bugs_are_caught_in_every_dtype(wrong: str, dtypes: tuple[str, ...]) -> None:
     ml_dtypes()
     report = check(
         planted(wrong),
         arrays="numpy",
-        dtypes=DTYPES,
+        dtypes=dtypes,
         supports={"causal", "bool_mask"},
         seeds=(0,),
     )
-    for dtype in DTYPES:
+    for dtype in dtypes:
         # By outputs alone, at the derived tolerance: no probe is needed.
         assert [x for x in report.cases if x.dtype == dtype and x.status == "fail"], dtype
 
@@ -681,7 +684,7 @@ def test_inputs_that_are_written_are_reported() -> None:
 
 def test_approximations_are_reported_and_judged_by_their_contract() -> None:
     def candidate(q: Array, k: Array, v: Array) -> Any:
-        return sa.attention(q, k, v, "uniform", rank=8, rng=0)
+        return sa.attention(q, k[:, :, ::2], v[:, :, ::2])
 
     report = check(
         candidate,
