@@ -270,6 +270,31 @@ def test_torch_itself(masked: str) -> None:
         assert np.abs(theirs.numpy() - ours).max() <= CLOSE
 
 
+def test_torch_in_double_precision() -> None:
+    torch = pytest.importorskip("torch")
+    worst = 0.0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        n_q, n_k = (int(x) for x in rng.integers(1, 40, 2))
+        q = rng.standard_normal((2, 6, n_q, 8))
+        k, v = rng.standard_normal((2, 2, n_k, 8)), rng.standard_normal((2, 2, n_k, 5))
+        mask = rng.random((2, 1, n_q, n_k)) < 0.6
+        mask[:, :, rng.integers(n_q)] = False
+        for options in ({"attn_mask": mask}, {"is_causal": True}, {"scale": 0.0}):
+            tensors = {
+                name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+                for name, x in options.items()
+            }
+            theirs = torch.nn.functional.scaled_dot_product_attention(
+                *(torch.from_numpy(x) for x in (q, k, v)), enable_gqa=True, **tensors
+            )
+            ours = sa.as_convention("torch")(
+                q, k, v, enable_gqa=True, compute_dtype=np.float64, **options
+            )
+            worst = max(worst, float(np.abs(theirs.numpy() - ours).max()))
+    assert worst <= 1e-13
+
+
 @pytest.mark.parametrize("case", ["plain", "causal", "mask", "bias", "window", "lengths", "one"])
 def test_jax_itself(case: str) -> None:
     jax = pytest.importorskip("jax")
