@@ -437,11 +437,11 @@ class Trial:
         moved = []
         for draw in self._draw(self.problems):
             for sign in (-1, 1):
-                off = {
+                scaled = {
                     label: x * (1 + sign * NUDGE) if np.issubdtype(x.dtype, np.floating) else x
                     for label, x in draw.items()
                 }
-                moved.append(storable(off))
+                moved.append(storable(scaled))
         nudged = []
         worst = 0.0
         for h, (problem, draw) in enumerate(zip(self.problems, self.draws, strict=True)):
@@ -513,7 +513,7 @@ class Trial:
     def _not_judged(self, out: Array, tolerance: Mapping[str, float]) -> dict[str, str]:
         """Return the precisions in which a wrong answer would pass, and which one."""
         v = np.repeat(self.case.v, self.case.group, axis=0).astype(np.float64)
-        found = {}
+        found: dict[str, str] = {}
         for name, wrong in wrong_answers(out, v, None).items():
             for dtype, allowed in tolerance.items():
                 if np.abs(wrong - out).max() < 5 * allowed:
@@ -612,6 +612,7 @@ def case_words(case: GoldenCase) -> dict[str, Any]:
         "parameters": dict(case.parameters),
         "dtypes": list(DTYPES),
         "not_judged": dict(case.not_judged),
+        "condition_at_most": 2 * CONDITIONS[STEPS.index(case.step)],
         "schema": SCHEMA,
         "formulas": FORMULAS,
     }
