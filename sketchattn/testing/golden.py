@@ -99,7 +99,7 @@ class GoldenReport:
     ...     cases = sa.testing.read_golden(folder)
     ...     report = sa.testing.check_golden(folder, {n: 1.01 * x.out for n, x in cases.items()})
     >>> report.passed, report.records[0].worst_index
-    (False, (0, 8, 2))
+    (False, (0, 11, 0))
     """
 
     records: tuple[GoldenRecord, ...]
