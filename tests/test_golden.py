@@ -31,7 +31,8 @@ from sketchattn.testing.lattice import (
     raised,
     words,
 )
-from sketchattn.testing.vectors import PINNED, Trial, case_bytes, exact_specs, make_case, specs
+from sketchattn.testing.settling import PINNED, Trial, make_case
+from sketchattn.testing.vectors import case_bytes, exact_specs, specs
 
 Array = NDArray[Any]
 
@@ -467,6 +468,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "must be an existing file" in capsys.readouterr().err
     assert main(["golden", place, "--cases", "exact-causal", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cases"][0]["method"] == "exact"
+    # What the manifest before listed is gone, so that a pattern for all files means this set.
+    assert [path.name for path in Path(place).glob("*.safetensors")] == ["exact-causal.safetensors"]
 
 
 def compiler() -> str:
