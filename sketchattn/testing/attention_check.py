@@ -308,9 +308,15 @@ class _Run:
         return far
 
     def judge(
-        self, case: Case, out: Array, truth: Array, tol: Tolerance, far: Mapping[str, float]
+        self,
+        case: Case,
+        out: Array,
+        truth: Array,
+        tol: Tolerance,
+        far: Mapping[str, float],
+        gradient: bool = False,
     ) -> CaseRecord:
-        """Compare an output with the truth."""
+        """Compare an output, or a gradient, with the truth."""
         gap = np.abs(out - truth)
         gap = np.where(np.isnan(gap), np.inf, gap)
         where = tuple(int(i) for i in np.unravel_index(int(gap.argmax()), gap.shape))
@@ -320,7 +326,7 @@ class _Run:
         clear = {x: y for x, y in far.items() if x not in _BELOW_ROUNDING and y >= REJECTS}
         closest = min(clear, key=lambda x: clear[x], default="")
         matches = ""
-        if self.exact and status != "pass":
+        if self.exact and status != "pass" and not gradient:
             near = nearest(case, out, truth)
             if near is not None and near[1] < 0.5:
                 matches = near[0]
@@ -346,7 +352,7 @@ class _Run:
             wrong_share=1 / clear[closest] if closest else math.nan,
             closest_wrong=closest,
             matches=matches,
-            would_pass=would_pass(case, out, truth),
+            would_pass={} if gradient else would_pass(case, out, truth),
             empty_rows=int((~case.seen().any(axis=-1)).sum()),
         )
 
@@ -411,11 +417,11 @@ class _Run:
             for i, name in enumerate(NAMES):
                 one = Tolerance(tol.e_lp[i], tol.floors[i], tol.tol[i], tol.ceilings[i])
                 named = replace(case, id=f"{case.id} {name}")
-                entry = self.judge(named, found[i], truth[i], one, {})
+                entry = self.judge(named, found[i], truth[i], one, {}, gradient=True)
                 matches = ""
                 if entry.status != "pass":
                     matches = _nearest_gradient(found[i], truth[i], i, case, g, truth)
-                self.records.append(replace(entry, matches=matches, would_pass={}))
+                self.records.append(replace(entry, matches=matches))
 
     # --- matrices, properties, options that are not declared --------------------------------------
 
@@ -438,9 +444,8 @@ class _Run:
                 matrix = measured_matrix(self.candidate, case)
             except Exception as wrong:  # noqa: BLE001  # a candidate may raise anything
                 said = f"raised {type(wrong).__name__}: {first_line(wrong)}"
-                name = f"the matrix itself, {case.feature}"
                 status = "fail" if self.exact else "report"
-                self.probes.append(ProbeRecord("matrix", name, dtype, status, message=said))
+                self.probes.append(ProbeRecord("matrix", case.feature, dtype, status, message=said))
                 continue
             seen = resolve(matrix, case)
             for key, value in (

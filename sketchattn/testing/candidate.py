@@ -229,28 +229,26 @@ LIBRARIES: Mapping[str, Library] = {
     "jax": Library(
         "jax",
         _MASKS | {"cross", "gqa", "scale", "causal", "key_mask", "window", "lse"},
-        Setting(empty_row="mean", prefix_keys=True),
+        Setting(empty_row="mean", prefix_keys=True, both=True),
         _jax,
     ),
     "onnx": Library(
         "numpy",
         _SHAPES | _MASKS | {"causal", "key_mask", "window", "softcap"},
-        Setting(prefix_keys=True),
+        Setting(prefix_keys=True, both=True),
         _onnx,
     ),
     "flash": Library(
         "numpy",
-        _SHAPES | {"causal", "window", "softcap", "lse"},
+        _SHAPES | {"causal", "window", "softcap", "lse", "empty_row"},
         Setting(alignment="bottom-right"),
         _flash,
     ),
-    "hf": Library(
-        "numpy", _SHAPES | {"additive_mask", "softcap", "sink"}, Setting(lowest=True), _hf
-    ),
+    "hf": Library("numpy", _SHAPES | {"additive_mask", "softcap", "sink"}, Setting(), _hf),
     "sketchattn": Library(
         "numpy",
         _SHAPES | _MASKS | {"causal", "key_mask", "window", "softcap", "sink", "lse"},
-        Setting(),
+        Setting(both=True),
         _sketchattn,
     ),
 }

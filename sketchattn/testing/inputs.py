@@ -8,7 +8,7 @@ bfloat16 in any order of summation: what remains is the rounding of the softmax 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -236,6 +236,7 @@ _CROSS: tuple[Sizes, ...] = (
 )
 _LATTICE: Sizes = (2, 2, 2, 97, 97, 16, 16)
 _LATTICE_CROSS: Sizes = (1, 2, 2, 67, 131, 16, 16)
+_LATTICE_TALL: Sizes = (1, 2, 2, 131, 67, 16, 16)
 _GROUPED: Sizes = (2, 6, 2, 67, 67, 16, 16)
 
 
@@ -252,16 +253,18 @@ class Setting:
         See ``Case``.
     prefix_keys : bool
         Key masks are lengths: the first keys are valid.
-    lowest : bool
-        Masks hold the lowest finite number in the place of -inf, and no row is emptied.
+    both : bool
+        A mask and the causal flag go together.
     """
 
     alignment: str = "top-left"
     empty_row: str = "zero"
     prefix_keys: bool = False
-    lowest: bool = False
-    poison: float = field(default=1000.0)
+    both: bool = False
 
+
+# Values of masked keys.
+_POISON = 1000.0
 
 Build = Callable[[np.random.Generator, Setting, Heads], Mapping[str, Any]]
 
@@ -290,6 +293,13 @@ def _empty_row(rng: np.random.Generator, setting: Setting, x: Heads) -> Mapping[
     return {"mask": mask}
 
 
+def _mask_and_causal(rng: np.random.Generator, setting: Setting, x: Heads) -> Mapping[str, Any]:
+    b, h, n_q, n_k = _shape(x)
+    mask = random_mask(rng, (b, h, n_q, n_k))
+    mask[..., 0] = True  # no row is empty
+    return {"mask": mask, "causal": True}
+
+
 def _additive_mask(rng: np.random.Generator, setting: Setting, x: Heads) -> Mapping[str, Any]:
     b, h, n_q, n_k = _shape(x)
     bias = rng.standard_normal((b, h, n_q, n_k))
@@ -303,7 +313,7 @@ def _key_mask(rng: np.random.Generator, setting: Setting, x: Heads) -> Mapping[s
     else:
         keep = random_mask(rng, (b, n_k))
         keep[:, : n_k // 8] = False  # padding to the left
-    return {"key_mask": keep, "v": np.where(keep[:, None, :, None], x[2], setting.poison)}
+    return {"key_mask": keep, "v": np.where(keep[:, None, :, None], x[2], _POISON)}
 
 
 def _constant(**options: Any) -> Build:
@@ -324,7 +334,9 @@ _CASES: tuple[tuple[str, str, Sizes, Build, tuple[str, ...]], ...] = (
     ("causal", "", _LATTICE, _constant(causal=True), ()),
     ("causal", "long", _LATTICE_CROSS, _constant(causal=True), ("cross",)),
     ("bool_mask", "", _LATTICE, _bool_mask, ()),
+    ("bool_mask", "causal", _LATTICE, _mask_and_causal, ("causal", "both")),
     ("empty_row", "", _LATTICE, _empty_row, ("bool_mask",)),
+    ("empty_row", "tall", _LATTICE_TALL, _constant(causal=True), ("causal", "cross", "last")),
     ("additive_mask", "", _LATTICE, _additive_mask, ()),
     ("key_mask", "", _LATTICE, _key_mask, ()),
     ("window", "(3, 0)", _LATTICE, _constant(window=(3, 0)), ()),
@@ -369,6 +381,11 @@ def make_cases(
     seeds : sequence of int
         The first one has the kinds of inputs that need no repetition.
     """
+    given = set(supports)
+    if setting.both:
+        given.add("both")
+    if setting.alignment == "bottom-right":  # the first of more queries than keys see none
+        given.add("last")
     for place, seed in enumerate(seeds):
         rng = np.random.default_rng((seed, 0))
         sizes = _PLAIN[place % len(_PLAIN)]
@@ -386,7 +403,7 @@ def make_cases(
                 made = normal(rng, table[place % len(table)])
                 yield _case(f"random/{seed}", feature, dtype, setting, made)
         for number, (feature, name, sizes, build, needs) in enumerate(_CASES):
-            if feature not in supports or not supports.issuperset(needs):
+            if feature not in supports or not given.issuperset(needs):
                 continue
             rng = np.random.default_rng((seed, 1 + number))
             kind = "random" if place % 2 else "lattice"

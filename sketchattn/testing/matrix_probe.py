@@ -191,7 +191,7 @@ def record(case: Case, found: Resolution) -> ProbeRecord:
     """Return what a report says about one matrix."""
     return ProbeRecord(
         id="matrix",
-        name=f"the matrix itself, {case.feature}",
+        name=case.feature,
         dtype=case.dtype,
         status="pass" if found.right else "fail",
         message="" if found.right else str(found),

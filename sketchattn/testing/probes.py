@@ -28,6 +28,10 @@ _ROW = 20
 CONTRACTS = ("exact", "tol", "not_claimed")
 
 
+# What was found, and what is allowed: 0 is bit for bit.
+Found = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Stage:
     """Hold what every property begins with.
@@ -55,9 +59,11 @@ class Stage:
         """Return the output for the case with other parts."""
         return self.candidate.run(replaced(self.case, name, **changes))
 
-
-# Returns what was found, and the multiple of tol that is allowed (0: bit for bit), or the limit.
-Found = tuple[float, float]
+    def compare(self, name: str, want: Array, **changes: Any) -> Found:
+        """Compare the output for other parts with what it should be: both may be off."""
+        case = replaced(self.case, name, **changes)
+        limit = self.tol + tolerance(case, case.truth()[0]).tol
+        return _distance(self.candidate.run(case), want), limit
 
 
 def _distance(a: Array, b: Array) -> float:
@@ -91,25 +97,22 @@ def _hull(s: Stage) -> Found:
 
 def _shifted_keys(s: Stage) -> Found:
     shift = np.arange(s.case.k.shape[-1]) % 3 - 1.0
-    return _distance(s.run("K + c", k=s.case.k + shift), s.out), 2 * s.tol
+    return s.compare("K + c", s.out, k=s.case.k + shift)
 
 
 def _permuted_keys(s: Stage) -> Found:
     order = np.random.default_rng(1).permutation(s.case.k.shape[2])
-    changed = s.run("keys permuted", k=s.case.k[:, :, order], v=s.case.v[:, :, order])
-    return _distance(changed, s.out), 2 * s.tol
+    return s.compare("keys permuted", s.out, k=s.case.k[:, :, order], v=s.case.v[:, :, order])
 
 
 def _permuted_queries(s: Stage) -> Found:
     order = np.random.default_rng(2).permutation(s.case.q.shape[2])
-    return _distance(s.run("queries permuted", q=s.case.q[:, :, order]), s.out[:, :, order]), (
-        2 * s.tol
-    )
+    return s.compare("queries permuted", s.out[:, :, order], q=s.case.q[:, :, order])
 
 
 def _one_query(s: Stage) -> Found:
     rows = s.case.q[:, :, _ROW : _ROW + 1]
-    return _distance(s.run("one query", q=rows), s.out[:, :, _ROW : _ROW + 1]), 2 * s.tol
+    return s.compare("one query", s.out[:, :, _ROW : _ROW + 1], q=rows)
 
 
 def _independent(s: Stage, axis: int, name: str) -> Found:
@@ -162,7 +165,7 @@ def _padded(s: Stage) -> Found:
 
 def _duplicated(s: Stage) -> Found:
     twice = {"k": np.repeat(s.case.k, 2, axis=2), "v": np.repeat(s.case.v, 2, axis=2)}
-    return _distance(s.run("keys twice", **twice), s.out), 2 * s.tol
+    return s.compare("keys twice", s.out, **twice)
 
 
 def _repeated(s: Stage) -> Found:

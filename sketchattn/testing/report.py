@@ -12,6 +12,9 @@ from typing import Any
 # Of the JSON that a report is written as.
 SCHEMA = 1
 
+# Failures that are printed.
+_SHOWN = 20
+
 PASS, FAIL, UNCERTIFIED = "PASS", "FAIL", "UNCERTIFIED"
 
 
@@ -108,9 +111,9 @@ class ProbeRecord:
     Attributes
     ----------
     id : str
-        "P1" to "P17", or "matrix".
+        "P1" to "P17", "lse", or "matrix".
     name : str
-        The property in words.
+        The property in words; for the matrix, the feature.
     dtype : str
     status : {"pass", "fail", "skip", "report"}
     error, limit : float
@@ -246,7 +249,10 @@ class AttentionReport:
     def __str__(self) -> str:
         """Return the verdict, then a line for each failure."""
         lines = [self._first_line()]
-        lines += [f"  {x}" for x in self.failures]
+        bad = self.failures
+        lines += [f"  {x}" for x in bad[:_SHOWN]]
+        if len(bad) > _SHOWN:
+            lines.append(f"  and {len(bad) - _SHOWN} more in report.failures")
         if self.unseen:
             lines.append("  a check at this tolerance would let these through:")
             for x in self.unseen:
