@@ -588,7 +588,7 @@ def _golden(
     every method; the same bytes on every x86 machine.
     """
     from .testing.golden import read_manifest
-    from .testing.vectors import write_golden
+    from .testing.settling import write_golden
 
     path = write_golden(_home(folder), cases=cases)
     manifest = read_manifest(path.parent)

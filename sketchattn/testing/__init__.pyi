@@ -9,5 +9,5 @@ from .ports import MethodReport as MethodReport
 from .ports import check_method as check_method
 from .report import AttentionReport as AttentionReport
 from .report import CaseRecord as CaseRecord
+from .settling import write_golden as write_golden
 from .vectors import GoldenCase as GoldenCase
-from .vectors import write_golden as write_golden

@@ -7,7 +7,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from os import PathLike
@@ -99,7 +99,7 @@ class GoldenReport:
     ...     cases = sa.testing.read_golden(folder)
     ...     report = sa.testing.check_golden(folder, {n: 1.01 * x.out for n, x in cases.items()})
     >>> report.passed, report.records[0].worst_index
-    (False, (0, 8, 2))
+    (False, (0, 11, 0))
     """
 
     records: tuple[GoldenRecord, ...]
@@ -176,8 +176,9 @@ def read_tensors(raw: bytes, source: str) -> tuple[dict[str, Array], dict[str, s
     """Return the arrays of a .safetensors file, their dtypes, and the text of entry "case"."""
     from safetensors import SafetensorError, deserialize
 
+    parse: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
     try:
-        parsed = deserialize(raw)
+        parsed = parse(raw)
     except SafetensorError as error:
         raise ValueError(
             f"{source} must be a whole .safetensors file, got bytes that are not "
@@ -272,10 +273,16 @@ def _read_case(folder: Path, entry: Mapping[str, Any]) -> GoldenCase:
         tolerance=by_dtype["tolerance"],
         lse_tolerance=by_dtype["lse_tolerance"],
         not_judged=words["not_judged"],
-        **{name: arrays[name] for name in ("q", "k", "v", "out")},
-        **{
-            name: arrays.get(name) for name in ("key_mask", "mask", "bias", "sink", "lse", "matrix")
-        },
+        q=arrays["q"],
+        k=arrays["k"],
+        v=arrays["v"],
+        out=arrays["out"],
+        key_mask=arrays.get("key_mask"),
+        mask=arrays.get("mask"),
+        bias=arrays.get("bias"),
+        sink=arrays.get("sink"),
+        lse=arrays.get("lse"),
+        matrix=arrays.get("matrix"),
     )
 
 

@@ -21,6 +21,8 @@ Array = NDArray[Any]
 # Results are multiples of this, or of 64 or 4096 times it where they are less well conditioned.
 STEP = 2.0**-30
 STEPS = (STEP, 64 * STEP, 4096 * STEP)
+# Amplification of relative changes that each of these is good for.
+CONDITIONS = tuple(2.0**8 * step / STEP for step in STEPS)
 # How far a result stays from a rounding boundary, in steps.
 MARGIN = 2.0**-12
 

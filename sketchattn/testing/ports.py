@@ -328,7 +328,8 @@ class _Check:
 
     @property
     def verdict(self) -> str:
-        if any(x.status == "fail" for x in (*self.cases, *self.probes)):
+        statuses = [x.status for x in self.cases] + [x.status for x in self.probes]
+        if "fail" in statuses:
             return FAIL
         return PASS if all(x.rejected for x in self.mutants) else UNCERTIFIED
 
