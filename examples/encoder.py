@@ -71,6 +71,7 @@ class Encoder:
     def __init__(self, folder: Path, texts: list[str]) -> None:
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
         self.inputs = [tokenizer(text, truncation=True, return_tensors="pt") for text in texts]

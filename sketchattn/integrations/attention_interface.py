@@ -228,7 +228,11 @@ class Registration:
     ) -> tuple[Tensor, None]:
         """Return the output (B, n_q, H, d_v), contiguous, and no weights."""
         asked = read_request(module, query, key, value, attention_mask, scaling, dropout, rest)
-        return self.answer(module, asked)
+        # A compiled model leaves its graph for this, and returns to it.
+        compiling = torch.compiler.is_compiling()
+        answer = torch.compiler.disable(self.answer) if compiling else self.answer
+        found: tuple[Tensor, None] = answer(module, asked)
+        return found
 
     def answer(self, module: Any, asked: Request) -> tuple[Tensor, None]:
         """Return the output (B, n_q, H, d_v) for a request, and no weights."""

@@ -90,7 +90,7 @@ def record(model: Any, inputs: Mapping[str, Any]) -> list[Layer]:
             f"{type(model).__name__}, which did not ask for any; use another model"
         )
     names = {part: name for name, part in model.named_modules()}
-    numbers = [getattr(module, "layer_idx", None) for module, _ in recorder.calls]
+    numbers: list[Any] = [getattr(module, "layer_idx", None) for module, _ in recorder.calls]
     if None in numbers or len(set(numbers)) < len(numbers):
         numbers = list(range(len(numbers)))
     return [
