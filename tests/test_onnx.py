@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import unittest
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from naive import naive_attention
 from numpy.typing import NDArray
+from packaging_checks import ROOT
 
 import sketchattn as sa
 from sketchattn.cli import main
@@ -321,3 +323,17 @@ def test_other_operators_devices_and_opsets_are_refused_in_one_line() -> None:
         Backend.prepare(right, "CUDA:1")
     with pytest.raises(ValueError, match="got opset 22"):
         Backend.run_node(right.graph.node[0], list(X), opset_version=22)
+
+
+def test_the_code_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "text", "python", "python"]
+    names: dict[str, Any] = {}
+    exec(blocks[0][1], names)
+    version = re.compile(r"ONNX [\d.]+")
+    assert version.sub("", capsys.readouterr().out) == version.sub("", blocks[1][1])
+    exec(blocks[2][1], names)
+    assert re.match(r"\d+ cases see a missing causal mask", capsys.readouterr().out)
+    exec(blocks[3][1], names)
+    assert capsys.readouterr().out == "(1, 2, 5, 4) float32\n"
