@@ -24,6 +24,7 @@ from sketchattn.integrations.jax import jax, jnp
 
 Array = NDArray[Any]
 Attention = Callable[..., Any]
+Heads = tuple[Any, Any, Any]
 
 B, N_Q, N_K, H, H_KV, D = 2, 5, 7, 6, 2, 8
 RNG = np.random.default_rng(0)
@@ -57,7 +58,7 @@ def x64() -> Iterator[None]:
         yield
 
 
-def arguments(dtype: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(dtype: Any, **options: Any) -> tuple[Heads, dict[str, Any]]:
     """Return query, key and value, and the options, as arrays of JAX."""
     made = {
         name: jnp.asarray(x, np.int32)
@@ -67,7 +68,7 @@ def arguments(dtype: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, An
         else x
         for name, x in options.items()
     }
-    return tuple(jnp.asarray(x, dtype) for x in (Q, K, V)), made
+    return (jnp.asarray(Q, dtype), jnp.asarray(K, dtype), jnp.asarray(V, dtype)), made
 
 
 def plain(q: Any, k: Any, v: Any, bias: Any, o: dict[str, Any]) -> tuple[Any, Any]:
@@ -104,7 +105,7 @@ def roundings(dtype: Any) -> float:
 
 
 def output_bound(dtype: Any) -> float:
-    return roundings(dtype) * np.abs(V).max()
+    return float(roundings(dtype) * np.abs(V).max())
 
 
 def gradient_bound(dtype: Any) -> float:
@@ -190,7 +191,8 @@ def test_a_wrong_option_is_seen(mutant: str) -> None:
 
 def test_wrong_heads_rows_without_a_key_and_gradients_are_seen() -> None:
     def tiled(q: Any, k: Any, v: Any, bias: Any = None, **o: Any) -> Any:
-        return ours(q, *(jnp.tile(x, (1, 1, H // H_KV, 1)) for x in (k, v)), bias, **o)
+        k, v = (jnp.tile(x, (1, 1, H // H_KV, 1)) for x in (k, v))
+        return ours(q, k, v, bias, **o)
 
     def zeros(q: Any, k: Any, v: Any, bias: Any = None, **o: Any) -> Any:
         found = ours(q, k, v, bias, **o)
@@ -395,7 +397,7 @@ def test_a_method_is_that_of_the_library(method: str) -> None:
     mean = np.repeat(V[1].mean(axis=0), H // H_KV, axis=0)
     assert np.array_equal(got[0], want[0])
     assert np.abs(got[1] - mean).max() < N_K * np.finfo(np.float32).eps * np.abs(V).max()
-    found = gradients(lambda *x, **o: ours(*x, rng=5, **options, **o), tensors, None, {})
+    found = gradients(ours, tensors, None, {"rng": 5, **options})
     assert np.array_equal(found[0][1], np.zeros((N_Q, H, D)))
     assert np.array_equal(found[1][1], np.zeros((N_K, H_KV, D)))
     each = np.repeat(G[1].reshape(N_Q, H_KV, -1, D).sum((0, 2))[None] / N_K, N_K, axis=0)
