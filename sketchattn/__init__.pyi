@@ -1,5 +1,6 @@
 # The public names of the package, each once: the loader reads this file, and so do type checkers.
 
+from . import integrations as integrations
 from . import partitions as partitions
 from . import sampling as sampling
 from . import sketches as sketches

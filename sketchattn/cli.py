@@ -639,6 +639,7 @@ _TRAITS = {
     "nonnegative": "nonneg",
     "oracle": "oracle",
     "exact_at_full_rank": "exact",
+    "differentiable": "grad",
 }
 
 
@@ -683,7 +684,8 @@ def _methods(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = 
         "\n"
         "causal, mask, rect: honours causal problems, masked keys, n_q != n_k; random: seeded;\n"
         "rowsum: rows sum to one; nonneg: no negative entry; oracle: looks at the exact matrix;\n"
-        "exact: equals the exact matrix at rank = n_k.  Traits are those of the defaults."
+        "exact: equals the exact matrix at rank = n_k; grad: has a gradient at a fixed draw.\n"
+        "Traits are those of the defaults."
     )
 
 

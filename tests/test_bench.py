@@ -52,6 +52,7 @@ def test_every_family_is_loaded_by_what_runs_them() -> None:
         "dba",
         "performer",
         "peers",
+        "integrations",
         "import",
     ]
 

@@ -22,6 +22,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MORE: dict[str, list[dict[str, Any]]] = {
     "jl": [{"sketch": "sjlt", "sketch_options": {"s": 2}}],
     "column_sampling": [{"law": "pilot", "pilots": 3, "mix": 0.2}],
+    "clustered": [{"improved": True, "top_keys": 40}],
+    "combiner": [
+        {"key": "mean", "bias": "log_count", "reference": "region_mean"},
+        {"reference": "region_max", "second_order": "diag", "direct": "none"},
+        {"reference": "mass_weighted(2, 64)"},
+        {"reference": "mass_weighted", "direct": "own+top_mass(1)+window(1)"},
+        {"pattern": "axial_rowmajor", "reference": "column"},
+        {"pattern": "axial_horizontal", "split": True},
+        {"pattern": "logsparse", "reference": "region_mean"},
+        {"pattern": ("fixed", "logsparse"), "weights": (0.3, 0.7)},
+    ],
     "dba": [
         {"preset": "softmax_interp"},
         {"landmarks": "segment_means", "pack": "mean", "core": "softmax_logcount"},
@@ -205,6 +216,56 @@ def test_float32_has_the_gradient_of_the_same_numbers(case: MethodCase) -> None:
         assert np.array_equal(first, second)
 
 
+# name: problem, rank
+EDGES = {
+    "no query": (make_problem(0, 6), 3),
+    "no key in sight": (make_problem(6, 6, key_mask=np.zeros(6, bool)), 3),
+    "one of each": (make_problem(1, 1), 1),
+    "one key in sight": (make_problem(5, 5, key_mask=np.arange(5) == 3), 3),
+    "equal logits": (make_problem(9, 9, scale=0.0), 3),
+    "negative scale": (make_problem(9, 9, scale=-0.7), 3),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge: str) -> None:
+    problem, rank = EDGES[edge]
+    for name in sa.methods():
+        method = MethodCase(name)(rank)
+        if not (method.traits.differentiable and supports(MethodCase(name), problem)):
+            continue
+        draw = method.draw(problem, rng=0)
+        with np.errstate(all="raise"):
+            found = method.vjp(problem, np.ones((problem.n_q, 3)), draw=draw)
+        assert [x.shape for x in found] == [x.shape for x in (problem.q, problem.k, problem.values)]
+        assert wrong_slopes(method, problem, draw, library_vjp(method), directions=1) == [], name
+
+
+@every_case
+def test_steep_logits_have_finite_gradients(case: MethodCase) -> None:
+    q, k, v = make_problem(9, 9).arrays
+    problem = sa.AttentionProblem(1e6 * q, k, v)
+    for x in case(3).vjp(problem, np.ones((9, 3)), rng=0):
+        assert np.isfinite(x).all()
+
+
+@pytest.mark.threads
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    from sketchattn.kernels._threads import limit_threads
+
+    problem = make_problem(300, 300, d=40)
+    g = np.random.default_rng(0).standard_normal((300, 3))
+    for case in CASES:
+        if case.options and case.name not in ("performer", "combiner", "clustered"):
+            continue
+        method = case(20)
+        draw = method.draw(problem, rng=0)
+        with limit_threads(1):
+            one = method.vjp(problem, g, draw=draw)
+        for x, y in zip(one, method.vjp(problem, g, draw=draw), strict=True):
+            assert np.array_equal(x, y), case
+
+
 # --- parts that need sizes of their own -----------------------------------------------------------
 
 
@@ -222,6 +283,27 @@ def test_matrices_that_are_given_and_averaged() -> None:
     e, f = np.random.default_rng(0).standard_normal((2, 4, 14))
     problem = make_problem(7, 12, key_mask=np.arange(12) % 5 != 2)
     method = sa.Linformer(4, "given", E=e, F=f, scale="average")
+    assert wrong_slopes(method, problem, {}, library_vjp(method)) == []
+
+
+def test_plans_of_causal_problems() -> None:
+    problem = make_problem(13, 13, causal=True)
+    choices: list[dict[str, Any]] = [
+        {"pattern": "axial_joint", "reference": "region_max", "key": "max", "bias": "none"},
+        {"reference": "mass_weighted(1, 64)", "allow_leak": True, "direct": "own+top_mass(2)"},
+        {"pattern": "routing", "allow_leak": True, "reference": "region_mean"},
+    ]
+    for options in choices:
+        method = sa.Combiner(rank=3, **options)
+        draw = method.draw(problem, rng=1)
+        assert wrong_slopes(method, problem, draw, library_vjp(method)) == [], options
+
+
+def test_regions_and_slots_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sketchattn.operators.partitioned.pullback.LISTED", 40)
+    monkeypatch.setattr("sketchattn.operators.pullback.PAIR_ENTRIES", 50)
+    problem = make_problem(30, 30)
+    method = sa.Combiner("axial_vertical", block=5, reference="region_mean")
     assert wrong_slopes(method, problem, {}, library_vjp(method)) == []
 
 

@@ -114,6 +114,7 @@ def by_loops(q: Array, k: Array, v: Array, g: Array, options: dict[str, Any]) ->
     return [d_q, d_k, d_v, *more]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("grade", [None, np.float64])
 def test_gradients_are_those_of_loops(name: str, grade: Any) -> None:
@@ -149,6 +150,7 @@ def test_gradients_are_central_differences(name: str) -> None:
             assert (up - down) / (2 * step) == pytest.approx((gradient * finite).sum(), abs=1e-8)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("grade", [None, np.float64])
 @pytest.mark.parametrize(
     "shape",
@@ -277,6 +279,7 @@ def test_inputs_are_not_written_and_any_strides_will_do() -> None:
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("grade", [None, np.float64])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_the_bits_do_not_depend_on_the_threads(heads: int, grade: Any) -> None:

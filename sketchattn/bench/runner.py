@@ -10,6 +10,7 @@ from . import (
     combiner,
     exact,
     informer,
+    integrations,
     linformer,
     lowrank,
     peers,
@@ -31,6 +32,7 @@ _FAMILIES = (
     informer,
     lowrank,
     peers,
+    integrations,
     startup,
 )
 BENCHMARKS: dict[str, Benchmark] = {

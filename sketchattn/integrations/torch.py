@@ -140,7 +140,7 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(q, k, v, method="skeinformer", rank=4, rng=0).shape
     torch.Size([2, 4, 16, 8])
     """
-    run = torch.compiler.disable(_attend) if torch.compiler.is_compiling() else _attend
+    run = _outside_graphs() if torch.compiler.is_compiling() else _attend
     return run(
         (query, key, value, attn_mask, sink),
         dropout_p,
@@ -152,6 +152,17 @@ def scaled_dot_product_attention(
         draw,
         parameters,
     )
+
+
+_disabled: Any = None
+
+
+def _outside_graphs() -> Any:
+    """Return ``_attend`` as a function that torch.compile does not look into, always the same."""
+    global _disabled
+    if _disabled is None:
+        _disabled = torch.compiler.disable(_attend)  # loads the compiler, which few need
+    return _disabled
 
 
 @dataclass

@@ -270,11 +270,11 @@ def differentiate_bias(
 # --- driver ---------------------------------------------------------------------------------
 
 
-def _tile(length: int, most: int) -> int:
-    """Return a length of tiles that leaves several of them for threads to share."""
-    for tile in (most, most // 2, most // 4):
-        if length >= 8 * tile:
-            return tile
+def _tile(slabs: int, length: int, most: int) -> int:
+    """Return a length of tiles that leaves several for threads to share, in all slabs together."""
+    for tile in (most, most // 2):
+        if slabs * -(-length // tile) >= 8:
+            return max(1, min(tile, length))
     return max(1, min(most // 4, length))
 
 
@@ -322,7 +322,7 @@ def softmax_gradients(
         shares = np.exp(sink.astype(np.float64)[:, None] - lse)
         d_sink = -(shares * delta).sum(axis=1).astype(dtype)
     boolean = mask is not None and mask.dtype == np.bool_
-    row_tile, key_tile = _tile(n_q, ROW_TILE), _tile(n_k, KEY_TILE)
+    row_tile, key_tile = max(1, min(ROW_TILE, n_q)), _tile(heads, n_k, KEY_TILE)
     chunks = max(1, min(-(-n_k // key_tile), -(-PARTS // max(heads, 1))))
     parts = np.empty((heads, chunks, n_q, d), dtype)
     d_k, d_v = np.empty((heads, n_k, d), dtype), np.empty((heads, n_k, width), dtype)
@@ -350,6 +350,7 @@ def softmax_gradients(
         differentiate(*shared, row_tile, key_tile, threads, parts, d_k, d_v)
         if bias_shape is not None and bias_slab is not None:
             slabs, m_q, m_k = bias_shape
+            row_tile = _tile(slabs, n_q, ROW_TILE)
             lines = n_q if m_q > 1 else -(-n_q // row_tile)
             d_bias = np.empty((slabs, lines, m_k), dtype)
             differentiate_bias(*shared, bias_slab, row_tile, key_tile, threads, d_bias)

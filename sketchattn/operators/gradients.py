@@ -30,12 +30,11 @@ from .reference import (
     FloatArray,
     IntArray,
     Mask,
-    bias_rows,
+    block_logits,
     block_rows,
     in_order,
     masked_logits,
     softmax_rows,
-    visible,
     weighted_values,
 )
 
@@ -116,26 +115,21 @@ def reference_vjp(
     def block(task: tuple[int, int]) -> tuple[FloatArray, FloatArray, float, FloatArray]:
         h, start = task
         stop = min(start + step, n_q)
-        slab = None if mask is None or mask_slab is None else mask[mask_slab[h]]
-        keys = None if key_mask is None or key_slab is None else key_mask[key_slab[h]]
-        seen = visible(
-            start,
-            stop,
-            n_k,
-            first=int(first[h]),
-            left=left,
-            right=right,
-            key_mask=keys,
-            mask=slab,
-        )
         rows, k_h, v_h, g = q[h, start:stop], k[h // group], v[h // group], cotangent[h, start:stop]
-        logits = masked_logits(
+        seen, logits = block_logits(
             rows,
             k_h,
+            h,
+            start,
             scale=scale,
+            first=first,
+            left=left,
+            right=right,
             softcap=softcap,
-            bias=bias_rows(slab, start, stop),
-            seen=seen,
+            key_mask=key_mask,
+            key_slab=key_slab,
+            mask=mask,
+            mask_slab=mask_slab,
         )
         top = None if sink is None else float(sink[h])
         weights, lse[h, start:stop] = softmax_rows(logits, seen, top)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 # keys, which so many rows outweigh.
 TILE_ENTRIES, LEAST_ROWS = 1 << 19, 32
 # Numbers that are gathered at a time for products of chosen pairs of rows.
-PAIR_ENTRIES = 1 << 22
+PAIR_ENTRIES = 1 << 20
 
 
 class Gradient(NamedTuple):
@@ -207,3 +207,24 @@ def means_pullback(labels: Array, g: Array) -> Array:
     counts = np.bincount(labels, minlength=len(g))
     spread: Array = (g / counts[:, None])[labels]
     return spread
+
+
+def pair_dots(a: Array, b: Array, i: Array, j: Array) -> Array:
+    """Return ``a_i . b_j`` for pairs of rows i and j, (t,).
+
+    Examples
+    --------
+    >>> one = np.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> pair_dots(one, one, np.array([0, 1]), np.array([1, 1])).tolist()
+    [11.0, 25.0]
+    """
+    out = np.empty(len(i))
+    step = max(1, PAIR_ENTRIES // max(a.shape[1], 1))
+    pieces = [slice(start, start + step) for start in range(0, len(i), step)]
+
+    def work(piece: slice) -> None:
+        out[piece] = np.einsum("tm,tm->t", a[i[piece]], b[j[piece]])
+
+    for _ in map_tiles(work, pieces):
+        pass
+    return out

@@ -331,25 +331,20 @@ def reference_attention(
     def block(task: tuple[int, int]) -> None:
         h, start = task
         stop = min(start + step, n_q)
-        slab = None if mask is None or mask_slab is None else mask[mask_slab[h]]
-        keys = None if key_mask is None or key_slab is None else key_mask[key_slab[h]]
-        seen = visible(
-            start,
-            stop,
-            n_k,
-            first=int(first[h]),
-            left=left,
-            right=right,
-            key_mask=keys,
-            mask=slab,
-        )
-        logits = masked_logits(
+        seen, logits = block_logits(
             q[h, start:stop],
             k[h // group],
+            h,
+            start,
             scale=scale,
+            first=first,
+            left=left,
+            right=right,
             softcap=softcap,
-            bias=bias_rows(slab, start, stop),
-            seen=seen,
+            key_mask=key_mask,
+            key_slab=key_slab,
+            mask=mask,
+            mask_slab=mask_slab,
         )
         weights, lse[h, start:stop] = softmax_rows(
             logits, seen, None if sink is None else float(sink[h])
@@ -367,7 +362,45 @@ def block_rows(n_k: int) -> int:
     return max(1, _BLOCK_BYTES // (8 * max(1, n_k)))
 
 
-def bias_rows(mask: Mask | None, start: int, stop: int) -> FloatArray | None:
+def block_logits(
+    rows: FloatArray,
+    k: FloatArray,
+    h: int,
+    start: int,
+    *,
+    scale: float,
+    first: IntArray,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+    key_mask: BoolArray | None,
+    key_slab: IntArray | None,
+    mask: Mask | None,
+    mask_slab: IntArray | None,
+) -> tuple[BoolArray, FloatArray]:
+    """Return what some rows of head h see, and their masked logits, both (rows, n_k).
+
+    ``rows`` are the queries from row ``start`` on, ``k`` the keys that the head reads; the options
+    are those of ``reference_attention``.
+    """
+    stop = start + len(rows)
+    slab = None if mask is None or mask_slab is None else mask[mask_slab[h]]
+    keys = None if key_mask is None or key_slab is None else key_mask[key_slab[h]]
+    seen = visible(
+        start,
+        stop,
+        len(k),
+        first=int(first[h]),
+        left=left,
+        right=right,
+        key_mask=keys,
+        mask=slab,
+    )
+    bias = _bias_rows(slab, start, stop)
+    return seen, masked_logits(rows, k, scale=scale, softcap=softcap, bias=bias, seen=seen)
+
+
+def _bias_rows(mask: Mask | None, start: int, stop: int) -> FloatArray | None:
     """Return the rows of an additive mask, and None for a boolean one."""
     if mask is None or mask.dtype == np.bool_:
         return None

@@ -20,6 +20,13 @@ from ..base.draws import Draw, check_draw
 from ..base.head import Head
 from ..operators.base import AttentionOperator, Index, pick
 from ..operators.factored import Assignment, FactoredAttention, zero_attention
+from ..operators.pullback import (
+    Gradient,
+    means_pullback,
+    rows_pullback,
+    softmax_pullback,
+    zero_gradient,
+)
 from ..operators.softmax import SoftmaxAttention, entries
 from ..operators.steep import is_steep
 from ..problem import AttentionProblem
@@ -258,8 +265,8 @@ class ImprovedClusteredAttention(AttentionOperator):
     def _rows_of_clusters(self) -> SoftmaxAttention:
         return cast(SoftmaxAttention, self.base.p)
 
-    def _each(self, work: Any) -> None:
-        """Run ``work(c, rows)`` for each cluster, with its slice of the queries in order."""
+    def _each(self, work: Any, first: int = 0, last: int | None = None) -> None:
+        """Run ``work(c, rows)`` for clusters, with their slices of the queries in order."""
         from ..kernels._threads import map_pieces
 
         starts = np.concatenate([[0], self.ends[:-1]]).tolist()
@@ -269,8 +276,9 @@ class ImprovedClusteredAttention(AttentionOperator):
             for c in range(piece.start, piece.stop):
                 work(c, slice(starts[c], ends[c]))
 
-        m = len(ends)
-        pieces = [slice(start, min(start + _CLUSTERS, m)) for start in range(0, m, _CLUSTERS)]
+        m = len(ends) if last is None else last
+        starting = range(first, m, _CLUSTERS)
+        pieces = [slice(start, min(start + _CLUSTERS, m)) for start in starting]
         for _ in map_pieces(some, pieces):
             pass
 
@@ -335,6 +343,54 @@ class ImprovedClusteredAttention(AttentionOperator):
             self._each(work)
             np.add.at(out[:, columns], self.top.ravel(), spread.reshape(-1, part.shape[1]))
         return out
+
+    def pullback(self, x: Array, g: Array) -> tuple[Gradient, Array]:
+        """Return what a cotangent G of ``Ahat X`` is at queries, keys and X, and at the centres.
+
+        Of the operator in float64.  The weights s of a query on T sum to M, the mass of T in the
+        row of the centre: a cotangent ``G_i . x_j`` of them is ``sum_j s_ij G_i . x_j / M`` for M,
+        and what it is above that for the query's own logits.  For the centre, entries on T have
+        that of M, and others ``sum_i G_i . x_j``.
+        """
+        centers, (m, t), d = self._rows_of_clusters.problem, self.top.shape, self.q.shape[1]
+        scale, kept = centers.scale, centers.kept_keys
+        sums, mass = np.asarray(self.base.u.T @ g), self.shared.sum(axis=1)
+        g, q, own = g[self.order], self.q[self.order], np.empty(self.q.shape)
+        dcenters, shift = np.empty((m, d)), np.empty(m)
+        dk, dx = np.zeros(centers.k.shape), np.zeros(x.shape)
+        step = max(1, _GATHERED // (t * max(d, x.shape[1], 1)))
+        for first in range(0, m, step):
+            top = self.top[first : first + step]
+            dkeys, dtop = np.empty((*top.shape, d)), np.empty((*top.shape, x.shape[1]))
+
+            def work(
+                c: int,
+                rows: slice,
+                first: int = first,
+                dkeys: Array = dkeys,
+                dtop: Array = dtop,
+            ) -> None:
+                s, values, keys = self.weights[rows], x[self.top[c]], centers.k[self.top[c]]
+                change = g[rows] @ values.T
+                mean = np.einsum("ij,ij->i", s, change)[:, None] / mass[c]
+                share = float(mean.sum())
+                change = s * (change - mean)
+                own[rows] = scale * (change @ keys)
+                # Of the centre's entries on T, what they have beside sum_i G_i . x_j.
+                beside = self.shared[c] * (share - values @ sums[c])
+                shift[c], dcenters[c] = -beside.sum(), scale * (beside @ keys)
+                dkeys[c - first] = scale * (change.T @ q[rows] + np.outer(beside, centers.q[c]))
+                dtop[c - first] = s.T @ g[rows] - np.outer(self.shared[c], sums[c])
+
+            self._each(work, first, first + len(top))
+            np.add.at(dk, top.ravel(), dkeys.reshape(-1, d))
+            np.add.at(dx, top.ravel(), dtop.reshape(-1, x.shape[1]))
+        made = softmax_pullback(centers.q, centers.k[kept], x[kept], sums, scale, lse=shift)
+        dq = np.empty(own.shape)
+        dq[self.order] = own
+        dk[kept] += made.k
+        dx[kept] += made.x
+        return Gradient(dq, dk, dx), dcenters + made.q
 
     def rows(self, index: Index) -> Array:
         """Return chosen rows as a dense array (len(index), n_k)."""
@@ -434,7 +490,13 @@ class Clustered(Method):
     def traits(self) -> Traits:
         """Rows are softmaxes, or parts of two that sum to one; every row sees all keys."""
         claims = IMPROVED_CLAIMS if self.improved else PLAIN_CLAIMS + FLOOR_CLAIMS
-        return Traits(key_mask=True, row_stochastic=True, nonnegative=True, claims=claims)
+        return Traits(
+            key_mask=True,
+            row_stochastic=True,
+            nonnegative=True,
+            claims=claims,
+            differentiable=True,
+        )
 
     # --- arguments --------------------------------------------------------------------------
 
@@ -514,3 +576,16 @@ class Clustered(Method):
         count = min(TOP_KEYS if self.top_keys is None else int(self.top_keys), keys)
         right = cast(SoftmaxAttention, base.p).problem
         return ImprovedClusteredAttention(base, problem.arrays.q, _top_keys(right, count))
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        if problem.n_q == 0 or not len(problem.kept_keys):
+            return zero_gradient(problem)
+        labels, m = _without_gaps(draw["labels"])
+        ahat = self._approximate(problem, draw)
+        if isinstance(ahat, ImprovedClusteredAttention):
+            found, dcenters = ahat.pullback(problem.values, cotangent)
+            return found._replace(q=found.q + means_pullback(labels, dcenters))
+        rows = cast(SoftmaxAttention, cast(FactoredAttention, ahat).p).problem
+        sums = np.asarray(Assignment(labels, m).T @ cotangent)
+        made = rows_pullback(rows, None, problem.values, sums)
+        return made._replace(q=means_pullback(labels, made.q))

@@ -378,7 +378,7 @@ class Compressed(Method):
         found = self.method.vjp(small, cotangent, **options)
         back = np.asarray(draw[PROJECTION], np.float64).T
         dk = product(found[1], back)
-        if self.center:
-            kept = problem.kept_keys
+        kept = problem.kept_keys
+        if self.center and len(kept):
             dk[kept] -= dk[kept].mean(axis=0)
         return Gradient(product(found[0], back), dk, found[2])

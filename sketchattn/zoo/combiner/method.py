@@ -23,6 +23,7 @@ from ...operators.partitioned.grid import Grid
 from ...operators.partitioned.layouts import Layout
 from ...operators.partitioned.operator import MixtureAttention, PartitionedAttention
 from ...operators.partitioned.summaries import Reference, Rule, is_variational
+from ...operators.pullback import Gradient, zero_gradient
 from ...partitions.patterns import PATTERNS as POSITIONAL
 from ...partitions.patterns import (
     block_of_rank,
@@ -58,6 +59,7 @@ from .choices import (
     read_direct,
     read_mass_weighted,
 )
+from .gradient import Made, gradient
 from .pieces import (
     Base,
     column_reference,
@@ -262,6 +264,7 @@ class Combiner(Method):
             uses_rank=self.block is None and any(x not in ("labels", "plan") for x in names),
             exact_at_full_rank=both and all(x not in ("labels", "plan") for x in names),
             autoregressive=flags.causal_safe,
+            differentiable=True,
             claims=CLAIMS + VARIATIONAL_CLAIMS if flags.lower_bound else CLAIMS,
         )
 
@@ -531,15 +534,24 @@ class Combiner(Method):
         parts = [self._part(problem, pattern, draw) for pattern in patterns]
         if len(parts) == 1:
             return parts[0]
-        equal = np.full(len(parts), 1 / len(parts))
-        weights = equal if self.weights is None else np.asarray(self.weights, np.float64)
+        weights = self._shares(len(parts))
         rank = min(part.effective_rank or 0 for part in parts)
         return MixtureAttention(parts, weights, rank)
+
+    def _shares(self, count: int) -> Array:
+        """Return the weights of the patterns that are averaged."""
+        if self.weights is None:
+            return np.full(count, 1 / count)
+        return np.asarray(self.weights, np.float64)
 
     def _part(
         self, problem: AttentionProblem, pattern: str | Plan, draw: Draw
     ) -> PartitionedAttention:
         """Return the matrix of one pattern."""
+        return self._made(problem, pattern, draw).ahat
+
+    def _made(self, problem: AttentionProblem, pattern: str | Plan, draw: Draw) -> Made:
+        """Return the matrix of one pattern, and how it came about."""
         c = self.choices
         direct = read_direct(c.direct)
         causal = bool(problem.causal)
@@ -568,9 +580,11 @@ class Combiner(Method):
                 remake=InFloat64(self._part, problem, (pattern, draw)),
             )
 
-        layout = base.layout
+        layout, kept = base.layout, None
         ahat = make(layout, reference)
+        before, regions = [], len(layout.lo)
         for _ in range(0 if refine is None else refine.iterations):
+            before.append(ahat)
             q0 = refined(ahat, problem, draw.get("pilot_rows"))
             reference = Reference("given", q0)
             ahat = make(layout, reference)
@@ -580,7 +594,18 @@ class Combiner(Method):
             if reference.q0 is not None and not reference.shared and kept is not None:
                 reference = Reference("given", reference.q0[kept])
             ahat = make(layout, reference)
-        return ahat
+        return Made(ahat, tuple(before), start, base.old, kept, regions)
+
+    def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
+        total = zero_gradient(problem)
+        if len(problem.kept_keys) == 0:
+            return total
+        patterns, pilots = list_patterns(self.choices.pattern), draw.get("pilot_rows")
+        for pattern, weight in zip(patterns, self._shares(len(patterns)), strict=True):
+            made = gradient(problem, self._made(problem, pattern, draw), pilots, weight * cotangent)
+            for x, part in zip(total, made, strict=True):
+                x += part
+        return total
 
     def _size(self, pattern: str, n: int) -> int:
         if self.block is not None:

@@ -20,6 +20,10 @@ from .choices import Direct, given_queries
 Array = NDArray[Any]
 
 
+# Mass of a region from which a mean weighted by it is taken.
+LEAST_MASS = 1e-300
+
+
 class Base(NamedTuple):
     """Hold a layout, the old numbers of its regions where some were dropped, and the budget."""
 
@@ -72,11 +76,16 @@ def columns_plan(n: int, m: int, causal: bool) -> Plan:
     return Plan(n, spans.direct, regions, uses, causal)
 
 
+def column_positions(problem: AttentionProblem, old: Array) -> Array:
+    """Return whose query is that of row x in the column that looks at it, or its last column."""
+    # Region x columns + c: its number is the position, but for the end of the last row.
+    return np.minimum(old, problem.n_k - 1)
+
+
 def column_reference(problem: AttentionProblem, base: Base) -> Reference:
     """Return the query of row x in the column that looks at it, or in the row's last column."""
     assert base.old is not None
-    # Region x columns + c: its number is the position, but for the end of the last row.
-    where = np.minimum(base.old, problem.n_k - 1)
+    where = column_positions(problem, base.old)
     return Reference("given", problem.q[where].astype(np.float64))
 
 
@@ -94,23 +103,35 @@ def reference_of(problem: AttentionProblem, name: Any, old: Array | None) -> Ref
     return Reference("given", given)
 
 
+def reference_sums(
+    ahat: PartitionedAttention, problem: AttentionProblem, pilots: Array | None
+) -> tuple[Array, Array, float]:
+    """Return ``sum_i rho_i(t) q_i`` (r, d), ``sum_i rho_i(t)`` (r,), and what was added to these.
+
+    With pilot rows these are mass as much as a region has on average, at the mean of all queries.
+    """
+    q = problem.arrays.q
+    y = np.concatenate([q, np.ones((len(q), 1), q.dtype)], axis=1)
+    sums = ahat.far_sums(y, pilots).astype(np.float64)
+    mass, extra = sums[:, -1], 0.0
+    sums = sums[:, :-1]
+    if pilots is not None:
+        extra = float(mass.sum() / max(np.count_nonzero(ahat.layout.nonempty), 1))
+        mean = problem.q.mean(axis=0, dtype=np.float64)
+        sums = sums + extra * mean
+        mass = mass + extra
+    return sums, mass, extra
+
+
 def refined(ahat: PartitionedAttention, problem: AttentionProblem, pilots: Array | None) -> Array:
     """Return the means of the queries weighted by what they put on each region, (r, d).
 
     ``q0_t = sum_i rho_i(t) q_i / sum_i rho_i(t)``, as it was where the denominator vanishes.
     """
-    q = problem.arrays.q
-    y = np.concatenate([q, np.ones((len(q), 1), q.dtype)], axis=1)
-    sums = ahat.far_sums(y, pilots).astype(np.float64)
-    mass, before = sums[:, -1], ahat.q0
-    if pilots is not None:
-        extra = mass.sum() / max(np.count_nonzero(ahat.layout.nonempty), 1)
-        mean = problem.q.mean(axis=0, dtype=np.float64)
-        sums = np.concatenate([sums[:, :-1] + extra * mean, sums[:, -1:]], axis=1)
-        mass = mass + extra
-    some = mass >= 1e-300
+    sums, mass, _ = reference_sums(ahat, problem, pilots)
+    some = mass >= LEAST_MASS
     divisor = np.where(some, mass, 1)[:, None]
-    return np.where(some[:, None], sums[:, :-1] / divisor, before)
+    return np.where(some[:, None], sums / divisor, ahat.q0)
 
 
 def promoted(layout: Layout, chosen: Array) -> tuple[Layout, Array | None]:

@@ -91,7 +91,7 @@ def gradient(
         np.zeros((0, 0)) if side is None else np.zeros(side.marks.shape) for side in parts[1:3]
     ]
 
-    packed = np.asarray(pack @ problem.arrays.v)
+    packed = np.asarray(pack @ problem.values)
     inner = packed if core is None else product(core, packed)
     logs = None if counts is None else np.log(counts)
     dcolumns = None  # cotangent of the columns of P that "lsq" looks at
@@ -149,11 +149,10 @@ def gradient(
         inside.k[kept] += made.k
         own.v[kept] += made.x
     if choice.landmarks == "segment_means":
-        for side, total, out, rows in zip(
-            (queries, keys), dmarks, (inside.q, inside.k), (slice(None), kept), strict=True
-        ):
-            if side is not None and side.labels is not None:
-                out[rows] += means_pullback(side.labels, total)
+        if queries is not None and queries.labels is not None:
+            inside.q[:] += means_pullback(queries.labels, dmarks[0])
+        if keys is not None and keys.labels is not None:
+            inside.k[kept] += means_pullback(keys.labels, dmarks[1])
     return own, inside
 
 
@@ -170,6 +169,7 @@ def _fitted(
     Adds that of the problem, whose exact columns are fitted, to ``own``.
     """
     columns, (ridge, cut) = numbers.columns, numbers.lsq
+    assert columns is not None
     p = np.asarray(pack.columns(columns), np.float64)
     inverse = pseudo_inverse_of(p, ridge, cut)
     # U P V = A X with X = R P V at the columns and zero elsewhere.

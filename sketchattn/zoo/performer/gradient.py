@@ -159,7 +159,8 @@ def dense_gradient(
         delta = np.einsum("ij,ij->i", g[tile], out)[:, None]
         change = np.concatenate([g[tile], -delta], axis=1) * inverse
         dx[tile] = of_queries.back(x[tile], features, t, change @ sums.T)[0]
-        return features.T @ change
+        found: Array = features.T @ change
+        return found
 
     for part in map_tiles(queries, query_tiles):
         dsums += part
