@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = str(min(4, max(2, cpu_count())))
     os.environ.setdefault("NUMBA_NUM_THREADS", threads)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", threads)
+    # A module of integrations, and with it its examples, needs the package of its name.
+    for package in ("jax", "onnx", "torch", "transformers"):
+        if find_spec(package) is None:
+            module = ROOT / "sketchattn" / "integrations" / f"{package}.py"
+            config.option.ignore = [*(config.option.ignore or ()), str(module)]
     # Workers that start with an empty cache would all compile the same kernels.
     controller = bool(getattr(config.option, "tx", None)) and not hasattr(config, "workerinput")
     everything = config.args == config.getini("testpaths") and not config.option.collectonly

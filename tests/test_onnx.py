@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import unittest
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from naive import naive_attention
 from numpy.typing import NDArray
+from packaging_checks import ROOT
 
 import sketchattn as sa
 from sketchattn.cli import main
@@ -27,6 +29,7 @@ from sketchattn.integrations.onnx import (
     Backend,
     Call,
     Case,
+    attend,
     conformance,
     evaluate,
     load_cases,
@@ -40,32 +43,12 @@ Array = NDArray[Any]
 CASES = load_cases()
 
 
-def public(call: Call, compute_dtype: Any) -> Array:
-    positions = call.causal or call.window != (-1, -1)
-    out: Array = sa.attention(
-        call.q,
-        call.k,
-        call.v,
-        "exact",
-        scale=call.scale,
-        causal="top-left" if call.causal else False,
-        offset=call.offset if positions else None,
-        window=call.window,
-        softcap=call.softcap,
-        key_mask=call.key_mask,
-        attn_mask=call.attn_mask,
-        enable_gqa=True,
-        compute_dtype=compute_dtype,
-    )
-    return out
-
-
 def reference_grade(call: Call) -> Array:
-    return public(call, np.float64)
+    return attend(call)
 
 
 def fast(call: Call) -> Array:
-    return public(call, None)
+    return attend(call, None)
 
 
 def loops(call: Call) -> Array:
@@ -95,10 +78,10 @@ def test_the_suite_is_complete() -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("attend", [reference_grade, fast, loops], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("program", [reference_grade, fast, loops], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_conformance(case: Case, attend: Callable[[Call], Array]) -> None:
-    assert mismatches(case, evaluate(case.node, attend)) == []
+def test_conformance(case: Case, program: Callable[[Call], Array]) -> None:
+    assert mismatches(case, evaluate(case.node, program)) == []
 
 
 def change(**changes: Any) -> Callable[[Call], Call]:
@@ -160,12 +143,12 @@ def test_the_report_counts_every_case_and_says_why_some_are_not_covered() -> Non
 
 def test_the_report_of_a_wrong_program_says_which_cases_and_outputs() -> None:
     def uncapped(call: Call) -> Array:
-        return room.attend(replace(call, softcap=0.0))
+        return attend(replace(call, softcap=0.0))
 
     def refuses(call: Call) -> Array:
         raise ValueError("no\nwindows") if call.window != (-1, -1) else AssertionError
 
-    report = conformance({"right": room.attend, "uncapped": uncapped})
+    report = conformance({"right": attend, "uncapped": uncapped})
     wrong = {x.name for x in report.failed}
     assert 0 < len(wrong) < 93
     assert wrong <= {case.name for case in CASES if case.node.attributes.get("softcap")}
@@ -184,7 +167,7 @@ def test_the_command_prints_the_counts_and_fails_where_a_case_does(
     assert main(["conformance", "onnx"]) == 0
     assert "93 of 93 cases passed" in capsys.readouterr().out
     monkeypatch.setattr(
-        room, "PROGRAMS", {"mutant": lambda call: room.attend(MUTANTS["causal ignored"](call))}
+        room, "PROGRAMS", {"mutant": lambda call: attend(MUTANTS["causal ignored"](call))}
     )
     assert main(["conformance", "onnx", "--json"]) == 1
     printed = json.loads(capsys.readouterr().out)
@@ -321,3 +304,17 @@ def test_other_operators_devices_and_opsets_are_refused_in_one_line() -> None:
         Backend.prepare(right, "CUDA:1")
     with pytest.raises(ValueError, match="got opset 22"):
         Backend.run_node(right.graph.node[0], list(X), opset_version=22)
+
+
+def test_the_code_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "text", "python", "python"]
+    names: dict[str, Any] = {}
+    exec(blocks[0][1], names)
+    version = re.compile(r"ONNX [\d.]+")
+    assert version.sub("", capsys.readouterr().out) == version.sub("", blocks[1][1])
+    exec(blocks[2][1], names)
+    assert re.match(r"\d+ cases see a missing causal mask", capsys.readouterr().out)
+    exec(blocks[3][1], names)
+    assert capsys.readouterr().out == "(1, 2, 5, 4) float32\n"

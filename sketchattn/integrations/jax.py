@@ -446,12 +446,14 @@ def _gradients(plan: _Plan, cotangent: Traced, lse: Traced, *tensors: Traced) ->
     )
 
 
-@_gradients.defjvp
 def _refuse(*_: Any) -> Any:
     raise ValueError(
         "gradients of attention must not be differentiated again, got a second derivative; use "
         "jax.nn.dot_product_attention for it"
     )
+
+
+_gradients.defjvp(_refuse)
 
 
 # --- the computation, on the host -----------------------------------------------------------------
@@ -557,7 +559,7 @@ class _Host:
     @property
     def group(self) -> int:
         """Query head h reads key head ``h // group``."""
-        return self.q.shape[-3] // self.k.shape[-3]
+        return int(self.q.shape[-3] // max(self.k.shape[-3], 1))
 
     def options(self, plan: _Plan) -> dict[str, Any]:
         """Return the options of exact attention."""
@@ -608,15 +610,15 @@ def _approximate(plan: _Plan, host: _Host) -> tuple[Array, Array]:
 def _approximate_vjp(plan: _Plan, host: _Host, g: Array) -> tuple[Array, Array, Array]:
     """Return the gradients of the method at the draw of the forward pass."""
     method = plan.made()
-    found = tuple(np.empty(x.shape, x.dtype) for x in (host.q, host.k, host.v))
+    q, k, v = (np.empty(x.shape, x.dtype) for x in (host.q, host.k, host.v))
     for index in np.ndindex(host.q.shape[:-4]):
         options, rng, draw = _entry(plan, host, index)
         call = check_call(**options, **NEUTRAL)
         draws = draws_of(call, method, rng, draw)
         flat = approximate_vjp(call, method, draws, g[index])
-        for result, part, x in zip(found, flat, (call.q, call.k, call.v), strict=True):
+        for result, part, x in zip((q, k, v), flat, (call.q, call.k, call.v), strict=True):
             result[index] = shaped(part, x)
-    return found
+    return q, k, v
 
 
 # What a method is never asked for.
