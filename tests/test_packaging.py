@@ -325,7 +325,12 @@ def test_the_tests_have_torch_and_an_environment_of_their_own(checkout: Checkout
     first = checkout.run("tests", "-k", "shape")
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[-1] == f"{WHOLE} -k shape"
-    assert checkout.installs() == ["pip>=21.3", "out[test]", "torch==2.13.0", "out[test,peers,models]"]
+    assert checkout.installs() == [
+        "pip>=21.3",
+        "out[test]",
+        "torch==2.13.0",
+        "out[test,peers,models]",
+    ]
     quick = checkout.run("tests", "--quick", "-k", "jl or svd")
     assert quick.stdout == (
         "ran: -m pytest -n 0 --dist worksteal -m quick tests/test_quick.py -k jl or svd\n"
