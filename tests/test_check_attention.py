@@ -218,7 +218,11 @@ def test_functions_are_given_arrays_of_jax() -> None:
 def test_jax_passes() -> None:
     jax = pytest.importorskip("jax")
     report = check(
-        jax.nn.dot_product_attention, convention="jax", dtypes=NARROW, backward=True, seeds=(0,)
+        jax.nn.dot_product_attention,
+        convention="jax",
+        dtypes=("bfloat16",),
+        backward=True,
+        seeds=(0,),
     )
     assert_passed(report)
     assert report.skipped == {}
