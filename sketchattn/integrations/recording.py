@@ -20,7 +20,6 @@ from .attention_interface import (
     implementations,
     modeling,
     put,
-    read_request,
     restore,
 )
 from .torch import torch
@@ -42,26 +41,16 @@ class Layer:
     asked: Request
 
 
-class _Recorder:
+class _Recorder(Registration):
     """Answer as another registration does, and keep what was asked."""
 
     def __init__(self, runs: Registration) -> None:
+        super().__init__(_NAME, runs.method, runs.rng, runs.decode)
         self.runs = runs
-        self.calls: list[tuple[Any, Request]] = []
+        self.asked: list[tuple[Any, Request]] = []
 
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **rest: Any,
-    ) -> tuple[Tensor, None]:
-        asked = read_request(module, query, key, value, attention_mask, scaling, dropout, rest)
-        self.calls.append((module, asked))
+    def answer(self, module: Any, asked: Request) -> tuple[Tensor, None]:
+        self.asked.append((module, asked))
         return self.runs.answer(module, asked)
 
 
@@ -78,24 +67,24 @@ def record(model: Any, inputs: Mapping[str, Any]) -> list[Layer]:
     recorder = _Recorder(REGISTERED.get(str(running), plain))
     put(_NAME, recorder)
     try:
-        plain.switch(model)
+        recorder.switch(model)
         with torch.no_grad():
             model(**inputs)
     finally:
         restore(before)
         put(_NAME, plain)  # what was recorded is not kept alive
-    if not recorder.calls:
+    if not recorder.asked:
         raise ValueError(
             f"model must take its attention from the interface of transformers, got "
             f"{type(model).__name__}, which did not ask for any; use another model"
         )
     names = {part: name for name, part in model.named_modules()}
-    numbers: list[Any] = [getattr(module, "layer_idx", None) for module, _ in recorder.calls]
+    numbers: list[Any] = [getattr(module, "layer_idx", None) for module, _ in recorder.asked]
     if None in numbers or len(set(numbers)) < len(numbers):
         numbers = list(range(len(numbers)))
     return [
         Layer(number, names.get(module, ""), asked)
-        for number, (module, asked) in zip(numbers, recorder.calls, strict=True)
+        for number, (module, asked) in zip(numbers, recorder.asked, strict=True)
     ]
 
 
