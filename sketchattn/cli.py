@@ -582,7 +582,7 @@ def _golden(
     cases: Annotated[str | None, typer.Option(help=CASES_HELP, metavar="A,B")] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Write golden vectors: small cases for checking other programs.
+    """Write golden vectors: cases for other programs.
 
     Inputs, draws, float64 results and tolerances of exact attention with all its options and of
     every method; the same bytes on every x86 machine.
@@ -676,9 +676,10 @@ def _capture(
     ] = Path("heads.safetensors"),
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Run a model of transformers on a text and write its heads, for study and certify.
+    """Record the heads of a model while it reads a text.
 
-    Queries, keys and values are those that attention is asked with, after rotary embedding.
+    They are written for study and certify.  Queries, keys and values are those that attention is
+    asked with, after rotary embedding.
     """
     from .heads.files import check_target, write_heads
     from .integrations.transformers import capture_text

@@ -158,6 +158,10 @@ def even(_: sa.AttentionProblem) -> Array:
 
 CALLS: dict[str, Callable[[sa.AttentionProblem], Any]] = {
     "attention": lambda p: sa.attention(p.q, p.k, p.v, return_lse=True),
+    "attention_vjp": lambda p: sa.attention_vjp(p.q, p.k, p.v, p.v),
+    "as_convention": lambda p: sa.as_convention("flash")(
+        *(x[None, :, None] for x in (p.q, p.k, p.values))
+    ),
     "certify": lambda p: sa.certify(p, p.v, rows=4),
     "certify_rows": lambda p: sa.certify_rows(sa.Combiner(rank=3).approximate(p, rng=0)),
     "dba_block": lambda p: layer(p, True),

@@ -1627,7 +1627,7 @@ def test_the_readme_says_what_its_example_prints(capsys: pytest.CaptureFixture[s
     if not readme.exists():
         pytest.skip("tests without their checkout")
     text = readme.read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    code = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
     exec(compile(code, "README.md", "exec"), {})
     printed = [float(x) for x in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
     uniform = sa.UniformColumns(rank=64).approximate(sa.load_heads("minilm")[5], rng=0)

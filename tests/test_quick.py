@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -30,6 +31,7 @@ import test_sampling
 import test_skeinformer
 import test_sketches
 import test_study
+import test_vjp
 from claim_cases import check_recorded, claims_of
 from method_cases import MethodCase
 
@@ -42,6 +44,9 @@ Check = Callable[[], object]
 
 # The file of sketchattn/kernels: a check whose answer is computed there.
 KERNELS: dict[str, Check] = {
+    "gradients": lambda: test_vjp.test_gradients_are_those_of_loops(
+        next(iter(test_vjp.CASES)), None
+    ),
     "features": lambda: test_performer.test_the_formula_by_loops({}, True, True, np.float32),
     "partitioned": test_combiner.test_products_are_those_of_the_formula_for_small_lengths,
     "probsparse": lambda: test_informer.test_a_given_draw_gives_what_the_formulas_give(
@@ -64,6 +69,11 @@ def operators() -> None:
         test_operators.test_products_are_those_of_the_dense_matrix(make(np.float32), np.float32)
 
 
+def other(name: str) -> Any:
+    """Return a file of tests, which skips where a package that it needs is missing."""
+    return importlib.import_module(name)
+
+
 # The room: a check of what it is for.  Kernels, methods and the theory have lists of their own.
 ROOMS: dict[str, Check] = {
     "base": lambda: test_methods.test_unknown_methods_and_parameters_are_refused(
@@ -75,12 +85,16 @@ ROOMS: dict[str, Check] = {
     "functional": lambda: test_attention.test_equals_the_loops(
         "gqa wide", "everything", np.float32
     ),
+    "integrations": lambda: other("test_onnx").test_a_node_runs_alone(),
     "heads": test_heads.test_heads_are_a_sequence_of_problems,
     "operators": operators,
     "partitions": test_partitions.test_spans_have_their_slots,
     "problem": test_problem.test_kept_keys,
     "sampling": test_sampling.test_poisson_golden_moment,
     "sketches": lambda: test_sketches.test_as_many_rows_as_columns_are_exact("srht"),
+    "testing": lambda: other(
+        "test_check_attention"
+    ).test_uniform_inputs_and_a_loose_tolerance_are_not_certified(),
     "studies": test_study.test_rows_are_error_reports_of_the_same_draw,
 }
 

@@ -297,3 +297,16 @@ def test_the_bits_do_not_depend_on_the_threads(heads: int, grade: Any) -> None:
     for other in found[1:]:
         for x, y in zip(other, found[0], strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_large_logits_have_the_gradients_of_float64(size: float, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.standard_normal((2, 24, 4)).astype(dtype) for _ in range(4))
+    k[:, 1::2] = k[:, ::2]  # equal keys share their weight, whatever the logits
+    found = sa.attention_vjp(dtype(size) * q, k, v, g, causal=True)
+    wanted = sa.attention_vjp(dtype(size) * q, k, v, g, causal=True, compute_dtype=np.float64)
+    for x, y in zip(found, wanted, strict=True):
+        # Once rounded; sums of at most 24 terms, each below the largest.
+        assert np.abs(x - y).max() <= 24 * np.finfo(dtype).eps * np.abs(y).max()

@@ -58,6 +58,7 @@ def _import(quick: bool, rounds: int) -> Iterator[Row]:
 def warmup(precisions: Iterable[str] = ("float32", "float64")) -> float:
     """Compile all kernels for these precisions, or load them from the cache; return the seconds."""
     from ..errors.reports import error_report
+    from ..functional.vjp import attention_vjp
     from ..zoo.combiner.method import Combiner
     from ..zoo.informer.method import Informer
     from ..zoo.nystromformer import Nystromformer
@@ -70,6 +71,7 @@ def warmup(precisions: Iterable[str] = ("float32", "float64")) -> float:
         q, k, v = (rng.standard_normal((8, 4)).astype(dtype) for _ in range(3))
         problem = AttentionProblem(q, k, v)
         problem.exact.column_sums()
+        attention_vjp(q, k, v, v)
         error_report(problem, problem.exact, path="streaming")
         Skeinformer(rank=2).attend(problem, rng=0)
         for pattern in ("fixed", "logsparse", "axial_vertical"):
@@ -81,6 +83,7 @@ def warmup(precisions: Iterable[str] = ("float32", "float64")) -> float:
         causal = AttentionProblem(q, k, v, causal=True)
         Performer(rank=2).approximate(causal, rng=0).rows(slice(2))
         Performer(rank=2).attend(causal, rng=0)
+        Performer(rank=2).vjp(causal, v, rng=0)
         for sampling in ("per_query", "shared"):
             Informer(rank=2, key_sampling=sampling).attend(problem, rng=0)
     return time.perf_counter() - start
