@@ -16,5 +16,7 @@ exclude_patterns = [".venv*", "build"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
 
 myst_heading_anchors = 3
+# Described without being installed.
+autodoc_mock_imports = ["jax", "onnx", "torch", "transformers"]
 numpydoc_show_class_members = False  # autodoc shows them
 html_theme = "alabaster"
