@@ -470,6 +470,7 @@ class InFloat64:
     problem: AttentionProblem
     rest: tuple[Any, ...] = ()
 
+    @blas_single_thread()
     def __call__(self) -> Any:
         """Return the approximation in float64."""
         return self.build(self.problem.astype(np.float64), *self.rest)
