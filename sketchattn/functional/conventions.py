@@ -25,7 +25,7 @@ from .batched import attention
 Array = NDArray[Any]
 
 # What jax writes into the logits that a mask hides.
-_JAX_HIDDEN = -0.7 * float(np.finfo(np.float32).max)
+JAX_HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 
 # Keywords that Hugging Face models hand to every attention function; the eager one ignores them.
 _HF_IGNORED = frozenset(
@@ -279,13 +279,13 @@ def jax_attention(
     rows = valid[0]
     if rows is not None:  # a row beyond the length sees no key
         empty = empty | ~np.broadcast_to(rows[..., None, :], empty.shape)
-    out = _with_means(out, empty, v)
+    out = with_means(out, empty, v)
     if rows is not None:
         out = np.where(np.expand_dims(rows, (-3, -1)), out, out.dtype.type(0))
     out = np.swapaxes(out, -2, -3)
     if not return_residual:
         return out
-    return out, round_to(np.swapaxes(np.where(empty, _JAX_HIDDEN, lse), -1, -2), q.dtype)
+    return out, round_to(np.swapaxes(np.where(empty, JAX_HIDDEN, lse), -1, -2), q.dtype)
 
 
 @without_floating_errors
@@ -352,26 +352,15 @@ def onnx_attention(
             f"q_num_heads and kv_num_heads must be given for inputs with 3 axes and only for "
             f"them, got {q_num_heads!r} and {kv_num_heads!r} for shape {q.shape}; see the layout"
         )
-    offset = np.zeros(len(q), np.int64)
-    if (past_key is None) != (past_value is None):
-        raise ValueError("past_key and past_value must be given together, got one; pass both")
-    if past_key is not None:
-        if nonpad_kv_seqlen is not None:
-            raise ValueError("nonpad_kv_seqlen must be None beside past_key, got both; drop one")
-        past = as_array(past_key, "past_key"), as_array(past_value, "past_value")
-        k, v = (np.concatenate(pair, axis=2) for pair in ((past[0], k), (past[1], v)))
-        offset += past[0].shape[2]
-    keys = None
-    n_k = k.shape[2]
-    if nonpad_kv_seqlen is not None:
-        valid = as_array(nonpad_kv_seqlen, "nonpad_kv_seqlen").reshape(len(q)).astype(np.int64)
-        offset = valid - q.shape[2]
-        keys = np.arange(n_k) < valid[:, None]
-    mask = None if attn_mask is None else as_array(attn_mask, "attn_mask")
-    if mask is not None and mask.shape[-1] < n_k:  # padded, never broadcast along the keys
-        fill = mask.dtype.type(0 if mask.dtype == np.bool_ else -np.inf)
-        pad = np.full((*mask.shape[:-1], n_k - mask.shape[-1]), fill, mask.dtype)
-        mask = np.concatenate([mask, pad], axis=-1)
+    k, v, offset, keys, mask = onnx_operands(
+        q,
+        k,
+        v,
+        None if attn_mask is None else as_array(attn_mask, "attn_mask"),
+        None if past_key is None else as_array(past_key, "past_key"),
+        None if past_value is None else as_array(past_value, "past_value"),
+        None if nonpad_kv_seqlen is None else as_array(nonpad_kv_seqlen, "nonpad_kv_seqlen"),
+    )
     out = attention(
         q,
         k,
@@ -387,6 +376,40 @@ def onnx_attention(
         compute_dtype=compute_dtype,
     )
     return np.swapaxes(out, 1, 2).reshape(len(q), q.shape[2], -1) if packed else out
+
+
+def onnx_operands(
+    q: Array,
+    k: Array,
+    v: Array,
+    attn_mask: Array | None = None,
+    past_key: Array | None = None,
+    past_value: Array | None = None,
+    nonpad_kv_seqlen: Array | None = None,
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """Return keys, values, positions of query 0, key mask and mask of the operator Attention.
+
+    Heads are unpacked, (batch, h, n, d); positions int64 (batch,), the key mask (batch, n_k).
+    """
+    if (past_key is None) != (past_value is None):
+        raise ValueError("past_key and past_value must be given together, got one; pass both")
+    offset = np.zeros(len(q), np.int64)
+    if past_key is not None and past_value is not None:
+        if nonpad_kv_seqlen is not None:
+            raise ValueError("nonpad_kv_seqlen must be None beside past_key, got both; drop one")
+        k, v = np.concatenate([past_key, k], axis=2), np.concatenate([past_value, v], axis=2)
+        offset += past_key.shape[2]
+    n_k, keys = k.shape[2], None
+    if nonpad_kv_seqlen is not None:
+        valid = nonpad_kv_seqlen.reshape(len(q)).astype(np.int64)
+        offset = valid - q.shape[2]
+        keys = np.arange(n_k) < valid[:, None]
+    mask = attn_mask
+    if mask is not None and mask.shape[-1] < n_k:  # padded, never broadcast along the keys
+        fill = mask.dtype.type(0 if mask.dtype == np.bool_ else -np.inf)
+        pad = np.full((*mask.shape[:-1], n_k - mask.shape[-1]), fill, mask.dtype)
+        mask = np.concatenate([mask, pad], axis=-1)
+    return k, v, offset, keys, mask
 
 
 @without_floating_errors
@@ -543,7 +566,7 @@ def _arrays(**named: object) -> list[Array]:
     return [as_array(x, name) for name, x in named.items()]
 
 
-def _with_means(out: Array, empty: Array, v: Array) -> Array:
+def with_means(out: Array, empty: Array, v: Array) -> Array:
     """Return the output (..., h, n_q, d_v) with the mean of V in rows that see no key."""
     if not empty.any() or not v.shape[-2]:
         return out
@@ -599,7 +622,7 @@ conventions: Mapping[str, Convention] = MappingProxyType(
                 causal="top-left",
                 window="(left, right), top-left; an integer is both sides",
                 empty_row="mean",
-                lse_empty=_JAX_HIDDEN,
+                lse_empty=JAX_HIDDEN,
                 mask_plus_causal="intersected",
                 gqa="by the numbers of heads",
                 dv=False,

@@ -22,6 +22,7 @@ from ..functional.approximate import approximate_vjp, draws_of
 from ..functional.batched import attention
 from ..functional.call import check_call
 from ..functional.checks import check_foreign
+from ..functional.conventions import JAX_HIDDEN, with_means
 from ..functional.exact import check_exact, is_exact
 from ..functional.vjp import attention_vjp, shaped
 from ..operators.reference import round_to
@@ -44,7 +45,7 @@ Traced = Any  # an array of JAX, or what stands for one while a program is trace
 
 KINDS = ("float16", "bfloat16", "float32", "float64")
 # What JAX writes into logits that are hidden: the logsumexp of a row that sees no key.
-HIDDEN = np.float32(-0.7) * np.finfo(np.float32).max
+HIDDEN = np.float32(JAX_HIDDEN)
 # Axes of query, key, value, bias, mask, query and key lengths, and seed, without those of vmap.
 RANKS = (4, 4, 4, 4, 4, 1, 1, 1)
 
@@ -474,10 +475,7 @@ class _Forward:
         else:
             out, lse = _approximate(self.plan, host)
         empty = np.isneginf(lse)
-        if empty.any() and host.v.shape[-2]:
-            mean = host.v.astype(np.float64).mean(axis=-2, keepdims=True)
-            mean = np.repeat(round_to(mean, out.dtype), host.group, axis=-3)
-            out = np.where(empty[..., None], mean, out)
+        out = with_means(out, empty, host.v)
         if host.rows is not None:
             rows = host.rows[..., None, :]
             out = np.where(rows[..., None], out, out.dtype.type(0))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..functional.batched import attention
+from ..functional.conventions import onnx_operands
 from ..operators.reference import Stage, masked_logits, round_to, softmax_rows, visible
 
 try:
@@ -129,35 +130,12 @@ def prepare(node: Node) -> Call:
     get, inputs = node.attributes.get, node.inputs
     q = unpack(inputs["Q"], "Q", get("q_num_heads"))
     k, v = (unpack(inputs[x], x, get("kv_num_heads")) for x in ("K", "V"))
-    if ("past_key" in inputs) != ("past_value" in inputs):
-        raise ValueError("past_key must be given together with past_value, got one; give both")
-    past = 0
-    if "past_key" in inputs:
-        if "nonpad_kv_seqlen" in inputs:
-            raise ValueError("nonpad_kv_seqlen must be absent beside past_key, got both; drop one")
-        past = inputs["past_key"].shape[2]
-        k = np.concatenate([inputs["past_key"], k], axis=2)
-        v = np.concatenate([inputs["past_value"], v], axis=2)
-    (batch, _, n_q, d), n_k = q.shape, k.shape[2]
-
-    offset = np.full(batch, past, dtype=np.int64)
-    key_mask = None
-    if "nonpad_kv_seqlen" in inputs:
-        valid = inputs["nonpad_kv_seqlen"].reshape(batch)
-        offset = valid - n_q
-        key_mask = np.arange(n_k) < valid[:, None]
-
-    mask = inputs.get("attn_mask")
-    if mask is not None and mask.shape[-1] < n_k:  # padded, never broadcast along the keys
-        fill: Any = False if mask.dtype == np.bool_ else -np.inf
-        pad = np.full((*mask.shape[:-1], n_k - mask.shape[-1]), fill, dtype=mask.dtype)
-        mask = np.concatenate([mask, pad], axis=-1)
-
+    k, v, offset, key_mask, mask = onnx_operands(q, k, v, *map(inputs.get, INPUTS[3:]))
     return Call(
         q=q,
         k=k,
         v=v,
-        scale=float(get("scale", d**-0.5)),
+        scale=float(get("scale", q.shape[3] ** -0.5)),
         causal=bool(get("is_causal", 0)),
         offset=offset,
         window=(int(get("left_window_size", -1)), int(get("right_window_size", -1))),
