@@ -99,6 +99,8 @@ def results(method: sa.Method, problem: sa.AttentionProblem) -> list[Any]:
         found += [ahat @ problem.values, ahat.T @ y, ahat @ y[:, 0], ahat.T @ y[:, 0]]
         found += [ahat.to_dense(), ahat.rows(some), ahat.columns(some), ahat.row_sums()]
         found += [ahat.wide() @ problem.values]
+    if method.traits.differentiable:
+        found += method.vjp(problem, problem.values[: problem.n_q], rng=0)
     return found
 
 

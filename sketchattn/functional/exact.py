@@ -42,14 +42,15 @@ def check_exact(
         as_generator(rng)  # unused, but a wrong one would fail with any other method
 
 
-def exact(call: Call) -> tuple[Array, Array]:
+def exact(call: Call, flat: tuple[Array, Array, Array, bool] | None = None) -> tuple[Array, Array]:
     """Return the output (H, n_q, d_v) of flat heads and their logsumexp (H, n_q).
 
-    Keys and values that are not finite reach the rows that see them, and no others.
+    Keys and values that are not finite reach the rows that see them, and no others.  ``flat`` is
+    what ``arrays`` returns for this call, if it is known.
     """
     from ..kernels.softmax import softmax_product  # loads the compiler, which refusals do without
 
-    q, k, v, clean = arrays(call)
+    q, k, v, clean = arrays(call) if flat is None else flat
     options = vars(call.terms)
     product = reference_attention if call.reference else softmax_product
     if clean:

@@ -171,7 +171,7 @@ def _flat_vjp(
             "bias_slab": of_head,
         }
     if not call.reference:
-        out, lse = exact(call) if forward is None else forward
+        out, lse = exact(call, (q, k, v, clean)) if forward is None else forward
         # Weights of kernels are exp(L - lse), which large logits round away.
         if clean and np.isfinite(g).all() and not may_be_steep(lse, q, k, terms).any():
             from ..kernels.gradients import softmax_gradients  # loads the compiler

@@ -13,17 +13,16 @@ the bits do not depend on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..base.head import Head
+from ..kernels._threads import map_pieces
 from .solve import row_softmax
 
 Array = NDArray[Any]
-T = TypeVar("T")
 
 # Entries of one array of a tile, and rows of it at least: a tile adds to arrays as long as the
 # keys, which so many rows outweigh.
@@ -65,20 +64,6 @@ def row_tiles(rows: int, width: int) -> list[slice]:
     """Return the tiles of an array of that many rows and columns."""
     step = max(LEAST_ROWS, TILE_ENTRIES // max(width, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def map_tiles(work: Callable[[slice], T], tiles: Sequence[slice]) -> Iterator[T]:
-    """Yield ``work`` of all tiles in their order, computed by several threads.
-
-    Floating-point exceptions are ignored in them; those of the caller do not reach a thread.
-    """
-    from ..kernels._threads import map_pieces
-
-    def quietly(tile: slice) -> T:
-        with np.errstate(all="ignore"):
-            return work(tile)
-
-    yield from map_pieces(quietly, tiles)
 
 
 def softmax_pullback(
@@ -137,7 +122,7 @@ def softmax_pullback(
         dq[tile] = scale * (change @ k)
         return scale * (change.T @ q[tile]), dx_part, change.sum(axis=0)
 
-    for dk_part, dx_part, db_part in map_tiles(work, row_tiles(len(q), len(k))):
+    for dk_part, dx_part, db_part in map_pieces(work, row_tiles(len(q), len(k))):
         dk += dk_part
         dx += dx_part
         db += db_part
@@ -225,6 +210,6 @@ def pair_dots(a: Array, b: Array, i: Array, j: Array) -> Array:
     def work(piece: slice) -> None:
         out[piece] = np.einsum("tm,tm->t", a[i[piece]], b[j[piece]])
 
-    for _ in map_tiles(work, pieces):
+    for _ in map_pieces(work, pieces):
         pass
     return out

@@ -342,6 +342,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         pairs = zip(problems, rngs, strict=True)
         return stacked([self.attend(problem, rng, draw=draw) for problem, rng in pairs])
 
+    @blas_single_thread()
     def vjp(
         self,
         problem: AttentionProblem,

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels._threads import product
-from ...operators.pullback import Gradient, map_tiles, row_tiles, softmax_pullback
+from ...kernels._threads import map_pieces, product
+from ...operators.pullback import Gradient, row_tiles, softmax_pullback
 from ...operators.solve import solution
 from ...problem import AttentionProblem
 
@@ -138,14 +138,14 @@ def dense_gradient(
             j, feature = np.unravel_index(t.argmax(), t.shape)
             return float(t[j, feature]), tile.start + int(j), int(feature)
 
-        top, *found = max(map_tiles(largest, key_tiles), key=lambda one: one[0])
+        top, *found = max(map_pieces(largest, key_tiles), key=lambda one: one[0])
         place = found[0], found[1]
         of_keys, of_queries = _Positive(omega, eps, top), _Positive(omega, eps, None)
 
     # B [V, 1], then F and its cotangent, then that of B.
     more = np.concatenate([values, np.ones((len(values), 1))], axis=1)
     sums = np.zeros((width, more.shape[1]))
-    for part in map_tiles(lambda tile: of_keys.of(rows[tile])[0].T @ more[tile], key_tiles):
+    for part in map_pieces(lambda tile: of_keys.of(rows[tile])[0].T @ more[tile], key_tiles):
         sums += part
     dx, dsums = np.zeros(x.shape), np.zeros(sums.shape)
 
@@ -162,7 +162,7 @@ def dense_gradient(
         found: Array = features.T @ change
         return found
 
-    for part in map_tiles(queries, query_tiles):
+    for part in map_pieces(queries, query_tiles):
         dsums += part
     dy, dv = np.zeros(y.shape), np.zeros(problem.values.shape)
 
@@ -172,7 +172,7 @@ def dense_gradient(
         dy[kept[tile]], shift = of_keys.back(rows[tile], features, t, more[tile] @ dsums.T)
         return shift
 
-    shift = sum(map_tiles(keys, key_tiles))
+    shift = sum(map_pieces(keys, key_tiles))
     if not signed:
         dy[kept[place[0]]] += shift * omega[place[1]]
     return Gradient(dx, dy, dv)

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...base.draws import Draw
+from ...kernels._threads import map_pieces
 from ...operators.pullback import (
     Gradient,
     Sight,
     chosen_pullback,
     columns_pullback,
-    map_tiles,
     row_tiles,
     rows_pullback,
     softmax_pullback,
@@ -130,7 +130,7 @@ def _adaptive(fill: str, problem: AttentionProblem, columns: Array, g: Array) ->
         return scale * (ds.T @ q[tile]), weights.T @ g[tile]
 
     dk, dv = np.zeros(k.shape), np.zeros(v.shape)
-    for dk_part, dv_part in map_tiles(work, row_tiles(n_q, len(columns))):
+    for dk_part, dv_part in map_pieces(work, row_tiles(n_q, len(columns))):
         dk[columns] += dk_part
         dv[columns] += dv_part
     dv += spread(outside).T @ g
