@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
 
 # What to do about an error of the file system.
 _REMEDIES = {
@@ -106,6 +112,38 @@ def as_folder(out: Any) -> Path | None:
 
 # Neither JSON nor CSV has a word for numbers that are not finite that all readers share.
 _SPELLED = ("inf", "-inf", "nan")
+
+
+# Numbers of a .safetensors file that NumPy has a type for; BF16 is read by its bits.
+KINDS = {
+    "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "BOOL": "?",
+    "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
+    "U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8",
+}  # fmt: skip
+
+
+def parse_safetensors(raw: bytes) -> tuple[dict[str, Array], dict[str, str], dict[str, str]]:
+    """Return the arrays of a ``.safetensors`` file, their kinds in its own words, and its metadata.
+
+    Arrays are read-only.  BF16 is widened to float32, which is exact; kinds that are not in
+    ``KINDS`` are left as bytes.  Raises ``safetensors.SafetensorError`` for other bytes.
+    """
+    from safetensors import deserialize
+
+    parse: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
+    parsed = parse(raw)
+    # The parser has checked the header: 8 bytes of length, then JSON.
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    arrays: dict[str, Array] = {}
+    kinds: dict[str, str] = {}
+    for name, tensor in parsed:
+        kind = kinds[name] = str(tensor["dtype"])
+        x = np.frombuffer(tensor["data"], KINDS.get(kind, "<u1"))
+        if kind in KINDS:
+            x = x.reshape(tensor["shape"])
+        # bfloat16 is the upper half of a float32.
+        arrays[name] = (x.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else x
+    return arrays, kinds, dict(header.get("__metadata__") or {})
 
 
 def encode(value: Any) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import Causal, check_scale, closest
-from ..base.files import write_bytes
+from ..base.files import parse_safetensors, write_bytes
 from ..problem import AttentionProblem
 from .container import ENTRIES, TENSORS, Heads
 
@@ -216,28 +216,19 @@ def _unreadable(error: Exception, kind: str) -> ValueError:
 
 def from_safetensors(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the tensors of a ``.safetensors`` file and its metadata; bfloat16 as float32."""
-    from safetensors import SafetensorError, deserialize
+    from safetensors import SafetensorError
 
-    parse: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
     try:
-        parsed = parse(raw)
+        tensors, kinds, metadata = parse_safetensors(raw)
     except SafetensorError as error:
         raise _unreadable(error, ".safetensors") from error
-    # The parser has checked the header: 8 bytes of length, then JSON.
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    stored = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?", "BF16": "<u2"}
-    tensors: dict[str, Array] = {}
-    for name, tensor in parsed:
-        kind = tensor["dtype"]
-        if kind not in stored:
+    for name, kind in kinds.items():
+        if kind not in ("F16", "BF16", "F32", "F64", "BOOL"):
             raise TypeError(
                 f"{name} must be stored as F16, BF16, F32 or F64 (key_mask as BOOL), got {kind}; "
                 f"convert it first"
             )
-        x = np.frombuffer(tensor["data"], stored[kind]).reshape(tensor["shape"])
-        # bfloat16 is the upper half of a float32.
-        tensors[name] = (x.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else x
-    return tensors, dict(header.get("__metadata__") or {})
+    return tensors, metadata
 
 
 def _from_npz(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:

@@ -7,7 +7,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from os import PathLike
@@ -18,19 +18,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, closest
-from ..base.files import encode
+from ..base.files import KINDS, encode, parse_safetensors
 from .inputs import DTYPES
 from .vectors import SCHEMA, GoldenCase, array_digest, pick
 
 Array = NDArray[Any]
 Outputs = Mapping[str, ArrayLike] | str | PathLike[str]
-
-# Kinds of numbers in a .safetensors file; bfloat16 is read as float32, from which it is exact.
-_KINDS = {
-    "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "BOOL": "?",
-    "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
-    "U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,31 +167,24 @@ def _badness(x: GoldenRecord) -> float:
 
 def read_tensors(raw: bytes, source: str) -> tuple[dict[str, Array], dict[str, str], str]:
     """Return the arrays of a .safetensors file, their dtypes, and the text of entry "case"."""
-    from safetensors import SafetensorError, deserialize
+    from safetensors import SafetensorError
 
-    parse: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
     try:
-        parsed = parse(raw)
+        arrays, kinds, metadata = parse_safetensors(raw)
     except SafetensorError as error:
         raise ValueError(
             f"{source} must be a whole .safetensors file, got bytes that are not "
             f"({(str(error).splitlines() or [''])[0]}); write it again"
         ) from error
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    arrays, kinds = {}, {}
-    for name, tensor in parsed:
-        kind = str(tensor["dtype"])
-        if kind not in _KINDS:
+    for name, kind in kinds.items():
+        if kind not in KINDS:
             raise ValueError(
-                f"{source} must hold {', '.join(_KINDS)}, got {kind} for {name!r}; convert it"
+                f"{source} must hold {', '.join(KINDS)}, got {kind} for {name!r}; convert it"
             )
-        # A copy: what a buffer gives is read-only, which compiled code is not made for.
-        x = np.frombuffer(tensor["data"], _KINDS[kind]).reshape(tensor["shape"]).copy()
-        if kind == "BF16":
-            x = (x.astype(np.uint32) << 16).view(np.float32)
-        arrays[name] = x
-        kinds[name] = "bfloat16" if kind == "BF16" else x.dtype.name
-    return arrays, kinds, str((header.get("__metadata__") or {}).get("case", "{}"))
+    # Copies: what a buffer gives is read-only, which compiled code is not made for.
+    copies = {name: x.copy() for name, x in arrays.items()}
+    dtypes = {n: "bfloat16" if kinds[n] == "BF16" else x.dtype.name for n, x in copies.items()}
+    return copies, dtypes, str(metadata.get("case", "{}"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
