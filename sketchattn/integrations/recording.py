@@ -22,7 +22,7 @@ from .attention_interface import (
     put,
     restore,
 )
-from .torch import torch
+from .torch import array_of, torch
 
 Array = NDArray[Any]
 Tensor = Any
@@ -182,8 +182,8 @@ def _problem(layer: Layer, heads: Sequence[int] | None, leave_out: Sequence[str]
     entries, h, _, d = asked.query.shape
     chosen = list(range(h)) if heads is None else _numbers(heads, "heads", range(h))
     shared = np.asarray(chosen) // (h // asked.key.shape[1])
-    q = _array(asked.query)[:, chosen]
-    k, v = (_array(x)[:, shared, : seen.keys] for x in (asked.key, asked.value))
+    q = array_of(asked.query)[:, chosen]
+    k, v = (array_of(x)[:, shared, : seen.keys] for x in (asked.key, asked.value))
     kept = np.ones((1, seen.keys), bool) if seen.key_mask is None else seen.key_mask
     return _Problem(
         q,
@@ -196,13 +196,6 @@ def _problem(layer: Layer, heads: Sequence[int] | None, leave_out: Sequence[str]
         asked.key.shape[1],
         [word for word in LEFT_OUT if present[word]],
     )
-
-
-def _array(x: Tensor) -> Array:
-    """Return a tensor as an array; bfloat16 is widened, which is exact."""
-    x = x.detach()
-    found: Array = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-    return found
 
 
 def _numbers(wanted: Sequence[int], name: str, known: Any) -> list[int]:

@@ -191,7 +191,7 @@ class _Run:
     def call(self, tensors: Sequence[Tensor | None]) -> Call:
         """Return the validated call of ``sketchattn.attention`` for these tensors."""
         wide = as_precision(self.options["compute_dtype"]) == np.float64
-        q, k, v, mask, sink = (None if x is None else _array(x, wide=wide) for x in tensors)
+        q, k, v, mask, sink = (None if x is None else array_of(x, wide=wide) for x in tensors)
         return check_call(q, k, v, attn_mask=mask, sink=sink, return_lse=False, **self.options)
 
 
@@ -215,7 +215,7 @@ def _attend(
     for name in ("key_mask", "offset"):
         if isinstance(options[name], torch.Tensor):
             _check_tensor(options[name], name)
-            options[name] = _array(options[name])
+            options[name] = array_of(options[name])
     if isinstance(dropout_p, bool) or dropout_p != 0:
         raise ValueError(
             f"dropout_p must be 0.0, got {dropout_p!r}; there is no dropout here, weights are "
@@ -279,7 +279,7 @@ def _broadcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return q, k, v
 
 
-def _array(x: Tensor, *, wide: bool = False) -> Array:
+def array_of(x: Tensor, *, wide: bool = False) -> Array:
     """Return the memory of a tensor as an array; bfloat16 is widened, which is exact."""
     x = x.detach().resolve_conj().resolve_neg()
     if x.dtype == torch.bfloat16:
@@ -375,11 +375,11 @@ def _backward(
     """Return the gradients of q, k, v, the mask and the sink, where they are needed."""
     *tensors, result, lse, before = saved
     call = run.call(tensors)
-    g = _array(gradient, wide=call.reference)
-    mask, sink = (None if x is None else _array(x) for x in tensors[3:])
+    g = array_of(gradient, wide=call.reference)
+    mask, sink = (None if x is None else array_of(x) for x in tensors[3:])
     if run.exact:
-        out = _array(before if before.numel() else result)
-        forward = call.layout.flatten(out, call.computing), _array(lse)
+        out = array_of(before if before.numel() else result)
+        forward = call.layout.flatten(out, call.computing), array_of(lse)
         shape = mask.shape if mask is not None and needed[3] else None
         found = exact_vjp(call, g, shape, forward)
         gradients = (found.q, found.k, found.v, found.bias, found.sink)
