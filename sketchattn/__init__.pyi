@@ -30,6 +30,7 @@ from .operators.partitioned.operator import PartitionedAttention as PartitionedA
 from .operators.product import ProductSketch as ProductSketch
 from .operators.sampled import SampledAttention as SampledAttention
 from .operators.softmax import SoftmaxAttention as SoftmaxAttention
+from .operators.sparse import SparseAttention as SparseAttention
 from .problem import AttentionProblem as AttentionProblem
 from .sketches import compression as compression
 from .studies.run import study as study

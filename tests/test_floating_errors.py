@@ -191,6 +191,9 @@ CALLS: dict[str, Callable[[sa.AttentionProblem], Any]] = {
         p.exact.columns([1]),
     ],
     "FactoredAttention": lambda p: sa.FactoredAttention(p.q, None, p.k.T.copy()),
+    "SparseAttention": lambda p: sa.SparseAttention(
+        np.arange(len(p.q) + 1), np.zeros(len(p.q), np.int64), np.abs(p.q[:, 0]), n_k=12
+    ),
     "SampledAttention": lambda p: sa.SampledAttention(np.arange(4), np.abs(p.q), n_k=12),
     "PartitionedAttention": lambda p: sa.Combiner(rank=3).approximate(p, rng=0),
     "ProductSketch": lambda p: sa.ProductSketch(p, make_sketch("srht", 4, 12, rng=0)),

@@ -268,6 +268,30 @@ def test_heads_together_are_heads_one_at_a_time(case: MethodCase, dtype: Any) ->
 
 
 @every_method
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_normalisers_go_with_the_outputs(case: MethodCase, dtype: Any) -> None:
+    masks = [None, *([np.arange(30) % 3 > 0, np.zeros(30, bool)] if case.traits.key_mask else [])]
+    for mask in masks:
+        problem = make_problem(30, 30, dtype, key_mask=mask, causal=case.traits.causal)
+        method = case(30)
+        if not case.traits.logsumexp:
+            with pytest.raises(ValueError, match="method must know the normaliser of its rows"):
+                method.attend_with_lse(problem, 0)
+            return
+        output, lse = method.attend_with_lse(problem, 0)
+        assert output.dtype == lse.dtype == dtype
+        assert lse.shape == (30,)
+        tolerance = rounding(problem)
+        attended = method.attend(problem, 0)
+        assert np.abs(output - attended).max() <= tolerance * np.abs(problem.values).max()
+        assert np.array_equal(output == 0, np.broadcast_to((lse == -np.inf)[:, None], output.shape))
+        if case.traits.exact_at_full_rank:
+            seen = problem.logsumexp > -np.inf
+            assert np.array_equal(lse > -np.inf, seen)
+            assert np.abs(lse[seen] - problem.logsumexp[seen]).max(initial=0.0) <= tolerance
+
+
+@every_method
 def test_draws_that_do_not_fit_are_refused(case: MethodCase) -> None:
     problem = make_problem(12, 12)
     method = case(4)

@@ -159,6 +159,18 @@ def sampled(own: bool) -> Make:
     return make
 
 
+def ragged(dtype: Any) -> Made:
+    rng = np.random.default_rng(0)
+    lengths = np.array([3, 0, 9, 1, 2])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    columns = np.concatenate([rng.permutation(9)[:length] for length in lengths])
+    weights = rng.standard_normal(len(columns)).astype(dtype)
+    dense = np.zeros((5, 9))
+    dense[np.repeat(np.arange(5), lengths), columns] = weights
+    made = sa.SparseAttention(starts, columns, weights, 9)
+    return Made(made, dense, np.abs(dense), 100 * unit_roundoff(dtype))
+
+
 def nothing_sampled(dtype: Any) -> Made:
     made = sa.SampledAttention(np.zeros(0, np.int64), np.zeros((7, 0), dtype), 9)
     return Made(made, np.zeros((7, 9)), np.zeros((7, 9)), 0.0)
@@ -249,6 +261,7 @@ OPERATORS: dict[str, Make] = {
     "sampled": sampled(False),
     "sampled own": sampled(True),
     "sampled nothing": nothing_sampled,
+    "sparse": ragged,
     "sampled replaced": replaced_only,
     **FILLED,
     "dense": held(False),
@@ -600,6 +613,23 @@ def test_factors_that_do_not_fit_are_refused(shapes: list[Any], text: str) -> No
 def test_columns_that_do_not_fit_are_refused(columns: Any, text: str) -> None:
     with pytest.raises(ValueError, match=message(text)):
         sa.SampledAttention(np.array(columns), np.ones((3, 2)), 4)
+
+
+@pytest.mark.parametrize(
+    ("starts", "columns", "text"),
+    [
+        ([0, 1, 2], [0], "columns must have the shape (t,) of weights, got (1,) and (2,); give"),
+        ([0, 1, 1], [0, 1], "starts must rise from 0 to len(columns) = 2, got [0 1 1]...; give"),
+        ([1, 1, 2], [0, 1], "starts must rise from 0 to len(columns) = 2, got [1 1 2]...; give"),
+        ([0, 3, 2], [0, 1], "starts must rise from 0 to len(columns) = 2, got [0 3 2]...; give"),
+        ([0, 1, 2], [0, 4], "columns must be distinct in each row and in 0..n_k - 1 = 3, got keys"),
+        ([0, 1, 2], [-1, 0], "columns must be distinct in each row and in 0..n_k - 1 = 3, got"),
+        ([0, 0, 2], [1, 1], "columns must be distinct in each row and in 0..n_k - 1 = 3, got keys"),
+    ],
+)
+def test_keys_of_rows_that_do_not_fit_are_refused(starts: Any, columns: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        sa.SparseAttention(np.array(starts), np.array(columns), np.ones(2), 4)
 
 
 FILL_REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -47,6 +47,42 @@ def softmax_over(problem: Head, columns: Array, weights: Array | None = None) ->
     return weights_made
 
 
+def solve_over(
+    problem: Head, columns: Array, x: Array, log_weights: Array | None = None
+) -> tuple[Array, Array]:
+    """Return ``(W X_J, lse)`` with ``W = softmax_over(problem, J, exp(log_weights))``, W not held.
+
+    ``lse_i = logsumexp_t (L_ij + log_weights_t)``, ``j = columns_t`` int (t,), keys that are not
+    masked; ``x (t, m)`` are the rows of the chosen keys, ``log_weights (t,)`` None is 0.
+    """
+    from ..kernels.softmax import softmax_product
+
+    q, k, _ = problem.arrays
+    visible = columns[None, :] <= (np.arange(problem.n_q) + problem.offset)[:, None]
+    bias = None if log_weights is None else log_weights.astype(problem.dtype)
+    options: dict[str, Any] = {}
+    if problem.causal and bias is None:
+        options["mask"] = visible[None]
+    elif problem.causal:
+        options["mask"] = np.where(visible, bias, -np.inf).astype(problem.dtype)[None]
+    elif bias is not None:
+        options["mask"] = bias[None, None]
+    x = np.ascontiguousarray(x, problem.dtype)
+    made, lses = softmax_product(q[None], k[columns][None], x[None], scale=problem.scale, **options)
+    out, lse = made[0], lses[0]
+    steep = steep_rows(problem)
+    for positions, wide in tiles_of(problem, steep):
+        chosen = wide[:, columns]
+        if log_weights is not None:
+            chosen += log_weights
+        top = chosen.max(axis=1, initial=-np.inf)
+        top = np.where(np.isfinite(top), top, 0)
+        with np.errstate(divide="ignore", under="ignore"):
+            lse[steep[positions]] = top + np.log(np.exp(chosen - top[:, None]).sum(axis=1))
+        out[steep[positions]] = product(row_softmax(chosen), x.astype(np.float64, copy=False))
+    return out, lse
+
+
 def _problem_masks(problem: Head) -> dict[str, Any]:
     mask = problem.key_mask
     return {

@@ -68,6 +68,9 @@ class Traits:
     differentiable : bool
         At a fixed draw the output has a derivative with respect to Q, K and V, which `Method.vjp`
         applies.
+    logsumexp : bool
+        The normaliser of every row is known on the scale of the exact logits, which
+        `Method.attend_with_lse` gives: outputs over disjoint sets of keys can be merged by it.
     """
 
     causal: bool = False
@@ -84,6 +87,7 @@ class Traits:
     autoregressive: bool = True
     matrix: bool = True
     differentiable: bool = False
+    logsumexp: bool = False
 
 
 def register(name: str) -> Callable[[M], M]:
@@ -292,6 +296,59 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         ahat = self.approximate(problem, rng, draw=draw)
         values = problem.arrays.v  # writeable, unlike problem.values: kernels need no copy
         return np.asarray(ahat @ (problem.values if values is None else values))
+
+    @blas_single_thread()
+    def attend_with_lse(
+        self,
+        problem: AttentionProblem,
+        rng: Rng = None,
+        *,
+        draw: Mapping[str, Any] | None = None,
+    ) -> tuple[Array, Array]:
+        """Return ``Ohat`` and the log of the normaliser that each of its rows was divided by.
+
+        ``lse_i`` stands for ``ln sum_j e^{L_ij}`` with the exact logits ``L = scale Q K^T``, so
+        that outputs over disjoint sets of keys merge like exact ones: with
+        ``l = logaddexp(l1, l2)``, ``o = e^{l1 - l} o1 + e^{l2 - l} o2``.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            With values.
+        rng, draw
+            As for `approximate`.
+
+        Returns
+        -------
+        output : ndarray (n_q, d_v)
+            What `attend` returns.
+        lse : ndarray (n_q,)
+            -inf for a row without a normaliser, whose output is zero.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `attend`, and for a method whose ``traits.logsumexp`` is False.
+
+        Examples
+        --------
+        >>> import numpy as np, sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> output, lse = sa.Exact().attend_with_lse(problem)
+        >>> bool(np.allclose(lse, problem.logsumexp))
+        True
+        """
+        check_problem(problem)
+        if not self.traits.logsumexp:
+            raise ValueError(
+                f"method must know the normaliser of its rows, got {self!r}; use a method whose "
+                f"traits.logsumexp is True"
+            )
+        return self._attend_with_lse(problem, self._checked(problem, rng, draw))
+
+    def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
+        """Return `attend_with_lse`; the draw is checked, for instance by `_checked`."""
+        raise TypeError(f"{type(self).__name__} must define _attend_with_lse: its traits say so")
 
     @blas_single_thread()
     def attend_heads(

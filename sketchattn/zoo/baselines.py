@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_choice, check_flag
-from ..base.draws import Draw, check_columns
+from ..base.draws import Draw, Rng, check_columns
 from ..operators.base import AttentionOperator
 from ..operators.factored import FactoredAttention, zero_attention
 from ..operators.pullback import (
@@ -25,7 +25,7 @@ from ..operators.pullback import (
     zero_gradient,
 )
 from ..operators.sampled import SampledAttention
-from ..operators.solve import softmax_over
+from ..operators.solve import softmax_over, solution, solve_over
 from ..operators.visible_mean import VisibleMean
 from ..problem import AttentionProblem
 from .base import Deterministic, Method, Traits, register
@@ -60,10 +60,15 @@ class Exact(Deterministic):
             uses_rank=False,
             exact_at_full_rank=True,
             differentiable=True,
+            logsumexp=True,
         )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         return problem.exact
+
+    def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
+        output, lse = solution(problem)
+        return output.copy(), lse.copy()
 
     def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
         return rows_pullback(problem, None, problem.values, cotangent)
@@ -284,6 +289,7 @@ class UniformColumns(Method):
             nonnegative=True,
             exact_at_full_rank=True,
             differentiable=True,
+            logsumexp=self.estimator == "self-normalized",
         )
 
     def _check_parameters(self) -> None:
@@ -312,6 +318,18 @@ class UniformColumns(Method):
             weights = problem.exact.columns(columns)
             weights *= problem.dtype.type(kept / max(len(columns), 1))
         return SampledAttention(columns, weights, problem.n_k, len(columns))
+
+    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        if self.estimator != "self-normalized":
+            return super()._attend(problem, rng, draw)
+        return self._attend_with_lse(problem, self._checked(problem, rng, draw))[0]
+
+    def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
+        columns = draw["columns"]
+        output, lse = solve_over(problem, columns, problem.values[columns])
+        # Each drawn key stands for n_k/r of those that are not masked.
+        share = len(problem.kept_keys) / max(len(columns), 1)
+        return output, lse + problem.dtype.type(np.log(max(share, 1.0)))
 
     def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
         columns = draw["columns"]

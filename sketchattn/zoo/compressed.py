@@ -184,6 +184,7 @@ class Compressed(Method):
         centered = CENTERED.get(str(self.kind), False) if self.center is None else self.center
         return replace(
             inner,
+            logsumexp=False,
             randomized=inner.randomized or self._random,
             claims=CLAIMS + KIND_CLAIMS.get(str(self.kind), ()) if method.name == "exact" else (),
             uses_rank=True,
