@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sketchattn.kernels import _threads
 from sketchattn.kernels._threads import cpu_count, limit_threads
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,8 @@ def one_thread() -> Iterator[None]:
 def one_thread_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run on one thread what is not about threads: every core has a worker already."""
     if request.node.get_closest_marker("threads"):
+        monkeypatch = request.getfixturevalue("monkeypatch")
+        monkeypatch.setattr(_threads, "PAYS", 1)  # small problems are shared out like large ones
         yield
     else:
         with limit_threads(1):

@@ -129,5 +129,5 @@ def test_facts_of_the_machine_are_known() -> None:
     assert facts["threads"] >= 1
     assert facts["cpus"] >= 1
     assert facts["blas"]
-    assert {"cpu", "thread_layer", "python", "numpy", "scipy", "numba", "torch"} <= set(facts)
+    assert {"cpu", "threads", "python", "numpy", "scipy", "numba", "torch"} <= set(facts)
     assert startup.warmup() > 0

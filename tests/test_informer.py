@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.kernels import probsparse
+from sketchattn.kernels._threads import deal, limit_threads
 from sketchattn.zoo.informer.choices import PRESETS
 from sketchattn.zoo.informer.lazy import lazy_errors
 from sketchattn.zoo.informer.method import published_count
@@ -948,6 +949,7 @@ def test_traits_follow_the_choices() -> None:
 # --- kernels ------------------------------------------------------------------------------------
 
 
+@pytest.mark.threads
 def test_kernels_do_not_depend_on_the_number_of_threads() -> None:
     rng = np.random.default_rng(0)
     heads, group, n, u = 4, 2, 150, 40
@@ -959,10 +961,10 @@ def test_kernels_do_not_depend_on_the_number_of_threads() -> None:
         last = np.arange(n)
         own, shared = (np.empty((4, heads, n, 4)) for _ in range(2))
         for t in range(4):
-            probsparse._sampled_parallel(t + 1, q, k, group, 0.5, samples, last, True, 32, own[t])
-            probsparse._shared_parallel(
-                t + 1, q, wide, group, 0.5, last + 1, True, 32, 64, shared[t]
-            )
+            with limit_threads(t + 1):
+                one, both = (q, k, group, 0.5, samples, last), (q, wide, group, 0.5, last + 1)
+                deal(probsparse._sampled, *one, True, 32, own[t], work=1e9)
+                deal(probsparse._shared, *both, True, 32, 64, shared[t], work=1e9)
         for out in (own, shared):
             assert all(np.array_equal(x, out[0]) for x in out[1:])
         # Heads in one call are the heads alone; one sample may serve all of them.
@@ -1005,7 +1007,7 @@ def test_kernels_are_their_formula() -> None:
         ]
         assert np.array_equal(without[:, [0, 1, 3]], sampled[:, [0, 1, 3]])
         assert (without[:, 2] == -np.inf).all()
-    for driver in (probsparse._sampled_parallel, probsparse._shared_parallel):
+    for driver in (probsparse._sampled, probsparse._shared):
         assert len(getattr(driver, "signatures", [None])) <= 2  # one a precision
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 import sketchattn as sa
 from sketchattn.kernels import softmax
 from sketchattn.kernels._jit import FASTMATH, kernel
-from sketchattn.kernels.partitioned import all_threads, line_means
+from sketchattn.kernels._threads import deal
+from sketchattn.kernels.partitioned import line_means
 
 Array = NDArray[Any]
 COMPILED = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]  # set at run time
@@ -173,9 +174,9 @@ def test_flags_reorder_but_keep_nan_and_infinity() -> None:
 
 
 def entries() -> dict[str, Any]:
-    """Return the kernels that Python calls: the parallel ones."""
+    """Return the kernels that Python calls: those whose items are dealt."""
     options = {name: getattr(f, "targetoptions", {}) for name, f in vars(softmax).items()}
-    return {name: getattr(softmax, name) for name, o in options.items() if o.get("parallel")}
+    return {x: getattr(softmax, x) for x, o in options.items() if o.get("forceinline") is False}
 
 
 @pytest.mark.skipif(not COMPILED, reason="signatures exist where kernels are compiled")
@@ -637,8 +638,8 @@ def test_lines_have_the_mean_the_weight_and_the_entropy_of_their_keys(
     cut = np.concatenate([np.minimum(low + 2 * g, high) for g in range(sites)])
     past = np.concatenate([np.minimum(low + 2 * (g + 1), high) for g in range(sites)])
     out, log_weight, entropy = np.empty((10, 3)), np.empty(10), np.empty(10)
-    all_threads(line_means, x, e, items, low, high, cut, past, sites, mode, None,
-                out, log_weight, entropy)  # fmt: skip
+    deal(line_means, x, e, items, low, high, cut, past, sites, mode,
+         out, log_weight, entropy, work=0)  # fmt: skip
     for t in range(10):
         keys = items[line_parts(mode, low[t % 2], cut[t], past[t], high[t % 2])]
         if not len(keys):

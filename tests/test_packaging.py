@@ -579,7 +579,7 @@ def test_every_rule_has_a_broken_input() -> None:
         (facade_imports, "x.py", "from . import __version__, theory, problem"),
         (class_replaced, "x.py", "def f(x):\n    return x.__class__.__name__"),
         (numba_outside_jit, "kernels/_jit.py", "import numba\nf = numba.njit"),
-        (numba_outside_jit, "kernels/x.py", "from ._jit import kernel, prange"),
+        (numba_outside_jit, "kernels/x.py", "from ._jit import kernel, take"),
         (
             numba_outside_jit,
             "x.py",

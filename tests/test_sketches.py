@@ -25,7 +25,7 @@ from scipy.stats import chi2
 
 import sketchattn as sa
 from sketchattn.base.draws import Draw
-from sketchattn.kernels import sketching
+from sketchattn.kernels import _threads, sketching
 from sketchattn.kernels._threads import limit_threads
 from sketchattn.sketches.base import Sketch, make_sketch, sketches
 from sketchattn.sketches.dense import GivenSketch, check_sketch
@@ -981,8 +981,8 @@ def test_small_work_is_done_on_one_thread_with_the_same_bits(
     sketch_list = [make_sketch(kind, 16, 900, rng=0) for kind in KINDS]
     x, y = np.ones((900, 30)), np.ones((16, 30))
     bits = []
-    for serial in (0, 1 << 40):
-        monkeypatch.setattr(sketching, "SERIAL", serial)
+    for pays in (1, 1 << 40):
+        monkeypatch.setattr(_threads, "PAYS", pays)
         bits.append([s.apply(x).tobytes() + s.apply_transpose(y).tobytes() for s in sketch_list])
     assert bits[0] == bits[1]
 

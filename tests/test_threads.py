@@ -25,10 +25,9 @@ from sketchattn.kernels import _jit, _threads
 from sketchattn.kernels._threads import (
     blas_single_thread,
     cpu_count,
-    kernel_threads,
+    deal,
     limit_threads,
     thread_count,
-    threading_layer,
 )
 
 Array = NDArray[Any]
@@ -59,7 +58,7 @@ def problem(n: int = 8) -> sa.AttentionProblem:
 
 
 @pytest.mark.usefixtures("two_blas_threads")
-@pytest.mark.parametrize("enter", [blas_single_thread, kernel_threads, lambda: limit_threads(1)])
+@pytest.mark.parametrize("enter", [blas_single_thread, lambda: limit_threads(1)])
 def test_limits_hold_inside_and_are_restored(enter: Callable[[], Any]) -> None:
     threads = thread_count()
     with enter():
@@ -91,8 +90,6 @@ def test_limit_threads_limits_kernels_too() -> None:
     before = thread_count()
     with limit_threads(1):
         assert thread_count() == 1
-        with kernel_threads() as threads:
-            assert threads == 1
         with limit_threads(10**6):
             assert thread_count() == numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set at run time
             assert set(blas_threads()) == {1}  # the outer limit still holds
@@ -148,23 +145,134 @@ def test_concurrent_python_threads_leave_the_limits_as_they_were() -> None:
     assert set(blas_threads()) == {2}
 
 
-def test_a_forked_child_that_cannot_run_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    _ = problem().output
-    monkeypatch.setattr(_threads, "_forked", True)
-    if _threads._switch is not None:
-        with kernel_threads() as threads:
-            assert (threads, thread_count()) == (1, 1)
-    monkeypatch.setattr(_threads, "_switch", None)
-    with pytest.raises(RuntimeError, match="forked process.*'spawn'"), kernel_threads():
-        pytest.fail("not entered")
-
-
-def test_counts_and_layer_are_known() -> None:
+def test_counts_are_known() -> None:
     _ = problem().output
     assert 1 <= thread_count() <= numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set at run time
     assert 1 <= cpu_count() <= (os.cpu_count() or 1)
-    if not numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # set at run time
-        assert threading_layer() in ("omp", "tbb", "workqueue")
+    before = thread_count()
+    numba.set_num_threads(1)
+    try:
+        assert thread_count() == 1
+    finally:
+        numba.set_num_threads(before)
+    assert thread_count() == before
+
+
+# --- items are dealt ------------------------------------------------------------------------------
+
+COUNT = """
+def count(turn, items, steps, out):
+    for _ in range(items):
+        item = take(turn)
+        if item >= items:
+            break
+        x = 0.0
+        for i in range(steps):
+            x += np.sqrt(np.float64(i + item))
+        out[item] += 1 + 0 * x
+"""
+
+
+@pytest.fixture(scope="module")
+def count() -> Any:
+    """Give a kernel that adds one to each of its items, after some work."""
+    space: dict[str, Any] = {"take": _jit.take, "np": np}
+    exec(COUNT, space)
+    return _jit.kernel(dealt=True)(space["count"])
+
+
+def test_every_item_is_done_once(count: Any) -> None:
+    for threads in (1, 2, 4, 8):
+        with limit_threads(threads):
+            for _ in range(50):
+                out = np.zeros(997)
+                deal(count, 997, 20, out, work=1e9)
+                assert (out == 1).all()
+
+
+def seen_threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that takes the number of threads of every kernel from now on."""
+    seen: list[int] = []
+    shared = _threads._shared
+
+    def watched(work: Any, arguments: Any, threads: int) -> None:
+        seen.append(threads)
+        shared(work, arguments, threads)
+
+    monkeypatch.setattr(_threads, "_shared", watched)
+    return seen
+
+
+def test_threads_follow_work(count: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the share that a thread must have is the real one
+    seen = seen_threads(monkeypatch)
+    with limit_threads(2):
+        for work in (0, 1000, 1.9 * _threads.PAYS, 2.1 * _threads.PAYS, 1e12):
+            deal(count, 3, 1, np.zeros(3), work=work)
+    most = 1 if numba.config.DISABLE_JIT else 2  # type: ignore[attr-defined]  # set at run time
+    assert seen == [0, 0, 1, most, most]
+
+
+def test_passes_of_small_problems_wake_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    seen = seen_threads(monkeypatch)
+    head = problem(64)
+    for name, cls in sa.methods().items():
+        rank = {"rank": 4} if "rank" in cls._get_param_names() else {}
+        method = cls(**rank)
+        if name not in ("svd", "topk") and not method.traits.causal:
+            method.attend(head, 0)
+    assert head.output.shape == (64, 4)
+    assert seen
+    assert max(seen) <= 1
+
+
+def test_a_large_attend_opens_few_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    seen = seen_threads(monkeypatch)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((4096, 32)).astype(np.float32) for _ in range(3))
+    with limit_threads(2):
+        for name in ("skeinformer", "uniform", "performer", "informer", "jl", "linformer"):
+            seen.clear()
+            sa.attention(q, k, v, name, rank=256, rng=0)
+            assert sum(threads > 1 for threads in seen) <= 3, name
+
+
+def test_a_thread_that_does_not_begin_is_not_waited_for(count: Any) -> None:
+    # All threads of the pool are held up, as on a machine with nothing free.
+    started, free = threading.Barrier(_threads._most() + 1), threading.Event()
+
+    def hold() -> None:
+        started.wait()
+        free.wait()
+
+    with limit_threads(2):
+        deal(count, 3, 1, np.zeros(3), work=1e9)
+        pool = _threads._pool
+        if pool is None:
+            pytest.skip("one thread is all there is")
+        held = [pool.submit(hold) for _ in range(_threads._most())]
+        try:
+            started.wait()
+            out = np.zeros(40)
+            deal(count, 40, 10, out, work=1e9)
+            assert (out == 1).all()
+        finally:
+            free.set()
+            for one in held:
+                one.result()
+
+
+def test_an_error_ends_all_threads_and_is_raised() -> None:
+    def broken(turn: Array, out: Array) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise MemoryError("in the middle")
+        while turn[0] < 1 << 62:  # items without end, until the caller says stop
+            out[0] += 1
+
+    with limit_threads(2), pytest.raises(MemoryError, match="in the middle"):
+        deal(broken, np.zeros(1), work=1e9)
 
 
 # --- the number of threads changes no bit -------------------------------------------------------
@@ -174,8 +282,10 @@ import hashlib
 import numba
 import numpy as np
 import sketchattn as sa
+from sketchattn.kernels import _threads
 from sketchattn.kernels._threads import thread_count
 
+_threads.PAYS = 1
 rng = np.random.default_rng(0)
 
 def bits(threads):
@@ -292,12 +402,12 @@ def test_a_cache_that_cannot_be_made_is_done_without(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(_jit, "CACHE", True)
     monkeypatch.setattr(numba, "njit", njit)
-    decorated: Any = _jit.kernel(parallel=True)(lambda x: x + 1)
+    decorated: Any = _jit.kernel(dealt=True)(lambda x: x + 1)
     assert decorated(1) == 2
     assert [options.pop("cache") for options in asked] == [True, False]
     assert asked[0] == asked[1]
     assert asked[0]["fastmath"] == set(_jit.FASTMATH)
-    assert asked[0]["parallel"]
+    assert not asked[0]["forceinline"]
 
 
 UNWRITABLE = """

@@ -15,13 +15,9 @@ def machine() -> dict[str, Any]:
     import scipy
     from threadpoolctl import threadpool_info
 
-    from ..kernels._threads import cpu_count, load_blas, thread_count, threading_layer
+    from ..kernels._threads import cpu_count, load_blas, thread_count
 
     load_blas()  # or it would be missing from the list below
-    small = np.ones((1, 8, 8), np.float32)
-    from ..kernels.softmax import softmax_product
-
-    softmax_product(small, small, small, scale=1.0)  # Numba chooses its layer at the first call
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -34,7 +30,6 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cpus": cpu_count(),
         "threads": thread_count(),
-        "thread_layer": threading_layer(),
         "blas": sorted(
             {f"{x['internal_api']} {x['version']} ({x.get('architecture', '?')})"
              for x in threadpool_info() if x["user_api"] == "blas"}

@@ -16,9 +16,8 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import numba
-from numba import prange as prange
 from numba.core import types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 _caching: Any = importlib.import_module("numba.core.caching")  # without types
 
@@ -129,10 +128,14 @@ def _say(problem: str) -> None:
         )
 
 
-def kernel(*, parallel: bool = False) -> Callable[[F], F]:
+def kernel(*, dealt: bool = False) -> Callable[[F], F]:
     """Decorate a kernel: nopython, no exceptions for division by zero, GIL released.
 
-    A serial kernel is inlined wherever another one calls it.  Every object file would otherwise
+    ``dealt``: the kernel is one that Python calls, by ``_threads.deal``.  Its first argument
+    ``turn`` deals its items, ``take(turn)`` by ``take(turn)``, to all threads that run it at the
+    same time; an item is done by one of them, in an order of its own.
+
+    Any other kernel is inlined wherever another one calls it.  Every object file would otherwise
     hold a weak copy of it under one name, optimised beside other code and so with other
     rounding, and the copy that a process loads first would serve all its callers: results would
     depend on which kernels were called before, and on which came from the cache.
@@ -145,8 +148,7 @@ def kernel(*, parallel: bool = False) -> Callable[[F], F]:
     def wrap(function: F) -> F:
         make = partial(
             numba.njit,
-            parallel=parallel,
-            forceinline=not parallel,
+            forceinline=not dealt,
             fastmath=set(FASTMATH),
             error_model="numpy",
             nogil=True,
@@ -182,3 +184,41 @@ def by_precision(generic: F, *, float32: Callable[..., Any], float64: Callable[.
         jit_options={"fastmath": set(FASTMATH), "error_model": "numpy", "forceinline": True},
     )(choose)
     return generic
+
+
+# --- items of work --------------------------------------------------------------------------------
+
+
+@intrinsic
+def _fetch_and_add(context: Any, turn: Any) -> Any:
+    """Add one to ``turn[0]`` in a single step of the processor and return what it was."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = target.make_array(signature.args[0])(target, builder, arguments[0])
+        one = target.get_constant(types.int64, 1)
+        return builder.atomic_rmw("add", array.data, one, "monotonic")
+
+    return types.int64(turn), generate
+
+
+def take(turn: Any) -> Any:
+    """Return the number of the next item of work, which no other thread gets.
+
+    ``turn`` int64 (2,): the next item, and whether a single thread takes them.  Items that are
+    taken when they are due, and not dealt beforehand, wait for no thread that is held up.
+    """
+    item = turn[0]
+    turn[0] += 1
+    return item
+
+
+@overload(take, jit_options={"forceinline": True})
+def _compiled_take(turn: Any) -> Callable[[Any], Any]:
+    def implementation(turn: Any) -> Any:
+        if turn[1] != 0:
+            item = turn[0]
+            turn[0] = item + 1
+            return item
+        return _fetch_and_add(turn)
+
+    return implementation

@@ -1,12 +1,12 @@
-"""Threads: how many, and the one place that limits nested threading.
+"""Threads: how many, and the one place that starts them and limits nested threading.
 
-Kernels split their work over Numba threads and call BLAS on one tile a thread, so BLAS must not
-start threads of its own inside them.  The limit is process-wide; it is entered once, however
-many Python threads run kernels at the same time, and restored when the last one leaves.
+Kernels take their items in turn (`_jit.take`) and call BLAS on one tile at a time, so a kernel
+is run by as many Python threads as its work pays for, and BLAS must not start threads of its own
+inside.  The limit is process-wide; it is entered once, however many Python threads run kernels at
+the same time, and restored when the last one leaves.
 
-A forked child has none of its parent's threads.  Numba's layers know nothing of that (the GNU
-OpenMP one ends the process), so a child runs the same machine code of its parent's kernels on the
-thread that calls them.
+The caller works too and waits for none that has not begun: on a machine with nothing free for the
+others it does everything itself, and takes no longer than alone.
 """
 
 from __future__ import annotations
@@ -14,141 +14,115 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import itertools
 import os
-import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _lock = threading.Lock()
-_serial = threading.RLock()
 # Python thread and number, of all that are inside; the smallest number holds.
 _requests: list[tuple[int, int]] = []
 _before: list[int] = []  # threads of each BLAS library before the first of them
 _controller: Any = None
-_forked = False  # this process is a forked child, and its parent had started Numba's threads
 _stale = False  # BLAS is as threads of the parent left it
-_started = False
-_engine: Any = None  # keeps the machine code below
-_switch: Any = None  # a number beside it: not 0 in such a child
+_local = threading.local()  # ``limit`` of this Python thread, if it has one
+_pool: ThreadPoolExecutor | None = None
 
-# What parallel kernels call instead of Numba's ``numba_parallel_for``: the same, with whatever
-# arguments, until the switch is set; then the whole range of the loop, on the calling thread.
-SCHEDULER = """
-@sketchattn_forked = global i32 0
-
-define void @sketchattn_parallel_for(
-  PTR %body, PTR %arrays, PTR %sizes, PTR %steps, PTR %data, ...) {
-entry:
-  %forked = load i32, I32PTR @sketchattn_forked
-  %threads = icmp eq i32 %forked, 0
-  br i1 %threads, label %parallel, label %serial
-parallel:
-  %layer = inttoptr i64 ADDRESS to LAYER
-  musttail call void (PTR, PTR, PTR, PTR, PTR, ...) %layer(
-    PTR %body, PTR %arrays, PTR %sizes, PTR %steps, PTR %data, ...)
-  ret void
-serial:
-  %loop = BODY
-  call void %loop(PTR %arrays, PTR %sizes, PTR %steps, PTR %data)
-  ret void
-}
-"""
-# LLVM spells pointers without their types, and did with them up to 16.
-SPELLINGS = (
-    {"BODY": "bitcast ptr %body to ptr", "LAYER": "ptr", "I32PTR": "ptr", "PTR": "ptr"},
-    {
-        "BODY": "bitcast i8* %body to void (i8*, i8*, i8*, i8*)*",
-        "LAYER": "void (i8*, i8*, i8*, i8*, i8*, ...)*",
-        "I32PTR": "i32*",
-        "PTR": "i8*",
-    },
-)
-
-
-def _install_scheduler() -> None:
-    """Start Numba's threads and let kernels that are loaded from now on survive a fork.
-
-    Where this cannot be had (no fork, another kind of processor, a Numba that is built otherwise),
-    nothing is changed, and ``kernel_threads`` refuses in a forked child.
-    """
-    global _engine, _switch
-    import ctypes
-
-    llvm: Any = importlib.import_module("llvmlite.binding")
-    layers: Any = importlib.import_module("numba.np.ufunc.parallel")
-    layers._launch_threads()
-    address = llvm.address_of_symbol("numba_parallel_for")
-    known = platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
-    if not (address and known and hasattr(os, "register_at_fork")):
-        return
-    for spelling in SPELLINGS:
-        text = SCHEDULER.replace("ADDRESS", str(address))
-        for name, spelled in spelling.items():
-            text = text.replace(name, spelled)
-        try:
-            module = llvm.parse_assembly(text)
-        except RuntimeError:
-            continue
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-        _engine = llvm.create_mcjit_compiler(module, machine)
-        _engine.finalize_object()
-        _switch = ctypes.c_int32.from_address(_engine.get_global_value_address("sketchattn_forked"))
-        _switch.value = int(_forked)
-        llvm.add_symbol(
-            "numba_parallel_for", _engine.get_function_address("sketchattn_parallel_for")
-        )
-        return
-
-
-def _start_threads() -> None:
-    """Start Numba's threads, once a process."""
-    global _started
-    if not _started:
-        with _lock:
-            if not _started:
-                _install_scheduler()
-                _started = True
-    if _forked and _switch is None:
-        raise RuntimeError(
-            "Kernels cannot run in a forked process whose parent has run some, on this platform; "
-            "start workers with the method 'spawn': multiprocessing.get_context('spawn')"
-        )
+# Work is counted in nanoseconds of one core, roughly: a step of a loop each, and at least so many
+# multiply-adds of a product in BLAS in the time of a step.
+PRODUCT = 1 / 32
+# A thread wakes in 50 to 100 microseconds; with less work than this each it is not worth it.
+PAYS = 300_000
 
 
 def _after_fork() -> None:
     """Put a forked child in order: no thread but the one that forked is there."""
-    global _forked, _lock, _serial, _stale
+    global _lock, _pool, _stale
     _lock = threading.Lock()
-    _serial = threading.RLock()
+    _pool = None
     # Limits of threads that are gone hold no longer.
     kept = [request for request in _requests if request[0] == threading.get_ident()]
     _stale = _stale or len(kept) < len(_requests)
     _requests[:] = kept
-    parallel = sys.modules.get("numba.np.ufunc.parallel")
-    if _started or getattr(parallel, "_is_initialized", False):
-        _forked = True
-        if _switch is not None:
-            _switch.value = 1
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def thread_count() -> int:
-    """Return the number of threads that kernels use (``NUMBA_NUM_THREADS`` sets the maximum)."""
+def _most() -> int:
+    """Return the largest number of threads (``NUMBA_NUM_THREADS``)."""
     import numba
 
-    if _forked:
-        return 1
-    return int(numba.get_num_threads())
+    return int(getattr(numba.config, "NUMBA_NUM_THREADS"))  # noqa: B009  (set at run time)
+
+
+def thread_count() -> int:
+    """Return the number of threads that kernels may use (``NUMBA_NUM_THREADS`` is the maximum).
+
+    `limit_threads` and ``numba.set_num_threads`` lower it for the Python thread that calls them.
+    """
+    count = int(getattr(_local, "limit", _most()))
+    # Asking Numba starts its threads, which nothing here needs, unless somebody has already.
+    if getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False):
+        import numba
+
+        count = min(count, int(numba.get_num_threads()))
+    return count
+
+
+def _helper() -> None:
+    """Mark a thread of the pool: what it runs starts no others."""
+    _local.limit = 1
+
+
+def _shared(work: Callable[..., object], arguments: tuple[Any, ...], threads: int) -> None:
+    """Call ``work`` here and on ``threads - 1`` others that begin before it ends here."""
+    global _pool
+    others = []
+    if threads > 1:
+        with _lock:
+            if _pool is None:
+                _pool = ThreadPoolExecutor(_most(), "sketchattn", _helper)
+        with suppress(RuntimeError):  # which says that the interpreter ends
+            others = [_pool.submit(work, *arguments) for _ in range(threads - 1)]
+    try:
+        work(*arguments)
+    finally:
+        running = [other for other in others if not other.cancel()]
+        for other in running:
+            other.result()
+
+
+def deal(kernel: Callable[..., object], *arguments: Any, work: float) -> None:
+    """Run a kernel whose items are dealt on as many threads as pay for ``work``.
+
+    Parameters
+    ----------
+    kernel : callable
+        Made by ``kernel(dealt=True)``; called as ``kernel(turn, *arguments)``.
+    work : float
+        What it does in all, in steps (see ``PRODUCT``).
+    """
+    import numba
+    import numpy as np
+
+    threads = int(min(thread_count(), work // PAYS))
+    if getattr(numba.config, "DISABLE_JIT"):  # noqa: B009  (set at run time)
+        threads = 1  # the interpreter takes an item in several steps
+    turn = np.array([0, int(threads <= 1)])
+    with blas_single_thread():
+        try:
+            _shared(kernel, (turn, *arguments), threads)
+        except BaseException:
+            turn[0] = 1 << 62  # the others stop
+            raise
 
 
 def load_blas() -> None:
@@ -237,43 +211,6 @@ def blas_single_thread() -> Iterator[None]:
         _leave(request)
 
 
-def threading_layer() -> str | None:
-    """Return the name of Numba's threading layer; None before the first parallel kernel."""
-    import numba
-
-    try:
-        return str(numba.threading_layer())  # type: ignore[attr-defined,unused-ignore]  # no stub
-    except ValueError:
-        return None
-
-
-@contextmanager
-def kernel_threads() -> Iterator[int]:
-    """Enter the state that parallel kernels need and yield their number of threads.
-
-    BLAS runs on one thread.  Numba's ``workqueue`` layer aborts the process when two Python
-    threads run parallel kernels at the same time, so they take turns where it is in use.
-    In a forked child the number is 1.
-
-    Raises
-    ------
-    RuntimeError
-        In a forked child, where kernels cannot be made to run in one.
-    """
-    _start_threads()
-    # Not known yet is as unsafe as the layer that it may turn out to be.
-    serial = threading_layer() in (None, "workqueue")
-    lock = _serial
-    if serial:
-        lock.acquire()
-    try:
-        with blas_single_thread():
-            yield thread_count()
-    finally:
-        if serial:
-            lock.release()
-
-
 def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[T]:
     """Yield ``work`` of all pieces, in order, on as many Python threads as kernels use.
 
@@ -282,21 +219,26 @@ def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[
     which would keep a core busy for milliseconds after their work, beside the next kernel.
     Floating-point exceptions are ignored: threads do not inherit the settings of their caller.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     import numpy as np
+
+    results: dict[int, T] = {}
+    turn = itertools.count()
 
     def quiet(piece: slice) -> T:
         with np.errstate(all="ignore"):
             return work(piece)
 
+    def worker() -> None:
+        while (i := next(turn)) < len(pieces):
+            results[i] = quiet(pieces[i])
+
     with blas_single_thread():
-        workers = min(thread_count(), len(pieces))
-        if workers <= 1:
+        threads = min(thread_count(), len(pieces))
+        if threads <= 1:
             yield from map(quiet, pieces)
         else:
-            with ThreadPoolExecutor(workers) as pool:
-                yield from pool.map(quiet, pieces)
+            _shared(worker, (), threads)
+            yield from (results.pop(i) for i in range(len(pieces)))
 
 
 def product(a: Any, b: Any) -> Any:
@@ -331,11 +273,10 @@ def limit_threads(count: int) -> Iterator[None]:
     count : int
         At least 1; more than Numba's maximum is the maximum.
     """
-    import numba
-
-    before = numba.get_num_threads()
-    maximum = int(getattr(numba.config, "NUMBA_NUM_THREADS"))  # noqa: B009  (set at run time)
-    numba.set_num_threads(min(count, maximum))
+    if count < 1:
+        raise ValueError(f"number of threads must be at least 1, got {count}; pass 1 for one")
+    before = getattr(_local, "limit", None)
+    _local.limit = min(count, _most())
     try:
         request = _enter(count)
         try:
@@ -343,7 +284,10 @@ def limit_threads(count: int) -> Iterator[None]:
         finally:
             _leave(request)
     finally:
-        numba.set_num_threads(before)
+        if before is None:
+            del _local.limit
+        else:
+            _local.limit = before
 
 
 def cpu_count() -> int:

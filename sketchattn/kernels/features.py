@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, prange
-from ._threads import kernel_threads
+from ._jit import kernel, take
+from ._threads import PRODUCT, deal
 from .softmax import LOG2E, exp2, row_maximum
 
 Array = NDArray[Any]
@@ -83,53 +83,55 @@ def _prefix_work(t: Array, n: Array, keep: Array, offset: int, u: Array, beta: A
             i += 1
 
 
-@kernel(parallel=True)
-def _forward(u: Array, beta: Array, offset: int, x: Array, threads: int, out: Array) -> None:
+@kernel(dealt=True)
+def _forward(turn: Array, u: Array, beta: Array, offset: int, x: Array, out: Array) -> None:
     """``out = Ahat X (n_q, m)``: ``C <- C + beta_j (x_j - C)``, ``out_i = u_i C`` after key e_i."""
     n_q, width = u.shape
     n_k, m = x.shape
     parts = (m + COLUMNS - 1) // COLUMNS
-    for worker in prange(threads):
-        for part in range(worker, parts, threads):
-            c0 = part * COLUMNS
-            c1 = min(c0 + COLUMNS, m)
-            state = np.zeros((width, COLUMNS), x.dtype)
-            line = np.zeros(COLUMNS, x.dtype)
-            row = np.zeros(COLUMNS, x.dtype)
-            i = 0
-            while i < n_q and i + offset < 0:
-                out[i, c0:c1] = 0.0
-                i += 1
-            for j in range(n_k):
+    for _ in range(parts):
+        part = take(turn)
+        if part >= parts:
+            break
+        c0 = part * COLUMNS
+        c1 = min(c0 + COLUMNS, m)
+        state = np.zeros((width, COLUMNS), x.dtype)
+        line = np.zeros(COLUMNS, x.dtype)
+        row = np.zeros(COLUMNS, x.dtype)
+        i = 0
+        while i < n_q and i + offset < 0:
+            out[i, c0:c1] = 0.0
+            i += 1
+        for j in range(n_k):
+            for c in range(c1 - c0):
+                row[c] = x[j, c0 + c]
+            first = i < n_q and (i + offset == j or j == n_k - 1)
+            line[:] = 0.0
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                b = beta[j, l]
+                w = u[i, l] if first else x.dtype.type(0.0)
+                for c in range(COLUMNS):
+                    y = state[l, c]
+                    y = y + b * (row[c] - y)
+                    state[l, c] = y
+                    line[c] += w * y
+            if first:
                 for c in range(c1 - c0):
-                    row[c] = x[j, c0 + c]
-                first = i < n_q and (i + offset == j or j == n_k - 1)
+                    out[i, c0 + c] = line[c]
+                i += 1
+            while i < n_q and j == n_k - 1:  # queries beyond the last key see all of them
                 line[:] = 0.0
                 for l in range(width):  # noqa: E741  (the letter of the formulas)
-                    b = beta[j, l]
-                    w = u[i, l] if first else x.dtype.type(0.0)
+                    w = u[i, l]
                     for c in range(COLUMNS):
-                        y = state[l, c]
-                        y = y + b * (row[c] - y)
-                        state[l, c] = y
-                        line[c] += w * y
-                if first:
-                    for c in range(c1 - c0):
-                        out[i, c0 + c] = line[c]
-                    i += 1
-                while i < n_q and j == n_k - 1:  # queries beyond the last key see all of them
-                    line[:] = 0.0
-                    for l in range(width):  # noqa: E741  (the letter of the formulas)
-                        w = u[i, l]
-                        for c in range(COLUMNS):
-                            line[c] += w * state[l, c]
-                    for c in range(c1 - c0):
-                        out[i, c0 + c] = line[c]
-                    i += 1
+                        line[c] += w * state[l, c]
+                for c in range(c1 - c0):
+                    out[i, c0 + c] = line[c]
+                i += 1
 
 
-@kernel(parallel=True)
-def _backward(u: Array, beta: Array, offset: int, y: Array, threads: int, out: Array) -> None:
+@kernel(dealt=True)
+def _backward(turn: Array, u: Array, beta: Array, offset: int, y: Array, out: Array) -> None:
     """``out = Ahat^T Y (n_k, m)``: from the last key, ``D <- D + sum_{e_i = j} u_i y_i``.
 
     Then ``out_j = beta_j D`` and ``D <- (1 - beta_j) D``.
@@ -138,107 +140,113 @@ def _backward(u: Array, beta: Array, offset: int, y: Array, threads: int, out: A
     n_k, m = out.shape
     one = y.dtype.type(1.0)
     parts = (m + COLUMNS - 1) // COLUMNS
-    for worker in prange(threads):
-        for part in range(worker, parts, threads):
-            c0 = part * COLUMNS
-            c1 = min(c0 + COLUMNS, m)
-            state = np.zeros((width, COLUMNS), y.dtype)
-            line = np.zeros(COLUMNS, y.dtype)
-            i = n_q - 1
-            for back in range(n_k):
-                j = n_k - 1 - back
-                while i >= 0 and i + offset >= j:
-                    for c in range(c1 - c0):
-                        line[c] = y[i, c0 + c]
-                    for l in range(width):  # noqa: E741  (the letter of the formulas)
-                        w = u[i, l]
-                        for c in range(COLUMNS):
-                            state[l, c] += w * line[c]
-                    i -= 1
-                line[:] = 0.0
-                for l in range(width):  # noqa: E741  (the letter of the formulas)
-                    b = beta[j, l]
-                    rest = one - b
-                    for c in range(COLUMNS):
-                        d = state[l, c]
-                        line[c] += b * d
-                        state[l, c] = rest * d
+    for _ in range(parts):
+        part = take(turn)
+        if part >= parts:
+            break
+        c0 = part * COLUMNS
+        c1 = min(c0 + COLUMNS, m)
+        state = np.zeros((width, COLUMNS), y.dtype)
+        line = np.zeros(COLUMNS, y.dtype)
+        i = n_q - 1
+        for back in range(n_k):
+            j = n_k - 1 - back
+            while i >= 0 and i + offset >= j:
                 for c in range(c1 - c0):
-                    out[j, c0 + c] = line[c]
+                    line[c] = y[i, c0 + c]
+                for l in range(width):  # noqa: E741  (the letter of the formulas)
+                    w = u[i, l]
+                    for c in range(COLUMNS):
+                        state[l, c] += w * line[c]
+                i -= 1
+            line[:] = 0.0
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                b = beta[j, l]
+                rest = one - b
+                for c in range(COLUMNS):
+                    d = state[l, c]
+                    line[c] += b * d
+                    state[l, c] = rest * d
+            for c in range(c1 - c0):
+                out[j, c0 + c] = line[c]
 
 
-@kernel(parallel=True)
-def _prefix_dots(beta: Array, offset: int, x: Array, y: Array, threads: int, out: Array) -> None:
+@kernel(dealt=True)
+def _prefix_dots(turn: Array, beta: Array, offset: int, x: Array, y: Array, out: Array) -> None:
     """``out_il = y_i . C_l (n_q, R)``, C the state of ``_forward`` after the last key of row i."""
     n_q, width = out.shape
     n_k, m = x.shape
     parts = (width + LINES - 1) // LINES
-    for worker in prange(threads):
-        state = np.empty((LINES, m), x.dtype)
-        for part in range(worker, parts, threads):
-            l0 = part * LINES
-            count = min(LINES, width - l0)
-            state[:] = 0.0
-            i = 0
-            while i < n_q and i + offset < 0:
-                out[i, l0 : l0 + count] = 0.0
-                i += 1
-            for j in range(n_k):
+    state = np.empty((LINES, m), x.dtype)
+    for _ in range(parts):
+        part = take(turn)
+        if part >= parts:
+            break
+        l0 = part * LINES
+        count = min(LINES, width - l0)
+        state[:] = 0.0
+        i = 0
+        while i < n_q and i + offset < 0:
+            out[i, l0 : l0 + count] = 0.0
+            i += 1
+        for j in range(n_k):
+            for l in range(count):  # noqa: E741  (the letter of the formulas)
+                b = beta[j, l0 + l]
+                for c in range(m):
+                    state[l, c] += b * (x[j, c] - state[l, c])
+            while i < n_q and (i + offset == j or j == n_k - 1):
                 for l in range(count):  # noqa: E741  (the letter of the formulas)
-                    b = beta[j, l0 + l]
+                    total = x.dtype.type(0.0)
                     for c in range(m):
-                        state[l, c] += b * (x[j, c] - state[l, c])
-                while i < n_q and (i + offset == j or j == n_k - 1):
-                    for l in range(count):  # noqa: E741  (the letter of the formulas)
-                        total = x.dtype.type(0.0)
-                        for c in range(m):
-                            total += y[i, c] * state[l, c]
-                        out[i, l0 + l] = total
-                    i += 1
+                        total += y[i, c] * state[l, c]
+                    out[i, l0 + l] = total
+                i += 1
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def _suffix_dots(
-    u: Array, beta: Array, offset: int, y: Array, x: Array, threads: int, out: Array
+    turn: Array, u: Array, beta: Array, offset: int, y: Array, x: Array, out: Array
 ) -> None:
     """``out_jl = beta_jl (D_l . x_j) (n_k, R)``, D the state of ``_backward`` at key j."""
     n_q, m = y.shape
     n_k, width = beta.shape
     one = x.dtype.type(1.0)
     parts = (width + LINES - 1) // LINES
-    for worker in prange(threads):
-        state = np.empty((LINES, m), x.dtype)
-        for part in range(worker, parts, threads):
-            l0 = part * LINES
-            count = min(LINES, width - l0)
-            state[:] = 0.0
-            i = n_q - 1
-            for back in range(n_k):
-                j = n_k - 1 - back
-                while i >= 0 and i + offset >= j:
-                    for l in range(count):  # noqa: E741  (the letter of the formulas)
-                        w = u[i, l0 + l]
-                        for c in range(m):
-                            state[l, c] += w * y[i, c]
-                    i -= 1
+    state = np.empty((LINES, m), x.dtype)
+    for _ in range(parts):
+        part = take(turn)
+        if part >= parts:
+            break
+        l0 = part * LINES
+        count = min(LINES, width - l0)
+        state[:] = 0.0
+        i = n_q - 1
+        for back in range(n_k):
+            j = n_k - 1 - back
+            while i >= 0 and i + offset >= j:
                 for l in range(count):  # noqa: E741  (the letter of the formulas)
-                    b = beta[j, l0 + l]
-                    rest = one - b
-                    total = x.dtype.type(0.0)
+                    w = u[i, l0 + l]
                     for c in range(m):
-                        total += state[l, c] * x[j, c]
-                        state[l, c] *= rest
-                    out[j, l0 + l] = b * total
+                        state[l, c] += w * y[i, c]
+                i -= 1
+            for l in range(count):  # noqa: E741  (the letter of the formulas)
+                b = beta[j, l0 + l]
+                rest = one - b
+                total = x.dtype.type(0.0)
+                for c in range(m):
+                    total += state[l, c] * x[j, c]
+                    state[l, c] *= rest
+                out[j, l0 + l] = b * total
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def _pack(
+    turn: Array,
     y: Array,
     half: Array,
     keep: Array,
     across: Array,
     v: Array,
-    threads: int,
     top: Array,
     total: Array,
     packed: Array,
@@ -254,53 +262,55 @@ def _pack(
     pieces = top.shape[0]
     lowest = y.dtype.type(-np.inf)
     log2e = y.dtype.type(LOG2E)
-    for worker in prange(threads):
-        buffer = np.empty(TILE * width, y.dtype)
-        part = np.empty((width, v.shape[1]), y.dtype)
-        for piece in range(worker, pieces, threads):
-            total[piece] = 0.0
-            packed[piece] = 0.0
-            m = lowest
-            stop = (piece + 1) * n // pieces
-            for i0 in range(piece * n // pieces, stop, TILE):
-                i1 = min(i0 + TILE, stop)
-                s = buffer[: (i1 - i0) * width].reshape((i1 - i0, width))
-                np.dot(y[i0:i1], across, s)
-                before = m
-                for i in range(i1 - i0):
-                    if keep[i0 + i]:
-                        m = max(m, row_maximum(s[i]))
-                if m > before:
-                    shift = exp2(y.dtype.type(log2e * (before - m)))
-                    for l in range(width):  # noqa: E741  (the letter of the formulas)
-                        total[piece, l] *= shift
-                        for c in range(v.shape[1]):
-                            packed[piece, l, c] *= shift
-                for i in range(i1 - i0):
-                    if keep[i0 + i]:
-                        low = half[i0 + i] + m
-                        for l in range(width):  # noqa: E741  (the letter of the formulas)
-                            e = exp2(y.dtype.type(log2e * (s[i, l] - low)))
-                            s[i, l] = e
-                            total[piece, l] += e
-                    else:
-                        s[i] = 0.0
-                np.dot(s.T, v[i0:i1], part)
+    buffer = np.empty(TILE * width, y.dtype)
+    part = np.empty((width, v.shape[1]), y.dtype)
+    for _ in range(pieces):
+        piece = take(turn)
+        if piece >= pieces:
+            break
+        total[piece] = 0.0
+        packed[piece] = 0.0
+        m = lowest
+        stop = (piece + 1) * n // pieces
+        for i0 in range(piece * n // pieces, stop, TILE):
+            i1 = min(i0 + TILE, stop)
+            s = buffer[: (i1 - i0) * width].reshape((i1 - i0, width))
+            np.dot(y[i0:i1], across, s)
+            before = m
+            for i in range(i1 - i0):
+                if keep[i0 + i]:
+                    m = max(m, row_maximum(s[i]))
+            if m > before:
+                shift = exp2(y.dtype.type(log2e * (before - m)))
                 for l in range(width):  # noqa: E741  (the letter of the formulas)
+                    total[piece, l] *= shift
                     for c in range(v.shape[1]):
-                        packed[piece, l, c] += part[l, c]
-            top[piece] = m
+                        packed[piece, l, c] *= shift
+            for i in range(i1 - i0):
+                if keep[i0 + i]:
+                    low = half[i0 + i] + m
+                    for l in range(width):  # noqa: E741  (the letter of the formulas)
+                        e = exp2(y.dtype.type(log2e * (s[i, l] - low)))
+                        s[i, l] = e
+                        total[piece, l] += e
+                else:
+                    s[i] = 0.0
+            np.dot(s.T, v[i0:i1], part)
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                for c in range(v.shape[1]):
+                    packed[piece, l, c] += part[l, c]
+        top[piece] = m
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def _unpack(
+    turn: Array,
     x: Array,
     half: Array,
     across: Array,
     total: Array,
     packed: Array,
     eps: float,
-    threads: int,
     top: Array,
     out: Array,
 ) -> None:
@@ -314,26 +324,28 @@ def _unpack(
     log2e = x.dtype.type(LOG2E)
     extra = x.dtype.type(eps)
     tiles = (n + TILE - 1) // TILE
-    for worker in prange(threads):
-        buffer = np.empty(TILE * width, x.dtype)
-        for item in range(worker, tiles, threads):
-            i0 = item * TILE
-            i1 = min(i0 + TILE, n)
-            s = buffer[: (i1 - i0) * width].reshape((i1 - i0, width))
-            np.dot(x[i0:i1], across, s)
-            for i in range(i1 - i0):
-                high = row_maximum(s[i])
-                top[i0 + i] = high
-                low = half[i0 + i] + high
-                weight = x.dtype.type(0.0)
-                for l in range(width):  # noqa: E741  (the letter of the formulas)
-                    w = exp2(x.dtype.type(log2e * (s[i, l] - low))) + extra
-                    s[i, l] = w
-                    weight += w * total[l]
-                inverse = x.dtype.type(1.0) / weight
-                for l in range(width):  # noqa: E741  (the letter of the formulas)
-                    s[i, l] *= inverse
-            np.dot(s, packed, out[i0:i1])
+    buffer = np.empty(TILE * width, x.dtype)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        i0 = item * TILE
+        i1 = min(i0 + TILE, n)
+        s = buffer[: (i1 - i0) * width].reshape((i1 - i0, width))
+        np.dot(x[i0:i1], across, s)
+        for i in range(i1 - i0):
+            high = row_maximum(s[i])
+            top[i0 + i] = high
+            low = half[i0 + i] + high
+            weight = x.dtype.type(0.0)
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                w = exp2(x.dtype.type(log2e * (s[i, l] - low))) + extra
+                s[i, l] = w
+                weight += w * total[l]
+            inverse = x.dtype.type(1.0) / weight
+            for l in range(width):  # noqa: E741  (the letter of the formulas)
+                s[i, l] *= inverse
+        np.dot(s, packed, out[i0:i1])
 
 
 def feature_sums(
@@ -349,8 +361,9 @@ def feature_sums(
     total = np.empty((pieces, len(omega)), y.dtype)
     packed = np.empty((*total.shape, v.shape[1]), y.dtype)
     half = 0.5 * np.einsum("ij,ij->i", y, y)
-    with kernel_threads() as threads:
-        _pack(y, half, keep, np.ascontiguousarray(omega.T), v, threads, top, total, packed)
+    across = np.ascontiguousarray(omega.T)
+    work = len(y) * len(omega) * (1 + PRODUCT * (y.shape[1] + v.shape[1]))
+    deal(_pack, y, half, keep, across, v, top, total, packed, work=work)
     high = float(top.max())
     with np.errstate(invalid="ignore"):  # an overflow, which shows in m
         share = np.exp(top.astype(np.float64) - high)
@@ -367,8 +380,8 @@ def feature_means(
     size = total.max()
     sums, products = (np.ascontiguousarray(z / size, x.dtype) for z in (total, packed))
     across = np.ascontiguousarray(omega.T)
-    with kernel_threads() as threads:
-        _unpack(x, half, across, sums, products, eps, threads, top, out)
+    work = len(x) * len(omega) * (1 + PRODUCT * (x.shape[1] + packed.shape[1]))
+    deal(_unpack, x, half, across, sums, products, eps, top, out, work=work)
     return out, top
 
 
@@ -387,8 +400,7 @@ def prefix_product(u: Array, beta: Array, offset: int, x: Array) -> Array:
     """Return ``Ahat X (n_q, m)`` for x (n_k, m)."""
     out = np.zeros((len(u), x.shape[1]), x.dtype)
     if out.size and len(x):
-        with kernel_threads() as threads:
-            _forward(u, beta, offset, x, threads, out)
+        deal(_forward, u, beta, offset, x, out, work=(u.size + beta.size) * x.shape[1])
     return out
 
 
@@ -396,8 +408,7 @@ def prefix_transposed(u: Array, beta: Array, offset: int, y: Array) -> Array:
     """Return ``Ahat^T Y (n_k, m)`` for y (n_q, m)."""
     out = np.zeros((len(beta), y.shape[1]), y.dtype)
     if out.size and len(y):
-        with kernel_threads() as threads:
-            _backward(u, beta, offset, y, threads, out)
+        deal(_backward, u, beta, offset, y, out, work=(u.size + beta.size) * y.shape[1])
     return out
 
 
@@ -405,8 +416,8 @@ def prefix_dots(beta: Array, offset: int, x: Array, y: Array) -> Array:
     """Return ``y_i . C_il`` (n_q, R) for y (n_q, m) and the prefix means C of x (n_k, m)."""
     out = np.zeros((len(y), beta.shape[1]), x.dtype)
     if out.size and len(x):
-        with kernel_threads() as threads:
-            _prefix_dots(beta, offset, x, y, threads, out)
+        work = (out.size + beta.size) * x.shape[1]
+        deal(_prefix_dots, beta, offset, x, y, out, work=work)
     return out
 
 
@@ -414,6 +425,6 @@ def suffix_dots(u: Array, beta: Array, offset: int, y: Array, x: Array) -> Array
     """Return ``sum_i U_il exp(N_jl - a_(e_i)l) y_i . x_j`` (n_k, R), over the rows that see j."""
     out = np.zeros(beta.shape, x.dtype)
     if out.size and len(y):
-        with kernel_threads() as threads:
-            _suffix_dots(u, beta, offset, y, x, threads, out)
+        work = (u.size + out.size) * x.shape[1]
+        deal(_suffix_dots, u, beta, offset, y, x, out, work=work)
     return out

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, prange
-from ._threads import kernel_threads
+from ._jit import kernel, take
+from ._threads import PRODUCT, deal
 from .softmax import LOG2E, UNBOUNDED, _add, _any_key, _hide, _scale_rows, exp2, tanh
 
 Array = NDArray[Any]
@@ -71,8 +71,9 @@ def _multiply(d: Array, slope: Array) -> None:
             d[i, j] *= slope[i, j]
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def differentiate(
+    turn: Array,
     q: Array,
     k: Array,
     v: Array,
@@ -92,7 +93,6 @@ def differentiate(
     mask_of: Array,
     row_tile: int,
     key_tile: int,
-    threads: int,
     d_q: Array,
     d_k: Array,
     d_v: Array,
@@ -110,72 +110,75 @@ def differentiate(
     factor = q.dtype.type(scale) if capped else q.dtype.type(scale * LOG2E)
     outer = q.dtype.type(scale)
     plain = mask.shape[0] == 0 and bias.shape[0] == 0 and keys.shape[0] == 0
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * d, q.dtype)
-        logit_buffer = np.empty(row_tile * key_tile, q.dtype)
-        weight_buffer = np.empty(row_tile * key_tile, q.dtype)
-        slope_buffer = np.empty(row_tile * key_tile if capped else 0, q.dtype)
-        row_buffer = np.empty(row_tile * d, q.dtype)
-        key_buffer = np.empty(key_tile * d, q.dtype)
-        value_buffer = np.empty(key_tile * width, q.dtype)
-        for item in range(worker, heads * chunks, threads):
-            h = item // chunks
-            chunk = item - h * chunks
-            h_kv = h // group
-            start = first[h]
-            d_q[h, chunk] = 0.0
-            for tile in range(chunk, tiles, chunks):
-                j0 = tile * key_tile
-                j1 = min(j0 + key_tile, n_k)
-                cols = j1 - j0
-                d_k[h, j0:j1] = 0.0
-                d_v[h, j0:j1] = 0.0
-                if not _any_key(keys, keys_of[h], j0, j1):
-                    continue
-                key_part = key_buffer[: cols * d].reshape((cols, d))
-                value_part = value_buffer[: cols * width].reshape((cols, width))
-                # row i sees key j if  j - right - start <= i <= j + left - start
-                low = max(j0 - right - start, 0)
-                high = min(j1 - 1 + left - start + 1, n_q)
-                for i0 in range(low - low % row_tile, high, row_tile):
-                    i1 = min(i0 + row_tile, n_q)
-                    rows = i1 - i0
-                    scaled = query_buffer[: rows * d].reshape((rows, d))
-                    row_part = row_buffer[: rows * d].reshape((rows, d))
-                    s = logit_buffer[: rows * cols].reshape((rows, cols))
-                    w = weight_buffer[: rows * cols].reshape((rows, cols))
-                    _scale_rows(q[h, i0:i1], factor, scaled)
-                    np.dot(scaled, k[h_kv, j0:j1].T, s)
-                    if capped:
-                        slope = slope_buffer[: rows * cols].reshape((rows, cols))
-                        _cap_and_slope(s, slope, q.dtype.type(cap))
-                    if not (plain and j0 >= start + i1 - 1 - left and j1 - 1 <= start + i0 + right):
-                        _hide(
-                            s, i0, j0, start, left, right,
-                            keys, keys_of[h], mask, bias, mask_of[h],
-                        )  # fmt: skip
-                    if width > 0:
-                        np.dot(g[h, i0:i1], v[h_kv, j0:j1].T, w)
-                    else:
-                        w[:] = 0.0
-                    _weigh(s, w, lse[h, i0:i1], delta[h, i0:i1])
-                    if width > 0:
-                        np.dot(s.T, g[h, i0:i1], value_part)
-                        _add(value_part, d_v[h, j0:j1])
-                    if capped:
-                        slope = slope_buffer[: rows * cols].reshape((rows, cols))
-                        _multiply(w, slope)
-                    np.dot(w, k[h_kv, j0:j1], row_part)
-                    _add(row_part, d_q[h, chunk, i0:i1])
-                    np.dot(w.T, q[h, i0:i1], key_part)
-                    _add(key_part, d_k[h, j0:j1])
-                for j in range(j0, j1):
-                    for c in range(d):
-                        d_k[h, j, c] *= outer
+    query_buffer = np.empty(row_tile * d, q.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, q.dtype)
+    weight_buffer = np.empty(row_tile * key_tile, q.dtype)
+    slope_buffer = np.empty(row_tile * key_tile if capped else 0, q.dtype)
+    row_buffer = np.empty(row_tile * d, q.dtype)
+    key_buffer = np.empty(key_tile * d, q.dtype)
+    value_buffer = np.empty(key_tile * width, q.dtype)
+    for _ in range(heads * chunks):
+        item = take(turn)
+        if item >= heads * chunks:
+            break
+        h = item // chunks
+        chunk = item - h * chunks
+        h_kv = h // group
+        start = first[h]
+        d_q[h, chunk] = 0.0
+        for tile in range(chunk, tiles, chunks):
+            j0 = tile * key_tile
+            j1 = min(j0 + key_tile, n_k)
+            cols = j1 - j0
+            d_k[h, j0:j1] = 0.0
+            d_v[h, j0:j1] = 0.0
+            if not _any_key(keys, keys_of[h], j0, j1):
+                continue
+            key_part = key_buffer[: cols * d].reshape((cols, d))
+            value_part = value_buffer[: cols * width].reshape((cols, width))
+            # row i sees key j if  j - right - start <= i <= j + left - start
+            low = max(j0 - right - start, 0)
+            high = min(j1 - 1 + left - start + 1, n_q)
+            for i0 in range(low - low % row_tile, high, row_tile):
+                i1 = min(i0 + row_tile, n_q)
+                rows = i1 - i0
+                scaled = query_buffer[: rows * d].reshape((rows, d))
+                row_part = row_buffer[: rows * d].reshape((rows, d))
+                s = logit_buffer[: rows * cols].reshape((rows, cols))
+                w = weight_buffer[: rows * cols].reshape((rows, cols))
+                _scale_rows(q[h, i0:i1], factor, scaled)
+                np.dot(scaled, k[h_kv, j0:j1].T, s)
+                if capped:
+                    slope = slope_buffer[: rows * cols].reshape((rows, cols))
+                    _cap_and_slope(s, slope, q.dtype.type(cap))
+                if not (plain and j0 >= start + i1 - 1 - left and j1 - 1 <= start + i0 + right):
+                    _hide(
+                        s, i0, j0, start, left, right,
+                        keys, keys_of[h], mask, bias, mask_of[h],
+                    )  # fmt: skip
+                if width > 0:
+                    np.dot(g[h, i0:i1], v[h_kv, j0:j1].T, w)
+                else:
+                    w[:] = 0.0
+                _weigh(s, w, lse[h, i0:i1], delta[h, i0:i1])
+                if width > 0:
+                    np.dot(s.T, g[h, i0:i1], value_part)
+                    _add(value_part, d_v[h, j0:j1])
+                if capped:
+                    slope = slope_buffer[: rows * cols].reshape((rows, cols))
+                    _multiply(w, slope)
+                np.dot(w, k[h_kv, j0:j1], row_part)
+                _add(row_part, d_q[h, chunk, i0:i1])
+                np.dot(w.T, q[h, i0:i1], key_part)
+                _add(key_part, d_k[h, j0:j1])
+            for j in range(j0, j1):
+                for c in range(d):
+                    d_k[h, j, c] *= outer
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def differentiate_bias(
+    turn: Array,
     q: Array,
     k: Array,
     v: Array,
@@ -196,7 +199,6 @@ def differentiate_bias(
     target_of: Array,
     row_tile: int,
     key_tile: int,
-    threads: int,
     d_bias: Array,
 ) -> None:
     """Fill ``d_bias (M, n_q or tiles of rows, n_k or 1)`` with the sums of dL over broadcast axes.
@@ -212,59 +214,61 @@ def differentiate_bias(
     by_key = d_bias.shape[2] > 1
     capped = cap > 0.0
     factor = q.dtype.type(scale) if capped else q.dtype.type(scale * LOG2E)
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * d, q.dtype)
-        logit_buffer = np.empty(row_tile * key_tile, q.dtype)
-        weight_buffer = np.empty(row_tile * key_tile, q.dtype)
-        slope_buffer = np.empty(row_tile * key_tile if capped else 0, q.dtype)
-        for item in range(worker, slabs * tiles, threads):
-            slab = item // tiles
-            tile = item - slab * tiles
-            i0 = tile * row_tile
-            i1 = min(i0 + row_tile, n_q)
-            rows = i1 - i0
-            scaled = query_buffer[: rows * d].reshape((rows, d))
-            if by_row:
-                d_bias[slab, i0:i1] = 0.0
-            else:
-                d_bias[slab, tile] = 0.0
-            for h in range(heads):
-                if target_of[h] != slab:
+    query_buffer = np.empty(row_tile * d, q.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, q.dtype)
+    weight_buffer = np.empty(row_tile * key_tile, q.dtype)
+    slope_buffer = np.empty(row_tile * key_tile if capped else 0, q.dtype)
+    for _ in range(slabs * tiles):
+        item = take(turn)
+        if item >= slabs * tiles:
+            break
+        slab = item // tiles
+        tile = item - slab * tiles
+        i0 = tile * row_tile
+        i1 = min(i0 + row_tile, n_q)
+        rows = i1 - i0
+        scaled = query_buffer[: rows * d].reshape((rows, d))
+        if by_row:
+            d_bias[slab, i0:i1] = 0.0
+        else:
+            d_bias[slab, tile] = 0.0
+        for h in range(heads):
+            if target_of[h] != slab:
+                continue
+            start = first[h]
+            h_kv = h // group
+            _scale_rows(q[h, i0:i1], factor, scaled)
+            low = max(start + i0 - left, 0)
+            high = min(start + i1 - 1 + right + 1, n_k)
+            for j0 in range(low - low % key_tile, high, key_tile):
+                j1 = min(j0 + key_tile, n_k)
+                if not _any_key(keys, keys_of[h], j0, j1):
                     continue
-                start = first[h]
-                h_kv = h // group
-                _scale_rows(q[h, i0:i1], factor, scaled)
-                low = max(start + i0 - left, 0)
-                high = min(start + i1 - 1 + right + 1, n_k)
-                for j0 in range(low - low % key_tile, high, key_tile):
-                    j1 = min(j0 + key_tile, n_k)
-                    if not _any_key(keys, keys_of[h], j0, j1):
-                        continue
-                    cols = j1 - j0
-                    s = logit_buffer[: rows * cols].reshape((rows, cols))
-                    w = weight_buffer[: rows * cols].reshape((rows, cols))
-                    np.dot(scaled, k[h_kv, j0:j1].T, s)
-                    if capped:
-                        slope = slope_buffer[: rows * cols].reshape((rows, cols))
-                        _cap_and_slope(s, slope, q.dtype.type(cap))
-                    _hide(
-                        s, i0, j0, start, left, right, keys, keys_of[h], mask, bias, mask_of[h]
-                    )  # fmt: skip
-                    if v.shape[2] > 0:
-                        np.dot(g[h, i0:i1], v[h_kv, j0:j1].T, w)
+                cols = j1 - j0
+                s = logit_buffer[: rows * cols].reshape((rows, cols))
+                w = weight_buffer[: rows * cols].reshape((rows, cols))
+                np.dot(scaled, k[h_kv, j0:j1].T, s)
+                if capped:
+                    slope = slope_buffer[: rows * cols].reshape((rows, cols))
+                    _cap_and_slope(s, slope, q.dtype.type(cap))
+                _hide(
+                    s, i0, j0, start, left, right, keys, keys_of[h], mask, bias, mask_of[h]
+                )  # fmt: skip
+                if v.shape[2] > 0:
+                    np.dot(g[h, i0:i1], v[h_kv, j0:j1].T, w)
+                else:
+                    w[:] = 0.0
+                _weigh(s, w, lse[h, i0:i1], delta[h, i0:i1])
+                for i in range(rows):
+                    row = i0 + i if by_row else tile
+                    if by_key:
+                        for j in range(cols):
+                            d_bias[slab, row, j0 + j] += w[i, j]
                     else:
-                        w[:] = 0.0
-                    _weigh(s, w, lse[h, i0:i1], delta[h, i0:i1])
-                    for i in range(rows):
-                        row = i0 + i if by_row else tile
-                        if by_key:
-                            for j in range(cols):
-                                d_bias[slab, row, j0 + j] += w[i, j]
-                        else:
-                            total = w.dtype.type(0.0)
-                            for j in range(cols):
-                                total += w[i, j]
-                            d_bias[slab, row, 0] += total
+                        total = w.dtype.type(0.0)
+                        for j in range(cols):
+                            total += w[i, j]
+                        d_bias[slab, row, 0] += total
 
 
 # --- driver ---------------------------------------------------------------------------------
@@ -346,16 +350,16 @@ def softmax_gradients(
         mask_slab,
     )
     d_bias = None
-    with kernel_threads() as threads:
-        differentiate(*shared, row_tile, key_tile, threads, parts, d_k, d_v)
-        if bias_shape is not None and bias_slab is not None:
-            slabs, m_q, m_k = bias_shape
-            row_tile = _tile(slabs, n_q, ROW_TILE)
-            lines = n_q if m_q > 1 else -(-n_q // row_tile)
-            d_bias = np.empty((slabs, lines, m_k), dtype)
-            differentiate_bias(*shared, bias_slab, row_tile, key_tile, threads, d_bias)
-            if m_q != lines:
-                d_bias = d_bias.sum(axis=1, keepdims=True)
+    work = heads * n_q * n_k * (1 + PRODUCT * (3 * d + 2 * width))
+    deal(differentiate, *shared, row_tile, key_tile, parts, d_k, d_v, work=work)
+    if bias_shape is not None and bias_slab is not None:
+        slabs, m_q, m_k = bias_shape
+        row_tile = _tile(slabs, n_q, ROW_TILE)
+        lines = n_q if m_q > 1 else -(-n_q // row_tile)
+        d_bias = np.empty((slabs, lines, m_k), dtype)
+        deal(differentiate_bias, *shared, bias_slab, row_tile, key_tile, d_bias, work=work)
+        if m_q != lines:
+            d_bias = d_bias.sum(axis=1, keepdims=True)
     d_q = parts[:, 0] if chunks == 1 else parts.sum(axis=1)
     d_q *= dtype.type(scale)
     if group > 1:

@@ -13,7 +13,7 @@ the next pass goes on from; the last one divides.
 
 Regions are ranges of a list of keys, ``items[lo[t] : hi[t]]``, and their local weights lie at
 ``lam[at[t] : at[t] + hi[t] - lo[t]]``.  Work is dealt to threads by whole regions, rows or tiles,
-each summed in an order of its own: results do not depend on ``threads``.
+each summed in an order of its own: results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, prange
-from ._threads import kernel_threads
+from ._jit import kernel, take
 from .softmax import LOG2E, exp2, online_softmax, row_maximum
 
 Array = NDArray[Any]
@@ -46,10 +45,11 @@ ROW_TILE, KEY_TILE = 128, 512
 # --- summaries ----------------------------------------------------------------------------------
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def summarize(
+    turn: Array,
     k: Array, q: Array, q0: Array, reference: int, key: int, lo: Array, hi: Array, at: Array,
-    items: Array, order: Array, widest: int, scale: float, threads: int, squares: bool,
+    items: Array, order: Array, widest: int, scale: float, squares: bool,
     lam: Array, kappa: Array, entropy: Array, spread: Array, log_weight: Array,
 ) -> None:  # fmt: skip
     """Summarise every region t by its reference query: ``lam_t = softmax(scale q0_t . k_j)``.
@@ -62,154 +62,166 @@ def summarize(
     """
     d = k.shape[1]
     count = order.size
-    for worker in prange(threads):
-        weights = np.empty(widest, np.float64)
-        reference_row = np.empty(d, np.float64)
-        row = np.empty(d, np.float64)
-        square = np.empty(d, np.float64)
-        for p in range(worker, count, threads):
-            t = order[p]
-            size = hi[t] - lo[t]
-            if size <= 0:
-                entropy[t] = -np.inf
-                log_weight[t] = -np.inf
-                kappa[t] = 0.0
-                if squares:
-                    spread[t] = 0.0
-                continue
-            if reference == GIVEN:
-                source = t if q0.shape[0] > 1 else 0
+    weights = np.empty(widest, np.float64)
+    reference_row = np.empty(d, np.float64)
+    row = np.empty(d, np.float64)
+    square = np.empty(d, np.float64)
+    for _ in range(count):
+        p = take(turn)
+        if p >= count:
+            break
+        t = order[p]
+        size = hi[t] - lo[t]
+        if size <= 0:
+            entropy[t] = -np.inf
+            log_weight[t] = -np.inf
+            kappa[t] = 0.0
+            if squares:
+                spread[t] = 0.0
+            continue
+        if reference == GIVEN:
+            source = t if q0.shape[0] > 1 else 0
+            for c in range(d):
+                reference_row[c] = scale * q0[source, c]
+        elif reference == MEAN:
+            reference_row[:] = 0.0
+            for x in range(lo[t], hi[t]):
+                j = items[x] if items.size > 0 else x
                 for c in range(d):
-                    reference_row[c] = scale * q0[source, c]
-            elif reference == MEAN:
-                reference_row[:] = 0.0
-                for x in range(lo[t], hi[t]):
-                    j = items[x] if items.size > 0 else x
-                    for c in range(d):
-                        reference_row[c] += q[j, c]
+                    reference_row[c] += q[j, c]
+            for c in range(d):
+                reference_row[c] *= scale / size
+        else:
+            reference_row[:] = -np.inf
+            for x in range(lo[t], hi[t]):
+                j = items[x] if items.size > 0 else x
                 for c in range(d):
-                    reference_row[c] *= scale / size
-            else:
-                reference_row[:] = -np.inf
-                for x in range(lo[t], hi[t]):
-                    j = items[x] if items.size > 0 else x
-                    for c in range(d):
-                        reference_row[c] = max(reference_row[c], np.float64(q[j, c]))
-                for c in range(d):
-                    reference_row[c] *= scale
-            high = -np.inf
+                    reference_row[c] = max(reference_row[c], np.float64(q[j, c]))
+            for c in range(d):
+                reference_row[c] *= scale
+        high = -np.inf
+        for x in range(size):
+            j = items[lo[t] + x] if items.size > 0 else lo[t] + x
+            e = 0.0
+            for c in range(d):
+                e += reference_row[c] * np.float64(k[j, c])
+            weights[x] = e
+            high = e if e > high else high
+        total = 0.0
+        moment = 0.0
+        for x in range(size):
+            shifted = weights[x] - high
+            w = exp2(np.float64(LOG2E * shifted))
+            weights[x] = w
+            total += w
+            moment += w * shifted
+        inverse = 1.0 / total
+        # H(lam) = ln W - E / W lies between 0 and ln m; rounding must not leave that.
+        found = np.log(total) - moment * inverse
+        entropy[t] = min(max(found, 0.0), np.log(np.float64(size)))
+        log_weight[t] = high + np.log(total)
+        row[:] = 0.0
+        for x in range(size):
+            j = items[lo[t] + x] if items.size > 0 else lo[t] + x
+            w = weights[x] * inverse
+            weights[x] = w
+            for c in range(d):
+                row[c] += w * np.float64(k[j, c])
+        if lam.size > 0:
+            for x in range(size):
+                lam[at[t] + x] = weights[x]
+        if squares:
+            square[:] = 0.0
             for x in range(size):
                 j = items[lo[t] + x] if items.size > 0 else lo[t] + x
-                e = 0.0
+                w = weights[x]
                 for c in range(d):
-                    e += reference_row[c] * np.float64(k[j, c])
-                weights[x] = e
-                high = e if e > high else high
-            total = 0.0
-            moment = 0.0
-            for x in range(size):
-                shifted = weights[x] - high
-                w = exp2(np.float64(LOG2E * shifted))
-                weights[x] = w
-                total += w
-                moment += w * shifted
-            inverse = 1.0 / total
-            # H(lam) = ln W - E / W lies between 0 and ln m; rounding must not leave that.
-            found = np.log(total) - moment * inverse
-            entropy[t] = min(max(found, 0.0), np.log(np.float64(size)))
-            log_weight[t] = high + np.log(total)
+                    difference = np.float64(k[j, c]) - row[c]
+                    square[c] += w * difference * difference
+            for c in range(d):
+                spread[t, c] = square[c]
+        if key == 0:
+            for c in range(d):
+                kappa[t, c] = row[c]
+        elif key == 1:
             row[:] = 0.0
             for x in range(size):
                 j = items[lo[t] + x] if items.size > 0 else lo[t] + x
-                w = weights[x] * inverse
-                weights[x] = w
                 for c in range(d):
-                    row[c] += w * np.float64(k[j, c])
-            if lam.size > 0:
-                for x in range(size):
-                    lam[at[t] + x] = weights[x]
-            if squares:
-                square[:] = 0.0
-                for x in range(size):
-                    j = items[lo[t] + x] if items.size > 0 else lo[t] + x
-                    w = weights[x]
-                    for c in range(d):
-                        difference = np.float64(k[j, c]) - row[c]
-                        square[c] += w * difference * difference
+                    row[c] += np.float64(k[j, c])
+            for c in range(d):
+                kappa[t, c] = row[c] / size
+        else:
+            row[:] = -np.inf
+            for x in range(size):
+                j = items[lo[t] + x] if items.size > 0 else lo[t] + x
                 for c in range(d):
-                    spread[t, c] = square[c]
-            if key == 0:
-                for c in range(d):
-                    kappa[t, c] = row[c]
-            elif key == 1:
-                row[:] = 0.0
-                for x in range(size):
-                    j = items[lo[t] + x] if items.size > 0 else lo[t] + x
-                    for c in range(d):
-                        row[c] += np.float64(k[j, c])
-                for c in range(d):
-                    kappa[t, c] = row[c] / size
-            else:
-                row[:] = -np.inf
-                for x in range(size):
-                    j = items[lo[t] + x] if items.size > 0 else lo[t] + x
-                    for c in range(d):
-                        row[c] = max(row[c], np.float64(k[j, c]))
-                for c in range(d):
-                    kappa[t, c] = row[c]
+                    row[c] = max(row[c], np.float64(k[j, c]))
+            for c in range(d):
+                kappa[t, c] = row[c]
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def spread_values(
-    lam: Array, lo: Array, hi: Array, at: Array, items: Array, x: Array, order: Array,
-    threads: int, out: Array,
+    turn: Array, lam: Array, lo: Array, hi: Array, at: Array, items: Array, x: Array, order: Array,
+    out: Array,
 ) -> None:  # fmt: skip
     """``out_t = sum_(j in region t) lam_t(j) x_j (N, m)``; sums are float64."""
     width = x.shape[1]
-    for worker in prange(threads):
-        row = np.empty(width, np.float64)
-        for p in range(worker, order.size, threads):
-            t = order[p]
-            row[:] = 0.0
-            for y in range(hi[t] - lo[t]):
-                j = items[lo[t] + y] if items.size > 0 else lo[t] + y
-                w = np.float64(lam[at[t] + y])
-                for c in range(width):
-                    row[c] += w * np.float64(x[j, c])
+    row = np.empty(width, np.float64)
+    for _ in range(order.size):
+        p = take(turn)
+        if p >= order.size:
+            break
+        t = order[p]
+        row[:] = 0.0
+        for y in range(hi[t] - lo[t]):
+            j = items[lo[t] + y] if items.size > 0 else lo[t] + y
+            w = np.float64(lam[at[t] + y])
             for c in range(width):
-                out[t, c] = row[c]
+                row[c] += w * np.float64(x[j, c])
+        for c in range(width):
+            out[t, c] = row[c]
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def gather_values(
+    turn: Array,
     lam: Array, lo: Array, hi: Array, at: Array, items: Array, z: Array, first: int, last: int,
-    threads: int, out: Array,
+    out: Array,
 ) -> None:  # fmt: skip
     """``out_j += lam_t(j) z_t`` for the regions ``first <= t < last``, which share no key."""
     width = z.shape[1]
-    for worker in prange(threads):
-        for t in range(first + worker, last, threads):
-            for y in range(hi[t] - lo[t]):
-                j = items[lo[t] + y] if items.size > 0 else lo[t] + y
-                w = lam[at[t] + y]
-                for c in range(width):
-                    out[j, c] += w * z[t, c]
+    for _ in range(last - first):
+        t = first + take(turn)
+        if t >= last:
+            break
+        for y in range(hi[t] - lo[t]):
+            j = items[lo[t] + y] if items.size > 0 else lo[t] + y
+            w = lam[at[t] + y]
+            for c in range(width):
+                out[j, c] += w * z[t, c]
 
 
 # --- the tree -----------------------------------------------------------------------------------
 
 
-@kernel(parallel=True)
-def tree_level(x: Array, left: Array, first: int, below: int, count: int, children: int,
-               threads: int) -> None:  # fmt: skip
+@kernel(dealt=True)
+def tree_level(
+    turn: Array, x: Array, left: Array, first: int, below: int, count: int, children: int
+) -> None:
     """Merge two children a node: ``x_t = w x_left + (1 - w) x_right`` with ``w = left_t``.
 
     Nodes ``first, ..., first + count - 1`` of a level have the children ``below + 2 b`` and
     ``below + 2 b + 1``; with an odd number of ``children`` the last node has one.
     """
     width = x.shape[1]
-    for worker in prange(threads):
-        for b in range(worker, count, threads):
+    tiles = (count + ROW_TILE - 1) // ROW_TILE
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for b in range(item * ROW_TILE, min((item + 1) * ROW_TILE, count)):
             t = first + b
             a = below + 2 * b
             w = left[t]
@@ -226,12 +238,16 @@ def tree_level(x: Array, left: Array, first: int, below: int, count: int, childr
                     x[t, c] = w * x[a, c] + v * x[a + 1, c]
 
 
-@kernel(parallel=True)
-def tree_leaves(x: Array, left: Array, count: int, n: int, threads: int, out: Array) -> None:
+@kernel(dealt=True)
+def tree_leaves(turn: Array, x: Array, left: Array, count: int, n: int, out: Array) -> None:
     """Nodes of two keys each: ``out_b = w x_(2b) + (1 - w) x_(2b + 1)``."""
     width = x.shape[1]
-    for worker in prange(threads):
-        for b in range(worker, count, threads):
+    tiles = (count + ROW_TILE - 1) // ROW_TILE
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for b in range(item * ROW_TILE, min((item + 1) * ROW_TILE, count)):
             w = left[b]
             if w == out.dtype.type(1.0):
                 for c in range(width):
@@ -268,10 +284,10 @@ def _fold_key(mean: Array, row: Array, e: float, weight: float, inside: float) -
     return total, max(v * (inside - (weight - total)) - w * (e - total), 0.0)
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def line_means(
-    x: Array, e: Array, items: Array, low: Array, high: Array, cut: Array, past: Array,
-    sites: int, mode: int, threads: int, out: Array, log_weight: Array, entropy: Array,
+    turn: Array, x: Array, e: Array, items: Array, low: Array, high: Array, cut: Array, past: Array,
+    sites: int, mode: int, out: Array, log_weight: Array, entropy: Array,
 ) -> None:  # fmt: skip
     """Weighted means of every line before (mode 1), after (2) or without (3) each place.
 
@@ -281,51 +297,53 @@ def line_means(
     """
     width = x.shape[1]
     lines = low.size
-    for worker in prange(threads):
-        mean = np.empty(width, np.float64)
-        for h in range(worker, lines, threads):
-            if mode != 2:
-                weight = -np.inf
-                inside = 0.0
-                mean[:] = 0.0
-                u = low[h]
-                for g in range(sites):
-                    t = g * lines + h
-                    while u < cut[t]:
-                        j = items[u]
-                        weight, inside = _fold_key(mean, x[j], e[j], weight, inside)
-                        u += 1
+    mean = np.empty(width, np.float64)
+    for _ in range(lines):
+        h = take(turn)
+        if h >= lines:
+            break
+        if mode != 2:
+            weight = -np.inf
+            inside = 0.0
+            mean[:] = 0.0
+            u = low[h]
+            for g in range(sites):
+                t = g * lines + h
+                while u < cut[t]:
+                    j = items[u]
+                    weight, inside = _fold_key(mean, x[j], e[j], weight, inside)
+                    u += 1
+                log_weight[t] = weight
+                entropy[t] = inside if weight > -np.inf else -np.inf
+                for c in range(width):
+                    out[t, c] = mean[c]
+        if mode != 1:
+            weight = -np.inf
+            inside = 0.0
+            mean[:] = 0.0
+            u = high[h]
+            for back in range(sites):
+                t = (sites - 1 - back) * lines + h
+                while u > past[t]:
+                    u -= 1
+                    j = items[u]
+                    weight, inside = _fold_key(mean, x[j], e[j], weight, inside)
+                other = log_weight[t] if mode == 3 else -np.inf
+                if other == -np.inf:
                     log_weight[t] = weight
                     entropy[t] = inside if weight > -np.inf else -np.inf
                     for c in range(width):
                         out[t, c] = mean[c]
-            if mode != 1:
-                weight = -np.inf
-                inside = 0.0
-                mean[:] = 0.0
-                u = high[h]
-                for back in range(sites):
-                    t = (sites - 1 - back) * lines + h
-                    while u > past[t]:
-                        u -= 1
-                        j = items[u]
-                        weight, inside = _fold_key(mean, x[j], e[j], weight, inside)
-                    other = log_weight[t] if mode == 3 else -np.inf
-                    if other == -np.inf:
-                        log_weight[t] = weight
-                        entropy[t] = inside if weight > -np.inf else -np.inf
-                        for c in range(width):
-                            out[t, c] = mean[c]
-                    elif weight > -np.inf:
-                        top = max(weight, other)
-                        total = top + np.log(np.exp(weight - top) + np.exp(other - top))
-                        w = np.exp(weight - total)
-                        v = np.exp(other - total)
-                        first = v * (entropy[t] - (other - total))
-                        entropy[t] = max(first + w * (inside - (weight - total)), 0.0)
-                        log_weight[t] = total
-                        for c in range(width):
-                            out[t, c] = v * np.float64(out[t, c]) + w * mean[c]
+                elif weight > -np.inf:
+                    top = max(weight, other)
+                    total = top + np.log(np.exp(weight - top) + np.exp(other - top))
+                    w = np.exp(weight - total)
+                    v = np.exp(other - total)
+                    first = v * (entropy[t] - (other - total))
+                    entropy[t] = max(first + w * (inside - (weight - total)), 0.0)
+                    log_weight[t] = total
+                    for c in range(width):
+                        out[t, c] = v * np.float64(out[t, c]) + w * mean[c]
 
 
 # --- slots in tiles of rows that share them -----------------------------------------------------
@@ -345,11 +363,11 @@ def _hide_slots(s: Array, rows: Array, j0: int, ends: Array, skip: Array) -> Non
                 s[r, u] = lowest
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def near(
-    q: Array, k: Array, x: Array, bias: Array, order: Array, first: Array, last: Array,
+    turn: Array, q: Array, k: Array, x: Array, bias: Array, order: Array, first: Array, last: Array,
     region: Array, lo: Array, hi: Array, items: Array, ends: Array, skip: Array, scale: float,
-    row_tile: int, key_tile: int, threads: int, top: Array, total: Array, out: Array,
+    row_tile: int, key_tile: int, top: Array, total: Array, out: Array,
 ) -> None:  # fmt: skip
     """Fold the slots of region ``t = region[p]`` into the rows ``order[first[p] : last[p]]``.
 
@@ -362,81 +380,83 @@ def near(
     width = x.shape[1]
     factor = q.dtype.type(scale * LOG2E)
     gathered = items.size > 0
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * d, q.dtype)
-        logit_buffer = np.empty(row_tile * key_tile, q.dtype)
-        key_buffer = np.empty((key_tile if gathered else 0) * d, q.dtype)
-        value_buffer = np.empty((key_tile if gathered else 0) * width, q.dtype)
-        part_buffer = np.empty(row_tile * width, q.dtype)
-        acc_buffer = np.empty(row_tile * width, q.dtype)
-        top_buffer = np.empty(row_tile, q.dtype)
-        total_buffer = np.empty(row_tile, q.dtype)
-        for p in range(worker, first.size, threads):
-            t = region[p]
-            rows = last[p] - first[p]
-            start = lo[t]
-            stop = hi[t]
-            if ends.size > 0:
-                latest = start
-                for r in range(first[p], last[p]):
-                    latest = max(latest, ends[order[r]])
-                stop = min(stop, latest)
-            if stop <= start or rows <= 0:
-                continue
-            scaled = query_buffer[: rows * d].reshape((rows, d))
-            part = part_buffer[: rows * width].reshape((rows, width))
-            acc = acc_buffer[: rows * width].reshape((rows, width))
-            high = top_buffer[:rows]
-            sums = total_buffer[:rows]
-            for r in range(rows):
-                i = order[first[p] + r]
-                high[r] = top[i]
-                sums[r] = total[i]
-                for c in range(d):
-                    scaled[r, c] = factor * q[i, c]
-                for c in range(width):
-                    acc[r, c] = out[i, c]
-            for j0 in range(start, stop, key_tile):
-                j1 = min(j0 + key_tile, stop)
-                cols = j1 - j0
-                s = logit_buffer[: rows * cols].reshape((rows, cols))
-                if gathered:
-                    keys = key_buffer[: cols * d].reshape((cols, d))
-                    values = value_buffer[: cols * width].reshape((cols, width))
+    query_buffer = np.empty(row_tile * d, q.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, q.dtype)
+    key_buffer = np.empty((key_tile if gathered else 0) * d, q.dtype)
+    value_buffer = np.empty((key_tile if gathered else 0) * width, q.dtype)
+    part_buffer = np.empty(row_tile * width, q.dtype)
+    acc_buffer = np.empty(row_tile * width, q.dtype)
+    top_buffer = np.empty(row_tile, q.dtype)
+    total_buffer = np.empty(row_tile, q.dtype)
+    for _ in range(first.size):
+        p = take(turn)
+        if p >= first.size:
+            break
+        t = region[p]
+        rows = last[p] - first[p]
+        start = lo[t]
+        stop = hi[t]
+        if ends.size > 0:
+            latest = start
+            for r in range(first[p], last[p]):
+                latest = max(latest, ends[order[r]])
+            stop = min(stop, latest)
+        if stop <= start or rows <= 0:
+            continue
+        scaled = query_buffer[: rows * d].reshape((rows, d))
+        part = part_buffer[: rows * width].reshape((rows, width))
+        acc = acc_buffer[: rows * width].reshape((rows, width))
+        high = top_buffer[:rows]
+        sums = total_buffer[:rows]
+        for r in range(rows):
+            i = order[first[p] + r]
+            high[r] = top[i]
+            sums[r] = total[i]
+            for c in range(d):
+                scaled[r, c] = factor * q[i, c]
+            for c in range(width):
+                acc[r, c] = out[i, c]
+        for j0 in range(start, stop, key_tile):
+            j1 = min(j0 + key_tile, stop)
+            cols = j1 - j0
+            s = logit_buffer[: rows * cols].reshape((rows, cols))
+            if gathered:
+                keys = key_buffer[: cols * d].reshape((cols, d))
+                values = value_buffer[: cols * width].reshape((cols, width))
+                for y in range(cols):
+                    j = items[j0 + y]
+                    for c in range(d):
+                        keys[y, c] = k[j, c]
+                    for c in range(width):
+                        values[y, c] = x[j, c]
+            else:
+                keys = k[j0:j1]
+                values = x[j0:j1]
+            np.dot(scaled, keys.T, s)
+            if bias.size > 0:
+                for r in range(rows):
                     for y in range(cols):
-                        j = items[j0 + y]
-                        for c in range(d):
-                            keys[y, c] = k[j, c]
-                        for c in range(width):
-                            values[y, c] = x[j, c]
-                else:
-                    keys = k[j0:j1]
-                    values = x[j0:j1]
-                np.dot(scaled, keys.T, s)
-                if bias.size > 0:
-                    for r in range(rows):
-                        for y in range(cols):
-                            s[r, y] += bias[j0 + y]
-                _hide_slots(s, order[first[p] : last[p]], j0, ends, skip)
-                online_softmax(s, high, sums, acc)
-                if width > 0:
-                    np.dot(s, values, part)
-                    for r in range(rows):
-                        for c in range(width):
-                            acc[r, c] += part[r, c]
-            for r in range(rows):
-                i = order[first[p] + r]
-                top[i] = high[r]
-                total[i] = sums[r]
-                for c in range(width):
-                    out[i, c] = acc[r, c]
+                        s[r, y] += bias[j0 + y]
+            _hide_slots(s, order[first[p] : last[p]], j0, ends, skip)
+            online_softmax(s, high, sums, acc)
+            if width > 0:
+                np.dot(s, values, part)
+                for r in range(rows):
+                    for c in range(width):
+                        acc[r, c] += part[r, c]
+        for r in range(rows):
+            i = order[first[p] + r]
+            top[i] = high[r]
+            total[i] = sums[r]
+            for c in range(width):
+                out[i, c] = acc[r, c]
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def near_transposed(
-    q: Array, k: Array, y: Array, lse: Array, bias: Array, order: Array, first: Array,
+    turn: Array, q: Array, k: Array, y: Array, lse: Array, bias: Array, order: Array, first: Array,
     last: Array, groups: Array, region: Array, lo: Array, hi: Array, items: Array, ends: Array,
-    skip: Array, scale: float, row_tile: int, key_tile: int, threads: int, out: Array,
+    skip: Array, scale: float, row_tile: int, key_tile: int, out: Array,
 ) -> None:  # fmt: skip
     """``out_u += sum_i exp(s_iu - lse_i) y_i`` over the tiles ``groups[g] <= p < groups[g + 1]``.
 
@@ -450,77 +470,81 @@ def near_transposed(
     lowest = q.dtype.type(-np.inf)
     zero = q.dtype.type(0.0)
     gathered = items.size > 0
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * d, q.dtype)
-        weight_buffer = np.empty(row_tile * width, q.dtype)
-        logit_buffer = np.empty(row_tile * key_tile, q.dtype)
-        key_buffer = np.empty((key_tile if gathered else 0) * d, q.dtype)
-        part_buffer = np.empty(key_tile * width, q.dtype)
-        for g in range(worker, groups.size - 1, threads):
-            if groups[g + 1] == groups[g]:
-                continue
-            t = region[groups[g]]
-            for j0 in range(lo[t], hi[t], key_tile):
-                j1 = min(j0 + key_tile, hi[t])
-                cols = j1 - j0
-                part = part_buffer[: cols * width].reshape((cols, width))
-                if gathered:
-                    keys = key_buffer[: cols * d].reshape((cols, d))
+    query_buffer = np.empty(row_tile * d, q.dtype)
+    weight_buffer = np.empty(row_tile * width, q.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, q.dtype)
+    key_buffer = np.empty((key_tile if gathered else 0) * d, q.dtype)
+    part_buffer = np.empty(key_tile * width, q.dtype)
+    for _ in range(groups.size - 1):
+        g = take(turn)
+        if g >= groups.size - 1:
+            break
+        if groups[g + 1] == groups[g]:
+            continue
+        t = region[groups[g]]
+        for j0 in range(lo[t], hi[t], key_tile):
+            j1 = min(j0 + key_tile, hi[t])
+            cols = j1 - j0
+            part = part_buffer[: cols * width].reshape((cols, width))
+            if gathered:
+                keys = key_buffer[: cols * d].reshape((cols, d))
+                for u in range(cols):
+                    for c in range(d):
+                        keys[u, c] = k[items[j0 + u], c]
+            else:
+                keys = k[j0:j1]
+            for p in range(groups[g], groups[g + 1]):
+                rows = last[p] - first[p]
+                scaled = query_buffer[: rows * d].reshape((rows, d))
+                given = weight_buffer[: rows * width].reshape((rows, width))
+                s = logit_buffer[: rows * cols].reshape((rows, cols))
+                for r in range(rows):
+                    i = order[first[p] + r]
+                    for c in range(d):
+                        scaled[r, c] = factor * q[i, c]
+                    for c in range(width):
+                        given[r, c] = y[i, c]
+                np.dot(scaled, keys.T, s)
+                for r in range(rows):
+                    i = order[first[p] + r]
+                    b = lse[i] * to_bits if lse[i] != lowest else zero
                     for u in range(cols):
-                        for c in range(d):
-                            keys[u, c] = k[items[j0 + u], c]
-                else:
-                    keys = k[j0:j1]
-                for p in range(groups[g], groups[g + 1]):
-                    rows = last[p] - first[p]
-                    scaled = query_buffer[: rows * d].reshape((rows, d))
-                    given = weight_buffer[: rows * width].reshape((rows, width))
-                    s = logit_buffer[: rows * cols].reshape((rows, cols))
-                    for r in range(rows):
-                        i = order[first[p] + r]
-                        for c in range(d):
-                            scaled[r, c] = factor * q[i, c]
-                        for c in range(width):
-                            given[r, c] = y[i, c]
-                    np.dot(scaled, keys.T, s)
-                    for r in range(rows):
-                        i = order[first[p] + r]
-                        b = lse[i] * to_bits if lse[i] != lowest else zero
+                        s[r, u] -= b
+                    if bias.size > 0:
                         for u in range(cols):
-                            s[r, u] -= b
-                        if bias.size > 0:
-                            for u in range(cols):
-                                s[r, u] += bias[j0 + u]
-                    _hide_slots(s, order[first[p] : last[p]], j0, ends, skip)
-                    # What was hidden may lie far above the normaliser: out before it overflows.
-                    for r in range(rows):
-                        for u in range(cols):
-                            s[r, u] = exp2(s[r, u])
-                    np.dot(s.T, given, part)
+                            s[r, u] += bias[j0 + u]
+                _hide_slots(s, order[first[p] : last[p]], j0, ends, skip)
+                # What was hidden may lie far above the normaliser: out before it overflows.
+                for r in range(rows):
                     for u in range(cols):
-                        j = items[j0 + u] if gathered else j0 + u
-                        for c in range(width):
-                            out[j, c] += part[u, c]
+                        s[r, u] = exp2(s[r, u])
+                np.dot(s.T, given, part)
+                for u in range(cols):
+                    j = items[j0 + u] if gathered else j0 + u
+                    for c in range(width):
+                        out[j, c] += part[u, c]
 
 
-@kernel(parallel=True)
-def finish(top: Array, total: Array, tile: int, threads: int, out: Array, lse: Array) -> None:
+@kernel(dealt=True)
+def finish(turn: Array, top: Array, total: Array, tile: int, out: Array, lse: Array) -> None:
     """Divide ``out (n_q, m)`` by ``total``, write ``lse (n_q,)``, natural; zeros without keys."""
     n_q, width = out.shape
     natural = out.dtype.type(1.0 / LOG2E)
     lowest = out.dtype.type(-np.inf)
     zero = out.dtype.type(0.0)
     tiles = (n_q + tile - 1) // tile
-    for worker in prange(threads):
-        for item in range(worker, tiles, threads):
-            for i in range(item * tile, min((item + 1) * tile, n_q)):
-                if total[i] == zero:
-                    lse[i] = lowest
-                    continue
-                lse[i] = natural * (top[i] + np.log2(total[i]))
-                inverse = out.dtype.type(1.0) / total[i]
-                for c in range(width):
-                    out[i, c] *= inverse
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for i in range(item * tile, min((item + 1) * tile, n_q)):
+            if total[i] == zero:
+                lse[i] = lowest
+                continue
+            lse[i] = natural * (top[i] + np.log2(total[i]))
+            inverse = out.dtype.type(1.0) / total[i]
+            for c in range(width):
+                out[i, c] *= inverse
 
 
 # --- regions that all rows share ----------------------------------------------------------------
@@ -540,10 +564,11 @@ def _hide_regions(s: Array, i0: int, j0: int, limit: Array, skip: Array) -> None
                 s[r, u] = lowest
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def far(
+    turn: Array,
     f: Array, keys: Array, bias: Array, xhat: Array, limit: Array, skip: Array, scale: float,
-    row_tile: int, key_tile: int, threads: int, top: Array, total: Array, out: Array,
+    row_tile: int, key_tile: int, top: Array, total: Array, out: Array,
 ) -> None:  # fmt: skip
     """Fold all regions into every row but those hidden.
 
@@ -555,44 +580,47 @@ def far(
     width = xhat.shape[1]
     tiles = (n_q + row_tile - 1) // row_tile
     factor = f.dtype.type(scale * LOG2E)
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * e, f.dtype)
-        logit_buffer = np.empty(row_tile * key_tile, f.dtype)
-        part_buffer = np.empty(row_tile * width, f.dtype)
-        for item in range(worker, tiles, threads):
-            i0 = item * row_tile
-            i1 = min(i0 + row_tile, n_q)
-            rows = i1 - i0
-            scaled = query_buffer[: rows * e].reshape((rows, e))
-            part = part_buffer[: rows * width].reshape((rows, width))
+    query_buffer = np.empty(row_tile * e, f.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, f.dtype)
+    part_buffer = np.empty(row_tile * width, f.dtype)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        i0 = item * row_tile
+        i1 = min(i0 + row_tile, n_q)
+        rows = i1 - i0
+        scaled = query_buffer[: rows * e].reshape((rows, e))
+        part = part_buffer[: rows * width].reshape((rows, width))
+        for r in range(rows):
+            for c in range(e):
+                scaled[r, c] = factor * f[i0 + r, c]
+        end = count
+        if limit.size > 0:
+            end = 0
+            for i in range(i0, i1):
+                end = max(end, limit[i])
+        for j0 in range(0, end, key_tile):
+            j1 = min(j0 + key_tile, end)
+            s = logit_buffer[: rows * (j1 - j0)].reshape((rows, j1 - j0))
+            np.dot(scaled, keys[j0:j1].T, s)
             for r in range(rows):
-                for c in range(e):
-                    scaled[r, c] = factor * f[i0 + r, c]
-            end = count
-            if limit.size > 0:
-                end = 0
-                for i in range(i0, i1):
-                    end = max(end, limit[i])
-            for j0 in range(0, end, key_tile):
-                j1 = min(j0 + key_tile, end)
-                s = logit_buffer[: rows * (j1 - j0)].reshape((rows, j1 - j0))
-                np.dot(scaled, keys[j0:j1].T, s)
+                for u in range(j1 - j0):
+                    s[r, u] += bias[j0 + u]
+            _hide_regions(s, i0, j0, limit, skip)
+            online_softmax(s, top[i0:i1], total[i0:i1], out[i0:i1])
+            if width > 0:
+                np.dot(s, xhat[j0:j1], part)
                 for r in range(rows):
-                    for u in range(j1 - j0):
-                        s[r, u] += bias[j0 + u]
-                _hide_regions(s, i0, j0, limit, skip)
-                online_softmax(s, top[i0:i1], total[i0:i1], out[i0:i1])
-                if width > 0:
-                    np.dot(s, xhat[j0:j1], part)
-                    for r in range(rows):
-                        for c in range(width):
-                            out[i0 + r, c] += part[r, c]
+                    for c in range(width):
+                        out[i0 + r, c] += part[r, c]
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def far_transposed(
+    turn: Array,
     f: Array, keys: Array, bias: Array, y: Array, lse: Array, limit: Array, skip: Array,
-    scale: float, row_tile: int, key_tile: int, threads: int, out: Array,
+    scale: float, row_tile: int, key_tile: int, out: Array,
 ) -> None:  # fmt: skip
     """``out_t = sum_i exp(g_it - lse_i) y_i (R, m)`` over the rows that see region t."""
     n_q, e = f.shape
@@ -603,37 +631,39 @@ def far_transposed(
     to_bits = f.dtype.type(LOG2E)
     lowest = f.dtype.type(-np.inf)
     zero = f.dtype.type(0.0)
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * e, f.dtype)
-        logit_buffer = np.empty(row_tile * key_tile, f.dtype)
-        part_buffer = np.empty(key_tile * width, f.dtype)
-        for item in range(worker, tiles, threads):
-            j0 = item * key_tile
-            j1 = min(j0 + key_tile, count)
-            cols = j1 - j0
-            part = part_buffer[: cols * width].reshape((cols, width))
-            out[j0:j1] = zero
-            for i0 in range(0, n_q, row_tile):
-                i1 = min(i0 + row_tile, n_q)
-                rows = i1 - i0
-                scaled = query_buffer[: rows * e].reshape((rows, e))
-                s = logit_buffer[: rows * cols].reshape((rows, cols))
-                for r in range(rows):
-                    for c in range(e):
-                        scaled[r, c] = factor * f[i0 + r, c]
-                np.dot(scaled, keys[j0:j1].T, s)
-                for r in range(rows):
-                    b = lse[i0 + r] * to_bits if lse[i0 + r] != lowest else zero
-                    for u in range(cols):
-                        s[r, u] += bias[j0 + u] - b
-                _hide_regions(s, i0, j0, limit, skip)
-                for r in range(rows):
-                    for u in range(cols):
-                        s[r, u] = exp2(s[r, u])
-                np.dot(s.T, y[i0:i1], part)
+    query_buffer = np.empty(row_tile * e, f.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, f.dtype)
+    part_buffer = np.empty(key_tile * width, f.dtype)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        j0 = item * key_tile
+        j1 = min(j0 + key_tile, count)
+        cols = j1 - j0
+        part = part_buffer[: cols * width].reshape((cols, width))
+        out[j0:j1] = zero
+        for i0 in range(0, n_q, row_tile):
+            i1 = min(i0 + row_tile, n_q)
+            rows = i1 - i0
+            scaled = query_buffer[: rows * e].reshape((rows, e))
+            s = logit_buffer[: rows * cols].reshape((rows, cols))
+            for r in range(rows):
+                for c in range(e):
+                    scaled[r, c] = factor * f[i0 + r, c]
+            np.dot(scaled, keys[j0:j1].T, s)
+            for r in range(rows):
+                b = lse[i0 + r] * to_bits if lse[i0 + r] != lowest else zero
                 for u in range(cols):
-                    for c in range(width):
-                        out[j0 + u, c] += part[u, c]
+                    s[r, u] += bias[j0 + u] - b
+            _hide_regions(s, i0, j0, limit, skip)
+            for r in range(rows):
+                for u in range(cols):
+                    s[r, u] = exp2(s[r, u])
+            np.dot(s.T, y[i0:i1], part)
+            for u in range(cols):
+                for c in range(width):
+                    out[j0 + u, c] += part[u, c]
 
 
 # --- sibling blocks of a dyadic tree ------------------------------------------------------------
@@ -648,11 +678,11 @@ def _dot(a: Array, b: Array) -> Any:
     return total
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def dyadic(
-    q: Array, k: Array, x: Array, f: Array, keys: Array, bias: Array, xhat: Array,
+    turn: Array, q: Array, k: Array, x: Array, f: Array, keys: Array, bias: Array, xhat: Array,
     offsets: Array, lowest_level: int, half: bool, causal: bool, keep: Array, scale: float,
-    tile: int, threads: int, top: Array, total: Array, out: Array, lse: Array,
+    tile: int, top: Array, total: Array, out: Array, lse: Array,
 ) -> None:  # fmt: skip
     """Fold the sibling block of each level into every row, divide, and write ``lse (n,)``.
 
@@ -669,72 +699,75 @@ def dyadic(
     natural = q.dtype.type(1.0 / LOG2E)
     minus = q.dtype.type(-np.inf)
     one = q.dtype.type(1.0)
-    for worker in prange(threads):
-        scaled = np.empty(d, q.dtype)
-        wide = np.empty(e_width, q.dtype)
-        s = np.empty(levels + 3, q.dtype)
-        source = np.empty(levels + 3, np.int64)
-        for item in range(worker, tiles, threads):
-            for i in range(item * tile, min((item + 1) * tile, n)):
-                count = 0
-                keys_used = 0
-                if lowest_level == 0:
-                    for c in range(d):
-                        scaled[c] = factor * q[i, c]
-                    for z in range(2):
-                        j = i ^ z
-                        if j >= n or (causal and j > i) or (keep.size > 0 and not keep[j]):
-                            continue
-                        s[count] = _dot(scaled, k[j])
-                        source[count] = j
-                        count += 1
-                    keys_used = count
-                for c in range(e_width):
-                    wide[c] = factor * f[i, c]
-                for e in range(max(lowest_level, 1), levels):
-                    b = i >> e
-                    sibling = b ^ 1
-                    if (causal and b & 1 == 0) or (sibling << e) >= n:
+    scaled = np.empty(d, q.dtype)
+    wide = np.empty(e_width, q.dtype)
+    s = np.empty(levels + 3, q.dtype)
+    source = np.empty(levels + 3, np.int64)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for i in range(item * tile, min((item + 1) * tile, n)):
+            count = 0
+            keys_used = 0
+            if lowest_level == 0:
+                for c in range(d):
+                    scaled[c] = factor * q[i, c]
+                for z in range(2):
+                    j = i ^ z
+                    if j >= n or (causal and j > i) or (keep.size > 0 and not keep[j]):
                         continue
-                    t = offsets[e] + (sibling >> 1 if half else sibling)
-                    if bias[t] == minus:
-                        continue
-                    s[count] = _dot(wide, keys[t]) + bias[t]
-                    source[count] = t
+                    s[count] = _dot(scaled, k[j])
+                    source[count] = j
                     count += 1
-                high = row_maximum(s[:count])
-                if top[i] > high:
-                    high = top[i]
-                if high == minus:
-                    lse[i] = minus
+                keys_used = count
+            for c in range(e_width):
+                wide[c] = factor * f[i, c]
+            for e in range(max(lowest_level, 1), levels):
+                b = i >> e
+                sibling = b ^ 1
+                if (causal and b & 1 == 0) or (sibling << e) >= n:
                     continue
-                before = exp2(q.dtype.type(top[i] - high))
-                sums = before * total[i]
-                for y in range(count):
-                    w = exp2(q.dtype.type(s[y] - high))
-                    s[y] = w
-                    sums += w
-                inverse = one / sums
-                lse[i] = natural * (high + np.log2(sums))
-                if width > 0:
-                    before *= inverse
+                t = offsets[e] + (sibling >> 1 if half else sibling)
+                if bias[t] == minus:
+                    continue
+                s[count] = _dot(wide, keys[t]) + bias[t]
+                source[count] = t
+                count += 1
+            high = row_maximum(s[:count])
+            if top[i] > high:
+                high = top[i]
+            if high == minus:
+                lse[i] = minus
+                continue
+            before = exp2(q.dtype.type(top[i] - high))
+            sums = before * total[i]
+            for y in range(count):
+                w = exp2(q.dtype.type(s[y] - high))
+                s[y] = w
+                sums += w
+            inverse = one / sums
+            lse[i] = natural * (high + np.log2(sums))
+            if width > 0:
+                before *= inverse
+                for c in range(width):
+                    out[i, c] *= before
+                for y in range(keys_used):
+                    w = s[y] * inverse
                     for c in range(width):
-                        out[i, c] *= before
-                    for y in range(keys_used):
-                        w = s[y] * inverse
-                        for c in range(width):
-                            out[i, c] += w * x[source[y], c]
-                    for y in range(keys_used, count):
-                        w = s[y] * inverse
-                        t = source[y]
-                        for c in range(width):
-                            out[i, c] += w * xhat[t, c]
+                        out[i, c] += w * x[source[y], c]
+                for y in range(keys_used, count):
+                    w = s[y] * inverse
+                    t = source[y]
+                    for c in range(width):
+                        out[i, c] += w * xhat[t, c]
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def dyadic_transposed(
+    turn: Array,
     f: Array, keys: Array, bias: Array, y: Array, lse: Array, level: Array, block: Array,
-    scale: float, threads: int, out: Array,
+    scale: float, out: Array,
 ) -> None:  # fmt: skip
     """``out_t = sum_i exp(g_it - lse_i) y_i (N, m)`` over the rows of the sibling of node t.
 
@@ -747,29 +780,32 @@ def dyadic_transposed(
     to_bits = f.dtype.type(LOG2E)
     minus = f.dtype.type(-np.inf)
     count = level.size
-    for worker in prange(threads):
-        wide = np.empty(e_width, f.dtype)
-        # From the largest down, so that the threads get about the same.
-        for p in range(worker, count, threads):
-            t = count - 1 - p
-            out[t] = 0.0
-            if level[t] < 0 or bias[t] == minus:
+    wide = np.empty(e_width, f.dtype)
+    # From the largest down, so that threads end at about the same time.
+    for _ in range(count):
+        p = take(turn)
+        if p >= count:
+            break
+        t = count - 1 - p
+        out[t] = 0.0
+        if level[t] < 0 or bias[t] == minus:
+            continue
+        for c in range(e_width):
+            wide[c] = factor * keys[t, c]
+        low = (block[t] ^ 1) << level[t]
+        for i in range(low, min(low + (1 << level[t]), n)):
+            if lse[i] == minus:
                 continue
-            for c in range(e_width):
-                wide[c] = factor * keys[t, c]
-            low = (block[t] ^ 1) << level[t]
-            for i in range(low, min(low + (1 << level[t]), n)):
-                if lse[i] == minus:
-                    continue
-                w = exp2(f.dtype.type(_dot(wide, f[i]) + bias[t] - lse[i] * to_bits))
-                for c in range(width):
-                    out[t, c] += w * y[i, c]
+            w = exp2(f.dtype.type(_dot(wide, f[i]) + bias[t] - lse[i] * to_bits))
+            for c in range(width):
+                out[t, c] += w * y[i, c]
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def neighbours_transposed(
+    turn: Array,
     q: Array, k: Array, y: Array, lse: Array, causal: bool, keep: Array, scale: float, tile: int,
-    threads: int, out: Array,
+    out: Array,
 ) -> None:  # fmt: skip
     """``out_j += sum exp(s_ij - lse_i) y_i`` over the rows j and its neighbour that see key j."""
     n, d = k.shape
@@ -778,30 +814,33 @@ def neighbours_transposed(
     to_bits = q.dtype.type(LOG2E)
     minus = q.dtype.type(-np.inf)
     tiles = (n + tile - 1) // tile
-    for worker in prange(threads):
-        for item in range(worker, tiles, threads):
-            for j in range(item * tile, min((item + 1) * tile, n)):
-                if keep.size > 0 and not keep[j]:
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for j in range(item * tile, min((item + 1) * tile, n)):
+            if keep.size > 0 and not keep[j]:
+                continue
+            for z in range(2):
+                i = j ^ z
+                if i >= n or (causal and j > i) or lse[i] == minus:
                     continue
-                for z in range(2):
-                    i = j ^ z
-                    if i >= n or (causal and j > i) or lse[i] == minus:
-                        continue
-                    s = q.dtype.type(0.0)
-                    for c in range(d):
-                        s += factor * q[i, c] * k[j, c]
-                    w = exp2(q.dtype.type(s - lse[i] * to_bits))
-                    for c in range(width):
-                        out[j, c] += w * y[i, c]
+                s = q.dtype.type(0.0)
+                for c in range(d):
+                    s += factor * q[i, c] * k[j, c]
+                w = exp2(q.dtype.type(s - lse[i] * to_bits))
+                for c in range(width):
+                    out[j, c] += w * y[i, c]
 
 
 # --- any plan: a row and its slots --------------------------------------------------------------
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def slot_logits(
+    turn: Array,
     q: Array, k: Array, f: Array, keys: Array, bias: Array, rows: Array, d_starts: Array,
-    direct: Array, r_starts: Array, regions: Array, scale: float, tile: int, threads: int,
+    direct: Array, r_starts: Array, regions: Array, scale: float, tile: int,
     d_out: Array, r_out: Array, lse: Array,
 ) -> None:  # fmt: skip
     """Write the base-2 logits of the slots of rows (s,), and ``lse (s,)``, natural.
@@ -816,39 +855,32 @@ def slot_logits(
     factor = q.dtype.type(scale * LOG2E)
     natural = q.dtype.type(1.0 / LOG2E)
     minus = q.dtype.type(-np.inf)
-    for worker in prange(threads):
-        scaled = np.empty(d, q.dtype)
-        wide = np.empty(e_width, q.dtype)
-        for item in range(worker, tiles, threads):
-            for p in range(item * tile, min((item + 1) * tile, count)):
-                i = rows[p]
-                for c in range(d):
-                    scaled[c] = factor * q[i, c]
-                for c in range(e_width):
-                    wide[c] = factor * f[i, c]
-                for y in range(d_starts[p], d_starts[p + 1]):
-                    d_out[y] = _dot(scaled, k[direct[y]])
-                for y in range(r_starts[p], r_starts[p + 1]):
-                    t = regions[y]
-                    r_out[y] = minus if bias[t] == minus else _dot(wide, keys[t]) + bias[t]
-                high = row_maximum(d_out[d_starts[p] : d_starts[p + 1]])
-                other = row_maximum(r_out[r_starts[p] : r_starts[p + 1]])
-                high = other if other > high else high
-                if high == minus:
-                    lse[p] = minus
-                    continue
-                total = q.dtype.type(0.0)
-                for y in range(d_starts[p], d_starts[p + 1]):
-                    total += exp2(q.dtype.type(d_out[y] - high))
-                for y in range(r_starts[p], r_starts[p + 1]):
-                    total += exp2(q.dtype.type(r_out[y] - high))
-                lse[p] = natural * (high + np.log2(total))
-
-
-# --- drivers ------------------------------------------------------------------------------------
-
-
-def all_threads(function: Any, *arguments: Any) -> None:
-    """Call a kernel with the number of threads where its arguments have ``None``."""
-    with kernel_threads() as threads:
-        function(*(threads if x is None else x for x in arguments))
+    scaled = np.empty(d, q.dtype)
+    wide = np.empty(e_width, q.dtype)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for p in range(item * tile, min((item + 1) * tile, count)):
+            i = rows[p]
+            for c in range(d):
+                scaled[c] = factor * q[i, c]
+            for c in range(e_width):
+                wide[c] = factor * f[i, c]
+            for y in range(d_starts[p], d_starts[p + 1]):
+                d_out[y] = _dot(scaled, k[direct[y]])
+            for y in range(r_starts[p], r_starts[p + 1]):
+                t = regions[y]
+                r_out[y] = minus if bias[t] == minus else _dot(wide, keys[t]) + bias[t]
+            high = row_maximum(d_out[d_starts[p] : d_starts[p + 1]])
+            other = row_maximum(r_out[r_starts[p] : r_starts[p + 1]])
+            high = other if other > high else high
+            if high == minus:
+                lse[p] = minus
+                continue
+            total = q.dtype.type(0.0)
+            for y in range(d_starts[p], d_starts[p + 1]):
+                total += exp2(q.dtype.type(d_out[y] - high))
+            for y in range(r_starts[p], r_starts[p + 1]):
+                total += exp2(q.dtype.type(r_out[y] - high))
+            lse[p] = natural * (high + np.log2(total))

@@ -11,7 +11,7 @@ Shapes and conventions shared by all kernels of this file:
 * All arithmetic is in float64, whatever the inputs: which rows are on top is a decision, and in
   float32 rounding would make it wherever two rows are close.
 * Items are (head, tile of rows), a row is reduced in one order, so that results do not depend on
-  ``threads``.
+  the number of threads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, prange
-from ._threads import kernel_threads
+from ._jit import kernel, take
+from ._threads import PRODUCT, deal
 
 Array = NDArray[Any]
 
@@ -35,10 +35,9 @@ SAMPLED_TILE = 64
 ROW_TILE, KEY_TILE = 128, 512
 
 
-@kernel()
-def _sampled_work(
-    worker: Any,
-    threads: int,
+@kernel(dealt=True)
+def _sampled(
+    turn: Array,
     q: Array,
     k: Array,
     group: int,
@@ -59,7 +58,10 @@ def _sampled_work(
     tiles = (n_q + tile - 1) // tile
     query = np.empty(d, np.float64)
     logits = np.empty(drawn, np.float64)
-    for item in range(worker, heads * tiles, threads):
+    for _ in range(heads * tiles):
+        item = take(turn)
+        if item >= heads * tiles:
+            break
         h = item // tiles
         i0 = (item - h * tiles) * tile
         keys = k[h // group]
@@ -95,29 +97,9 @@ def _sampled_work(
             out[h, i, 3] = count
 
 
-@kernel(parallel=True)
-def _sampled_parallel(
-    threads: int,
-    q: Array,
-    k: Array,
-    group: int,
-    scale: float,
-    samples: Array,
-    last: Array,
-    exponentials: bool,
-    tile: int,
-    out: Array,
-) -> None:
-    """Run all workers of ``_sampled_work``."""
-    for worker in prange(threads):
-        _sampled_work(
-            np.int64(worker), threads, q, k, group, scale, samples, last, exponentials, tile, out
-        )  # fmt: skip
-
-
-@kernel(parallel=True)
-def _shared_parallel(
-    threads: int,
+@kernel(dealt=True)
+def _shared(
+    turn: Array,
     q: Array,
     keys: Array,
     group: int,
@@ -136,51 +118,53 @@ def _shared_parallel(
     heads, n_q, d = q.shape
     drawn = keys.shape[1]
     tiles = (n_q + row_tile - 1) // row_tile
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * d, np.float64)
-        logit_buffer = np.empty(row_tile * key_tile, np.float64)
-        mass = np.empty(row_tile, np.float64)
-        for item in range(worker, heads * tiles, threads):
-            h = item // tiles
-            i0 = (item - h * tiles) * row_tile
-            rows = min(row_tile, n_q - i0)
-            query = query_buffer[: rows * d].reshape((rows, d))
+    query_buffer = np.empty(row_tile * d, np.float64)
+    logit_buffer = np.empty(row_tile * key_tile, np.float64)
+    mass = np.empty(row_tile, np.float64)
+    for _ in range(heads * tiles):
+        item = take(turn)
+        if item >= heads * tiles:
+            break
+        h = item // tiles
+        i0 = (item - h * tiles) * row_tile
+        rows = min(row_tile, n_q - i0)
+        query = query_buffer[: rows * d].reshape((rows, d))
+        for i in range(rows):
+            for c in range(d):
+                query[i, c] = scale * np.float64(q[h, i0 + i, c])
+            mass[i] = 0.0
+            out[h, i0 + i, 0] = -np.inf
+            out[h, i0 + i, 1] = 0.0
+            out[h, i0 + i, 2] = -np.inf
+            out[h, i0 + i, 3] = seen[i0 + i]
+        most = 0
+        for i in range(rows):
+            most = max(most, seen[i0 + i])
+        for j0 in range(0, min(most, drawn), key_tile):
+            j1 = min(j0 + key_tile, drawn)
+            logits = logit_buffer[: rows * (j1 - j0)].reshape((rows, j1 - j0))
+            np.dot(query, keys[h // group, j0:j1].T, logits)
             for i in range(rows):
-                for c in range(d):
-                    query[i, c] = scale * np.float64(q[h, i0 + i, c])
-                mass[i] = 0.0
-                out[h, i0 + i, 0] = -np.inf
-                out[h, i0 + i, 1] = 0.0
-                out[h, i0 + i, 2] = -np.inf
-                out[h, i0 + i, 3] = seen[i0 + i]
-            most = 0
-            for i in range(rows):
-                most = max(most, seen[i0 + i])
-            for j0 in range(0, min(most, drawn), key_tile):
-                j1 = min(j0 + key_tile, drawn)
-                logits = logit_buffer[: rows * (j1 - j0)].reshape((rows, j1 - j0))
-                np.dot(query, keys[h // group, j0:j1].T, logits)
-                for i in range(rows):
-                    count = min(seen[i0 + i] - j0, j1 - j0)
-                    if count <= 0:
-                        continue
-                    before = out[h, i0 + i, 0]
-                    top = before
-                    total = 0.0
+                count = min(seen[i0 + i] - j0, j1 - j0)
+                if count <= 0:
+                    continue
+                before = out[h, i0 + i, 0]
+                top = before
+                total = 0.0
+                for t in range(count):
+                    total += logits[i, t]
+                    top = logits[i, t] if logits[i, t] > top else top
+                out[h, i0 + i, 0] = top
+                out[h, i0 + i, 1] += total
+                if exponentials:
+                    part = 0.0
                     for t in range(count):
-                        total += logits[i, t]
-                        top = logits[i, t] if logits[i, t] > top else top
-                    out[h, i0 + i, 0] = top
-                    out[h, i0 + i, 1] += total
-                    if exponentials:
-                        part = 0.0
-                        for t in range(count):
-                            part += math.exp(logits[i, t] - top)
-                        mass[i] = mass[i] * math.exp(before - top) + part
-            if exponentials:
-                for i in range(rows):
-                    if mass[i] > 0.0:
-                        out[h, i0 + i, 2] = out[h, i0 + i, 0] + math.log(mass[i])
+                        part += math.exp(logits[i, t] - top)
+                    mass[i] = mass[i] * math.exp(before - top) + part
+        if exponentials:
+            for i in range(rows):
+                if mass[i] > 0.0:
+                    out[h, i0 + i, 2] = out[h, i0 + i, 0] + math.log(mass[i])
 
 
 def sampled_statistics(
@@ -216,10 +200,10 @@ def sampled_statistics(
     ndarray (H, n_q, 4), float64
     """
     out = np.empty((*q.shape[:2], 4))
-    with kernel_threads() as threads:
-        _sampled_parallel(
-            threads, q, k, group, scale, samples, last, exponentials, SAMPLED_TILE, out
-        )  # fmt: skip
+    # Keys in no order: a step is a load from memory rather than a multiplication in a register.
+    steps = q.shape[0] * samples.shape[1] * samples.shape[2] * q.shape[2]
+    arguments = (q, k, group, scale, samples, last, exponentials, SAMPLED_TILE, out)
+    deal(_sampled, *arguments, work=steps / 2)
     return out
 
 
@@ -255,17 +239,18 @@ def shared_statistics(
     For all keys of a head this is the exact statistic, ``O(n_q n_k d)`` and one tile in memory.
     """
     out = np.empty((*q.shape[:2], 4))
-    with kernel_threads() as threads:
-        _shared_parallel(
-            threads,
-            q,
-            keys,
-            group,
-            scale,
-            seen,
-            exponentials,
-            ROW_TILE,
-            min(KEY_TILE, max(keys.shape[1], 1)),
-            out,
-        )
+    entries = q.shape[0] * q.shape[1] * keys.shape[1]
+    deal(
+        _shared,
+        q,
+        keys,
+        group,
+        scale,
+        seen,
+        exponentials,
+        ROW_TILE,
+        min(KEY_TILE, max(keys.shape[1], 1)),
+        out,
+        work=entries * (1 + PRODUCT * q.shape[2]),
+    )
     return out

@@ -15,7 +15,7 @@ Shapes and conventions shared by all kernels of this file:
   these are; ``ends (n_q,)`` is the number of keys that a row may reach, ascending, for rows that
   see a prefix; ``ends.size = 0``: all rows see all keys.
 * Items are (head, tile) and every sum has an order of its own, so that results do not depend on
-  ``threads``.
+  the number of threads.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, prange
-from ._threads import kernel_threads
+from ._jit import kernel, take
+from ._threads import PRODUCT, deal
 from .softmax import LN2, LOG2E, exp2, row_maximum, row_tile
 
 Array = NDArray[Any]
@@ -105,8 +105,9 @@ def _weigh(
         stats[i, 1] = natural * (high + s.dtype.type(np.log2(total[i])))
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def sampled_softmax(
+    turn: Array,
     q: Array,
     keys: Array,
     values: Array,
@@ -121,7 +122,6 @@ def sampled_softmax(
     base: Array,
     scale: float,
     tile: int,
-    threads: int,
     weights: Array,
     fill: Array,
     stats: Array,
@@ -144,85 +144,89 @@ def sampled_softmax(
     to_bits = q.dtype.type(LOG2E)
     zero = q.dtype.type(0.0)
     one = q.dtype.type(1.0)
-    for worker in prange(threads):
-        query_buffer = np.empty(tile * d, q.dtype)
-        logit_buffer = np.empty(tile * r, q.dtype)
-        part_buffer = np.empty(tile * width, q.dtype)
-        total = np.empty(tile, q.dtype)
-        sums = np.empty(width, np.float64)
-        shared = np.empty(width, q.dtype)
-        for item in range(worker, heads * tiles, threads):
-            h = item // tiles
-            i0 = (item - h * tiles) * tile
-            i1 = min(i0 + tile, n_q)
-            rows = i1 - i0
-            scaled = query_buffer[: rows * d].reshape((rows, d))
-            s = logit_buffer[: rows * r].reshape((rows, r))
-            part = part_buffer[: rows * width].reshape((rows, width))
+    query_buffer = np.empty(tile * d, q.dtype)
+    logit_buffer = np.empty(tile * r, q.dtype)
+    part_buffer = np.empty(tile * width, q.dtype)
+    total = np.empty(tile, q.dtype)
+    sums = np.empty(width, np.float64)
+    shared = np.empty(width, q.dtype)
+    for _ in range(heads * tiles):
+        item = take(turn)
+        if item >= heads * tiles:
+            break
+        h = item // tiles
+        i0 = (item - h * tiles) * tile
+        i1 = min(i0 + tile, n_q)
+        rows = i1 - i0
+        scaled = query_buffer[: rows * d].reshape((rows, d))
+        s = logit_buffer[: rows * r].reshape((rows, r))
+        part = part_buffer[: rows * width].reshape((rows, width))
+        for i in range(rows):
+            for c in range(d):
+                scaled[i, c] = factor * q[h, i0 + i, c]
+        if r > 0:
+            np.dot(scaled, keys[h].T, s)
+        if bias.shape[0] > 0:
             for i in range(rows):
-                for c in range(d):
-                    scaled[i, c] = factor * q[h, i0 + i, c]
+                for t in range(r):
+                    s[i, t] += to_bits * bias[h, t]
+        _weigh(
+            s, seen[h, i0:i1], rest[h, i0:i1], tail[h, i0:i1] if kind == TAIL else tail[h, :0],
+            kind, fill[h, i0:i1], total, stats[h, i0:i1],
+        )  # fmt: skip
+        if width > 0:
             if r > 0:
-                np.dot(scaled, keys[h].T, s)
-            if bias.shape[0] > 0:
-                for i in range(rows):
-                    for t in range(r):
-                        s[i, t] += to_bits * bias[h, t]
-            _weigh(
-                s, seen[h, i0:i1], rest[h, i0:i1], tail[h, i0:i1] if kind == TAIL else tail[h, :0],
-                kind, fill[h, i0:i1], total, stats[h, i0:i1],
-            )  # fmt: skip
+                np.dot(s, values[h], part)
+            else:
+                part[:] = zero
+            first = 0 if base.shape[1] == 1 else item - h * tiles
+            for c in range(width):
+                sums[c] = base[h, first, c]
+                shared[c] = q.dtype.type(sums[c])
+            reached = ends[i0] if ends.size > 0 else 0
+        for i in range(rows):
+            inverse = one / total[i] if total[i] > zero else zero
+            g = fill[h, i0 + i] * inverse
+            fill[h, i0 + i] = g
+            for t in range(stored):
+                weights[h, i0 + i, t] = s[i, t] * inverse
             if width > 0:
-                if r > 0:
-                    np.dot(s, values[h], part)
-                else:
-                    part[:] = zero
-                first = 0 if base.shape[1] == 1 else item - h * tiles
-                for c in range(width):
-                    sums[c] = base[h, first, c]
-                    shared[c] = q.dtype.type(sums[c])
-                reached = ends[i0] if ends.size > 0 else 0
-            for i in range(rows):
-                inverse = one / total[i] if total[i] > zero else zero
-                g = fill[h, i0 + i] * inverse
-                fill[h, i0 + i] = g
-                for t in range(stored):
-                    weights[h, i0 + i, t] = s[i, t] * inverse
-                if width > 0:
-                    if ends.size > 0:
-                        for j in range(reached, ends[i0 + i]):
-                            if keep[h, j]:
-                                for c in range(width):
-                                    sums[c] += v[h, j, c]
-                        reached = ends[i0 + i]
-                        for c in range(width):
-                            shared[c] = q.dtype.type(sums[c])
+                if ends.size > 0:
+                    for j in range(reached, ends[i0 + i]):
+                        if keep[h, j]:
+                            for c in range(width):
+                                sums[c] += v[h, j, c]
+                    reached = ends[i0 + i]
                     for c in range(width):
-                        out[h, i0 + i, c] = part[i, c] * inverse + g * shared[c]
+                        shared[c] = q.dtype.type(sums[c])
+                for c in range(width):
+                    out[h, i0 + i, c] = part[i, c] * inverse + g * shared[c]
 
 
-@kernel(parallel=True)
-def block_sums(v: Array, keep: Array, bounds: Array, threads: int, parts: Array) -> None:
+@kernel(dealt=True)
+def block_sums(turn: Array, v: Array, keep: Array, bounds: Array, parts: Array) -> None:
     """``parts[h, b] (m,)``, float64: the sum of ``v[h, j]`` over keys kept in block b of keys.
 
     ``v (H, n_k, m)``, ``keep (H, n_k)`` bool; block b is ``bounds[b] <= j < bounds[b + 1]``.
     """
     heads, blocks, width = parts.shape
-    for worker in prange(threads):
-        for item in range(worker, heads * blocks, threads):
-            h = item // blocks
-            b = item - h * blocks
-            for c in range(width):
-                parts[h, b, c] = 0.0
-            for j in range(bounds[b], bounds[b + 1]):
-                if keep[h, j]:
-                    for c in range(width):
-                        parts[h, b, c] += v[h, j, c]
+    for _ in range(heads * blocks):
+        item = take(turn)
+        if item >= heads * blocks:
+            break
+        h = item // blocks
+        b = item - h * blocks
+        for c in range(width):
+            parts[h, b, c] = 0.0
+        for j in range(bounds[b], bounds[b + 1]):
+            if keep[h, j]:
+                for c in range(width):
+                    parts[h, b, c] += v[h, j, c]
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def pilot_norms(
-    k: Array, pilots: Array, bias: Array, first: Array, tile: int, threads: int, out: Array
+    turn: Array, k: Array, pilots: Array, bias: Array, first: Array, tile: int, out: Array
 ) -> None:
     """``out_j = log2 sum_t 2^(k_j . pilots_t + bias_t) (H, n_k)`` over ``t >= first_j``.
 
@@ -233,44 +237,48 @@ def pilot_norms(
     count = pilots.shape[1]
     tiles = (n_k + tile - 1) // tile
     lowest = k.dtype.type(-np.inf)
-    for worker in prange(threads):
-        buffer = np.empty(tile * count, k.dtype)
-        for item in range(worker, heads * tiles, threads):
-            h = item // tiles
-            j0 = (item - h * tiles) * tile
-            j1 = min(j0 + tile, n_k)
-            s = buffer[: (j1 - j0) * count].reshape((j1 - j0, count))
-            np.dot(k[h, j0:j1], pilots[h].T, s)
-            for i in range(j1 - j0):
-                start = first[h, j0 + i] if first.size > 0 else 0
-                row = s[i, start:]
-                for t in range(row.size):
-                    row[t] += bias[h, start + t]
-                high = row_maximum(row)
-                if high == lowest:
-                    out[h, j0 + i] = -np.inf
-                    continue
-                total = k.dtype.type(0.0)
-                for t in range(row.size):
-                    total += exp2(k.dtype.type(row[t] - high))
-                out[h, j0 + i] = high + np.log2(np.float64(total))
+    buffer = np.empty(tile * count, k.dtype)
+    for _ in range(heads * tiles):
+        item = take(turn)
+        if item >= heads * tiles:
+            break
+        h = item // tiles
+        j0 = (item - h * tiles) * tile
+        j1 = min(j0 + tile, n_k)
+        s = buffer[: (j1 - j0) * count].reshape((j1 - j0, count))
+        np.dot(k[h, j0:j1], pilots[h].T, s)
+        for i in range(j1 - j0):
+            start = first[h, j0 + i] if first.size > 0 else 0
+            row = s[i, start:]
+            for t in range(row.size):
+                row[t] += bias[h, start + t]
+            high = row_maximum(row)
+            if high == lowest:
+                out[h, j0 + i] = -np.inf
+                continue
+            total = k.dtype.type(0.0)
+            for t in range(row.size):
+                total += exp2(k.dtype.type(row[t] - high))
+            out[h, j0 + i] = high + np.log2(np.float64(total))
 
 
-@kernel(parallel=True)
-def row_norms(x: Array, size: Array, block: int, threads: int, out: Array) -> None:
+@kernel(dealt=True)
+def row_norms(turn: Array, x: Array, size: Array, block: int, out: Array) -> None:
     """``out_hi = size_h |x_hi / size_h|``, float64, for ``x (H, n, m)`` up to ``size (H,)``."""
     heads, n, width = x.shape
     blocks = (n + block - 1) // block
-    for worker in prange(threads):
-        for item in range(worker, heads * blocks, threads):
-            h = item // blocks
-            b = item - h * blocks
-            for i in range(b * block, min((b + 1) * block, n)):
-                total = 0.0
-                for c in range(width):
-                    y = np.float64(x[h, i, c]) / size[h]
-                    total += y * y
-                out[h, i] = size[h] * np.sqrt(total)
+    for _ in range(heads * blocks):
+        item = take(turn)
+        if item >= heads * blocks:
+            break
+        h = item // blocks
+        b = item - h * blocks
+        for i in range(b * block, min((b + 1) * block, n)):
+            total = 0.0
+            for c in range(width):
+                y = np.float64(x[h, i, c]) / size[h]
+                total += y * y
+            out[h, i] = size[h] * np.sqrt(total)
 
 
 # --- drivers --------------------------------------------------------------------------------
@@ -311,8 +319,8 @@ def log_column_norms(
     out = np.empty((heads, n_k))
     scaled = dtype.type(2.0 * scale * LOG2E) * pilots
     tile = tile_rows(n_k, pilots.shape[1])
-    with kernel_threads() as threads:
-        pilot_norms(k, scaled, bias, first, tile, threads, out)
+    work = heads * n_k * pilots.shape[1] * (1 + PRODUCT * k.shape[2])
+    deal(pilot_norms, k, scaled, bias, first, tile, out, work=work)
     out *= 0.5 * LN2
     return out
 
@@ -323,8 +331,7 @@ def euclidean_norms(x: Array) -> Array:
     size = size.astype(np.float64)
     size[size == 0.0] = 1.0
     out = np.empty(x.shape[:2])
-    with kernel_threads() as threads:
-        row_norms(x, size, SUM_BLOCK, threads, out)
+    deal(row_norms, x, size, SUM_BLOCK, out, work=x.size)
     return out
 
 
@@ -414,29 +421,29 @@ def sampled_product(
     weights = np.empty((heads, n_q, r if store else 0), dtype)
     fill = np.empty((heads, n_q), dtype)
     stats = np.empty((heads, n_q, 2), dtype)
-    with kernel_threads() as threads:
-        if width:
-            block_sums(v, keep, bounds, threads, parts)
-        base = parts.sum(axis=1, keepdims=True) if ends is None else np.cumsum(parts, axis=1)
-        sampled_softmax(
-            q,
-            keys,
-            values,
-            np.empty((0, r), dtype) if bias is None else bias,
-            seen,
-            rest,
-            np.empty((heads, 0), dtype) if tail is None else tail,
-            KINDS[kind],
-            v,
-            keep,
-            np.empty(0, np.int64) if ends is None else ends,
-            base,
-            scale,
-            tile,
-            threads,
-            weights,
-            fill,
-            stats,
-            out,
-        )
+    if width:
+        deal(block_sums, v, keep, bounds, parts, work=v.size)
+    base = parts.sum(axis=1, keepdims=True) if ends is None else np.cumsum(parts, axis=1)
+    deal(
+        sampled_softmax,
+        q,
+        keys,
+        values,
+        np.empty((0, r), dtype) if bias is None else bias,
+        seen,
+        rest,
+        np.empty((heads, 0), dtype) if tail is None else tail,
+        KINDS[kind],
+        v,
+        keep,
+        np.empty(0, np.int64) if ends is None else ends,
+        base,
+        scale,
+        tile,
+        weights,
+        fill,
+        stats,
+        out,
+        work=heads * n_q * (width + r * (1 + PRODUCT * (q.shape[2] + width))),
+    )
     return SampledProduct(out, weights, fill, stats[..., 0], stats[..., 1])

@@ -4,29 +4,26 @@ Shapes and conventions shared by all kernels of this file:
 
 * ``x (n, m)`` and ``y (r, m)`` are C-contiguous; ``signs`` are int8, +1 or -1; every result is
   multiplied by ``scale`` once, at the end.
-* A kernel with the arguments ``(worker, threads, ...)`` does the items ``worker``,
-  ``worker + threads``, ...; its parallel twin runs all workers.  Items and the order of every sum
-  follow from the shapes alone, so results do not depend on ``threads``.
+* Items and the order of every sum follow from the shapes alone, so results do not depend on the
+  number of threads.
 * Sums over rows of ``x`` that are split over items go to one buffer an item, ``parts``, which
-  ``_combine`` adds in order: no two threads ever write to one place.
+  `_combine` adds in order: no two threads ever write to one place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, prange
-from ._threads import kernel_threads
+from ._jit import kernel, take
+from ._threads import PRODUCT, deal
 
 Array = NDArray[Any]
 
-# Below this many updates of an element, waking threads costs more than it saves.
-SERIAL = 1 << 15
 MOST_PARTS = 8
+ROWS = 64
 # A tile of columns: 64 floats are 256 bytes of a row, read as one stream; 16 are a cache line.
 WIDE, NARROW = 64, 16
 L2_BYTES = 1 << 18
@@ -121,10 +118,9 @@ def _odd(x: int) -> int:
 # so the last stages are done for the wanted rows alone, and only one block is ever stored.
 
 
-@kernel()
-def _hadamard_work(
-    worker: Any,
-    threads: int,
+@kernel(dealt=True)
+def _hadamard(
+    turn: Array,
     x: Array,
     signs: Array,
     rows: Array,
@@ -141,7 +137,10 @@ def _hadamard_work(
     blocks = (n + block - 1) // block
     tiles = (m + tile - 1) // tile
     data = np.empty(block * tile, x.dtype)
-    for item in range(worker, chunks * tiles, threads):
+    for _ in range(chunks * tiles):
+        item = take(turn)
+        if item >= chunks * tiles:
+            break
         chunk, c0 = item // tiles, (item % tiles) * tile
         width = min(tile, m - c0)
         part = parts[chunk]
@@ -165,26 +164,9 @@ def _hadamard_work(
                     target[c] += sign * row[c]
 
 
-@kernel(parallel=True)
-def _hadamard_parallel(
-    threads: int,
-    x: Array,
-    signs: Array,
-    rows: Array,
-    block: int,
-    tile: int,
-    chunks: int,
-    parts: Array,
-) -> None:
-    """Run all workers of ``_hadamard_work``."""
-    for worker in prange(threads):
-        _hadamard_work(np.int64(worker), threads, x, signs, rows, block, tile, chunks, parts)
-
-
-@kernel()
-def _hadamard_transpose_work(
-    worker: Any,
-    threads: int,
+@kernel(dealt=True)
+def _hadamard_transpose(
+    turn: Array,
     y: Array,
     signs: Array,
     rows: Array,
@@ -201,7 +183,10 @@ def _hadamard_transpose_work(
     blocks = (n + block - 1) // block
     tiles = (m + tile - 1) // tile
     data = np.empty(block * tile, y.dtype)
-    for item in range(worker, blocks * tiles, threads):
+    for _ in range(blocks * tiles):
+        item = take(turn)
+        if item >= blocks * tiles:
+            break
         k, c0 = item // tiles, (item % tiles) * tile
         width = min(tile, m - c0)
         j0 = k * block
@@ -221,31 +206,12 @@ def _hadamard_transpose_work(
                 target[c] = factor * row[c]
 
 
-@kernel(parallel=True)
-def _hadamard_transpose_parallel(
-    threads: int,
-    y: Array,
-    signs: Array,
-    rows: Array,
-    block: int,
-    tile: int,
-    scale: float,
-    out: Array,
-) -> None:
-    """Run all workers of ``_hadamard_transpose_work``."""
-    for worker in prange(threads):
-        _hadamard_transpose_work(
-            np.int64(worker), threads, y, signs, rows, block, tile, scale, out
-        )  # fmt: skip
-
-
 # --- sparse matrices ------------------------------------------------------------------------
 
 
-@kernel()
-def _scatter_work(
-    worker: Any,
-    threads: int,
+@kernel(dealt=True)
+def _scatter(
+    turn: Array,
     x: Array,
     buckets: Array,
     signs: Array,
@@ -259,7 +225,10 @@ def _scatter_work(
     """
     n, m = x.shape
     tiles = (m + tile - 1) // tile
-    for item in range(worker, chunks * tiles, threads):
+    for _ in range(chunks * tiles):
+        item = take(turn)
+        if item >= chunks * tiles:
+            break
         chunk, c0 = item // tiles, (item % tiles) * tile
         c1 = min(c0 + tile, m)
         part = parts[chunk]
@@ -279,43 +248,20 @@ def _scatter_work(
                         part[i, c] += sign * x[j, c]
 
 
-@kernel(parallel=True)
-def _scatter_parallel(
-    threads: int,
-    x: Array,
-    buckets: Array,
-    signs: Array,
-    tile: int,
-    chunks: int,
-    parts: Array,
-) -> None:
-    """Run all workers of ``_scatter_work``."""
-    for worker in prange(threads):
-        _scatter_work(np.int64(worker), threads, x, buckets, signs, tile, chunks, parts)
-
-
 @kernel()
-def _gather_work(
-    worker: Any,
-    threads: int,
+def _gather_rows(
+    i0: int,
+    i1: int,
     x: Array,
     starts: Array,
     columns: Array,
     signs: Array,
     block: int,
-    scale: float,
+    factor: Any,
     out: Array,
 ) -> None:
-    """``out_i = scale sum_p signs[p] x_{columns[p]}``, ``starts[i] <= p < starts[i + 1]``.
-
-    ``x (n, m)``, ``starts (len(out) + 1,)`` int64, ``columns`` int32.  x is read in blocks of
-    ``block`` rows that stay in cache for all rows of a worker; columns have to ascend within a
-    row unless one block covers x.
-    """
+    """Compute the rows ``i0 <= i < i1`` of ``_gather``."""
     n, m = x.shape
-    i0 = worker * out.shape[0] // threads
-    i1 = (worker + 1) * out.shape[0] // threads
-    factor = x.dtype.type(scale)
     place = starts[i0:i1].copy()
     for j0 in range(0, n, block):
         j1 = j0 + block
@@ -350,73 +296,74 @@ def _gather_work(
                     out[i, c] *= factor
 
 
-@kernel(parallel=True)
-def _gather_parallel(
-    threads: int,
+@kernel(dealt=True)
+def _gather(
+    turn: Array,
     x: Array,
     starts: Array,
     columns: Array,
     signs: Array,
     block: int,
+    pieces: int,
     scale: float,
     out: Array,
 ) -> None:
-    """Run all workers of ``_gather_work``."""
-    for worker in prange(threads):
-        _gather_work(np.int64(worker), threads, x, starts, columns, signs, block, scale, out)
+    """``out_i = scale sum_p signs[p] x_{columns[p]}``, ``starts[i] <= p < starts[i + 1]``.
+
+    ``x (n, m)``, ``starts (len(out) + 1,)`` int64, ``columns`` int32.  x is read in blocks of
+    ``block`` rows that stay in cache for all rows of a piece; columns have to ascend within a
+    row unless one block covers x.
+    """
+    r = out.shape[0]
+    factor = x.dtype.type(scale)
+    for _ in range(pieces):
+        item = take(turn)
+        if item >= pieces:
+            break
+        i0, i1 = item * r // pieces, (item + 1) * r // pieces
+        _gather_rows(i0, i1, x, starts, columns, signs, block, factor, out)
 
 
-@kernel()
-def _combine_work(worker: Any, threads: int, parts: Array, scale: float, out: Array) -> None:
+@kernel(dealt=True)
+def _combine(turn: Array, parts: Array, scale: float, out: Array) -> None:
     """``out = scale sum_c parts[c]``, in the order of c."""
     chunks, r, m = parts.shape
     factor = out.dtype.type(scale)
-    for i in range(worker * r // threads, (worker + 1) * r // threads):
-        for c in range(m):
-            total = parts[0, i, c]
-            for chunk in range(1, chunks):
-                total += parts[chunk, i, c]
-            out[i, c] = factor * total
-
-
-@kernel(parallel=True)
-def _combine_parallel(threads: int, parts: Array, scale: float, out: Array) -> None:
-    """Run all workers of ``_combine_work``."""
-    for worker in prange(threads):
-        _combine_work(np.int64(worker), threads, parts, scale, out)
+    tiles = (r + ROWS - 1) // ROWS
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for i in range(item * ROWS, min((item + 1) * ROWS, r)):
+            for c in range(m):
+                total = parts[0, i, c]
+                for chunk in range(1, chunks):
+                    total += parts[chunk, i, c]
+                out[i, c] = factor * total
 
 
 # --- dense rows -----------------------------------------------------------------------------
 
 
-@kernel(parallel=True)
-def _dense_parallel(threads: int, a: Array, x: Array, tile: int, out: Array) -> None:
+@kernel(dealt=True)
+def _dense(turn: Array, a: Array, x: Array, tile: int, out: Array) -> None:
     """``out = a x`` in tiles of rows; a (r, n), x (n, m)."""
     tiles = (a.shape[0] + tile - 1) // tile
-    for worker in prange(threads):
-        for item in range(worker, tiles, threads):
-            start = item * tile
-            stop = min(start + tile, a.shape[0])
-            np.dot(a[start:stop], x, out[start:stop])
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        start = item * tile
+        stop = min(start + tile, a.shape[0])
+        np.dot(a[start:stop], x, out[start:stop])
 
 
 # --- drivers --------------------------------------------------------------------------------
 
 
-def _run(
-    work: Callable[..., None], parallel: Callable[..., None], updates: int, *arguments: Any
-) -> None:
-    """Run a kernel on one thread if it has few ``updates`` to do, otherwise on all."""
-    if updates < SERIAL:
-        work(0, 1, *arguments)
-        return
-    with kernel_threads() as threads:
-        parallel(threads, *arguments)
-
-
-def _combine(parts: Array, scale: float) -> Array:
+def _add_parts(parts: Array, scale: float) -> Array:
     out = np.empty(parts.shape[1:], parts.dtype)
-    _run(_combine_work, _combine_parallel, parts.size, parts, scale, out)
+    deal(_combine, parts, scale, out, work=parts.size)
     return out
 
 
@@ -455,11 +402,9 @@ def hadamard_apply(x: Array, signs: Array, rows: Array, order: int, scale: float
     block, tile = _hadamard_sizes(order, n, r, m)
     chunks = min(MOST_PARTS, -(-n // block))
     parts = np.empty((chunks, r, m), x.dtype)
-    _run(
-        _hadamard_work, _hadamard_parallel, n * m * block.bit_length(),
-        x, signs, rows, block, tile, chunks, parts,
-    )  # fmt: skip
-    return _combine(parts, scale)
+    work = n * m * block.bit_length()
+    deal(_hadamard, x, signs, rows, block, tile, chunks, parts, work=work)
+    return _add_parts(parts, scale)
 
 
 def hadamard_transpose(y: Array, signs: Array, rows: Array, order: int, scale: float) -> Array:
@@ -467,10 +412,8 @@ def hadamard_transpose(y: Array, signs: Array, rows: Array, order: int, scale: f
     n, m = len(signs), y.shape[1]
     block, tile = _hadamard_sizes(order, n, len(rows), m)
     out = np.empty((n, m), y.dtype)
-    _run(
-        _hadamard_transpose_work, _hadamard_transpose_parallel, n * m * block.bit_length(),
-        y, signs, rows, block, tile, scale, out,
-    )  # fmt: skip
+    work = n * m * block.bit_length()
+    deal(_hadamard_transpose, y, signs, rows, block, tile, scale, out, work=work)
     return out
 
 
@@ -493,8 +436,8 @@ def scatter(x: Array, buckets: Array, signs: Array, r: int, scale: float) -> Arr
     chunks = max(1, min(MOST_PARTS, n, buckets.size // (8 * r)))
     tile = min(m, max(NARROW, L2_BYTES // (r * x.itemsize)))
     parts = np.empty((chunks, r, m), x.dtype)
-    _run(_scatter_work, _scatter_parallel, updates, x, buckets, signs, tile, chunks, parts)
-    return _combine(parts, scale)
+    deal(_scatter, x, buckets, signs, tile, chunks, parts, work=updates)
+    return _add_parts(parts, scale)
 
 
 def gather(
@@ -518,10 +461,9 @@ def gather(
     out = np.empty((r, m), x.dtype)
     # Rows of x that fit the second-level cache, but some entries of every row of S in a block.
     block = max(L2_BYTES // (m * x.itemsize), 16 * n * r // max(1, len(columns)), 64)
-    _run(
-        _gather_work, _gather_parallel, len(columns) * m + out.size,
-        x, starts, columns, signs, min(block, n) if ordered else n, scale, out,
-    )  # fmt: skip
+    block, pieces = min(block, n) if ordered else n, max(1, min(MOST_PARTS, r // ROWS))
+    work = len(columns) * m + out.size
+    deal(_gather, x, starts, columns, signs, block, pieces, scale, out, work=work)
     return out
 
 
@@ -538,6 +480,5 @@ def dense_product(a: Array, x: Array) -> Array:
     if x.size == 0 or r == 0:
         out[:] = 0
         return out
-    with kernel_threads() as threads:
-        _dense_parallel(threads, a, x, tile, out)
+    deal(_dense, a, x, tile, out, work=PRODUCT * r * x.size)
     return out

@@ -11,8 +11,8 @@ Shapes and conventions shared by all kernels of this file:
 * ``keys (S, n_k)`` bool, ``keys_of (H,)``: True keeps, in slab ``keys_of[h]``; ``S = 0``: none.
 * ``mask (M, m_q, m_k)`` bool, ``bias (M, m_q, m_k)`` in the precision of ``q``, ``mask_of (H,)``:
   an axis of length 1 is broadcast; ``M = 0``: none.
-* Work is split over ``threads`` by (head, tile); every output element is reduced by one thread in
-  a fixed order, so results do not depend on ``threads``.
+* Items are (head, tile); every output element is reduced by one thread in a fixed order, so
+  results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import by_precision, kernel, prange
-from ._threads import kernel_threads
+from ._jit import by_precision, kernel, take
+from ._threads import PRODUCT, deal
 
 Array = NDArray[Any]
 
@@ -268,8 +268,9 @@ def _add(part: Array, acc: Array) -> None:
 # --- A X, and the normaliser ----------------------------------------------------------------
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def attend(
+    turn: Array,
     q: Array,
     k: Array,
     v: Array,
@@ -287,7 +288,6 @@ def attend(
     sink: Array,
     row_tile: int,
     key_tile: int,
-    threads: int,
     out: Array,
     lse: Array,
 ) -> None:
@@ -306,71 +306,74 @@ def attend(
     capped = cap > 0.0
     factor = q.dtype.type(scale) if capped else q.dtype.type(scale * LOG2E)
     plain = mask.shape[0] == 0 and bias.shape[0] == 0 and keys.shape[0] == 0
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * d, q.dtype)
-        logit_buffer = np.empty(row_tile * key_tile, q.dtype)
-        part_buffer = np.empty(row_tile * width, q.dtype)
-        acc_buffer = np.empty(row_tile * width, q.dtype)
-        top_buffer = np.empty(row_tile, q.dtype)
-        total_buffer = np.empty(row_tile, q.dtype)
-        # Items are dealt in turn: neighbouring tiles of a causal head cost about the same.
-        for item in range(worker, heads * tiles, threads):
-            h = item // tiles
-            i0 = (item - h * tiles) * row_tile
-            i1 = min(i0 + row_tile, n_q)
-            rows = i1 - i0
-            h_kv = h // group
-            start = first[h]
-            low = max(start + i0 - left, 0)
-            high = min(start + i1 - 1 + right + 1, n_k)
-            scaled = query_buffer[: rows * d].reshape((rows, d))
-            part = part_buffer[: rows * width].reshape((rows, width))
-            acc = acc_buffer[: rows * width].reshape((rows, width))
-            top = top_buffer[:rows]
-            total = total_buffer[:rows]
-            _scale_rows(q[h, i0:i1], factor, scaled)
-            acc[:] = 0.0
-            if sink.size > 0:
-                top[:] = sink[h] * q.dtype.type(LOG2E)
-                total[:] = 1.0
+    query_buffer = np.empty(row_tile * d, q.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, q.dtype)
+    part_buffer = np.empty(row_tile * width, q.dtype)
+    acc_buffer = np.empty(row_tile * width, q.dtype)
+    top_buffer = np.empty(row_tile, q.dtype)
+    total_buffer = np.empty(row_tile, q.dtype)
+    # Items are dealt in turn: neighbouring tiles of a causal head cost about the same.
+    for _ in range(heads * tiles):
+        item = take(turn)
+        if item >= heads * tiles:
+            break
+        h = item // tiles
+        i0 = (item - h * tiles) * row_tile
+        i1 = min(i0 + row_tile, n_q)
+        rows = i1 - i0
+        h_kv = h // group
+        start = first[h]
+        low = max(start + i0 - left, 0)
+        high = min(start + i1 - 1 + right + 1, n_k)
+        scaled = query_buffer[: rows * d].reshape((rows, d))
+        part = part_buffer[: rows * width].reshape((rows, width))
+        acc = acc_buffer[: rows * width].reshape((rows, width))
+        top = top_buffer[:rows]
+        total = total_buffer[:rows]
+        _scale_rows(q[h, i0:i1], factor, scaled)
+        acc[:] = 0.0
+        if sink.size > 0:
+            top[:] = sink[h] * q.dtype.type(LOG2E)
+            total[:] = 1.0
+        else:
+            top[:] = -np.inf
+            total[:] = 0.0
+        for j0 in range(low - low % key_tile, high, key_tile):
+            j1 = min(j0 + key_tile, n_k)
+            if not _any_key(keys, keys_of[h], j0, j1):
+                continue
+            s = logit_buffer[: rows * (j1 - j0)].reshape((rows, j1 - j0))
+            np.dot(scaled, k[h_kv, j0:j1].T, s)
+            if capped:
+                _cap(s, q.dtype.type(cap))
+            if not (plain and j0 >= start + i1 - 1 - left and j1 - 1 <= start + i0 + right):
+                _hide(
+                    s, i0, j0, start, left, right,
+                    keys, keys_of[h], mask, bias, mask_of[h],
+                )  # fmt: skip
+            online_softmax(s, top, total, acc)
+            if width > 0:
+                np.dot(s, v[h_kv, j0:j1], part)
+                _add(part, acc)
+        for i in range(rows):
+            t = total[i]
+            if t == 0.0:
+                lse[h, i0 + i] = -np.inf
+                for c in range(width):
+                    out[h, i0 + i, c] = 0.0
             else:
-                top[:] = -np.inf
-                total[:] = 0.0
-            for j0 in range(low - low % key_tile, high, key_tile):
-                j1 = min(j0 + key_tile, n_k)
-                if not _any_key(keys, keys_of[h], j0, j1):
-                    continue
-                s = logit_buffer[: rows * (j1 - j0)].reshape((rows, j1 - j0))
-                np.dot(scaled, k[h_kv, j0:j1].T, s)
-                if capped:
-                    _cap(s, q.dtype.type(cap))
-                if not (plain and j0 >= start + i1 - 1 - left and j1 - 1 <= start + i0 + right):
-                    _hide(
-                        s, i0, j0, start, left, right,
-                        keys, keys_of[h], mask, bias, mask_of[h],
-                    )  # fmt: skip
-                online_softmax(s, top, total, acc)
-                if width > 0:
-                    np.dot(s, v[h_kv, j0:j1], part)
-                    _add(part, acc)
-            for i in range(rows):
-                t = total[i]
-                if t == 0.0:
-                    lse[h, i0 + i] = -np.inf
-                    for c in range(width):
-                        out[h, i0 + i, c] = 0.0
-                else:
-                    lse[h, i0 + i] = (top[i] + np.log2(t)) * natural
-                    inverse = one / t
-                    for c in range(width):
-                        out[h, i0 + i, c] = acc[i, c] * inverse
+                lse[h, i0 + i] = (top[i] + np.log2(t)) * natural
+                inverse = one / t
+                for c in range(width):
+                    out[h, i0 + i, c] = acc[i, c] * inverse
 
 
 # --- A^T Y ----------------------------------------------------------------------------------
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def attend_transposed(
+    turn: Array,
     q: Array,
     k: Array,
     y: Array,
@@ -382,7 +385,6 @@ def attend_transposed(
     keys: Array,
     row_tile: int,
     key_tile: int,
-    threads: int,
     out: Array,
 ) -> None:
     """``out = A^T Y (n_k, m)`` for one head, ``A_ij = exp(scale q_i . k_j - lse_i)``.
@@ -399,38 +401,40 @@ def attend_transposed(
     lowest = q.dtype.type(-np.inf)
     no_mask = np.empty((0, 1, 1), np.bool_)
     no_bias = np.empty((0, 1, 1), q.dtype)
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * d, q.dtype)
-        logit_buffer = np.empty(row_tile * key_tile, q.dtype)
-        part_buffer = np.empty(key_tile * width, q.dtype)
-        for item in range(worker, tiles, threads):
-            j0 = item * key_tile
-            j1 = min(j0 + key_tile, n_k)
-            cols = j1 - j0
-            part = part_buffer[: cols * width].reshape((cols, width))
-            out[j0:j1] = 0.0
-            if not _any_key(keys, 0, j0, j1):
-                continue
-            # row i sees key j if  j - right - first <= i <= j + left - first
-            low = max(j0 - right - first, 0)
-            high = min(j1 - 1 + left - first + 1, n_q)
-            for i0 in range(low - low % row_tile, high, row_tile):
-                i1 = min(i0 + row_tile, n_q)
-                rows = i1 - i0
-                scaled = query_buffer[: rows * d].reshape((rows, d))
-                s = logit_buffer[: rows * cols].reshape((rows, cols))
-                _scale_rows(q[i0:i1], factor, scaled)
-                np.dot(scaled, k[j0:j1].T, s)
-                if keys.shape[0] > 0 or not (
-                    j0 >= first + i1 - 1 - left and j1 - 1 <= first + i0 + right
-                ):
-                    _hide(s, i0, j0, first, left, right, keys, 0, no_mask, no_bias, 0)
-                for i in range(rows):
-                    b = lse[i0 + i] * to_bits if lse[i0 + i] != lowest else q.dtype.type(0.0)
-                    for j in range(cols):
-                        s[i, j] = exp2(q.dtype.type(s[i, j] - b))
-                np.dot(s.T, y[i0:i1], part)
-                _add(part, out[j0:j1])
+    query_buffer = np.empty(row_tile * d, q.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, q.dtype)
+    part_buffer = np.empty(key_tile * width, q.dtype)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        j0 = item * key_tile
+        j1 = min(j0 + key_tile, n_k)
+        cols = j1 - j0
+        part = part_buffer[: cols * width].reshape((cols, width))
+        out[j0:j1] = 0.0
+        if not _any_key(keys, 0, j0, j1):
+            continue
+        # row i sees key j if  j - right - first <= i <= j + left - first
+        low = max(j0 - right - first, 0)
+        high = min(j1 - 1 + left - first + 1, n_q)
+        for i0 in range(low - low % row_tile, high, row_tile):
+            i1 = min(i0 + row_tile, n_q)
+            rows = i1 - i0
+            scaled = query_buffer[: rows * d].reshape((rows, d))
+            s = logit_buffer[: rows * cols].reshape((rows, cols))
+            _scale_rows(q[i0:i1], factor, scaled)
+            np.dot(scaled, k[j0:j1].T, s)
+            if keys.shape[0] > 0 or not (
+                j0 >= first + i1 - 1 - left and j1 - 1 <= first + i0 + right
+            ):
+                _hide(s, i0, j0, first, left, right, keys, 0, no_mask, no_bias, 0)
+            for i in range(rows):
+                b = lse[i0 + i] * to_bits if lse[i0 + i] != lowest else q.dtype.type(0.0)
+                for j in range(cols):
+                    s[i, j] = exp2(q.dtype.type(s[i, j] - b))
+            np.dot(s.T, y[i0:i1], part)
+            _add(part, out[j0:j1])
 
 
 # --- A against an approximation -------------------------------------------------------------
@@ -474,8 +478,9 @@ def _log2_float64(x: Any) -> Any:
 log2 = by_precision(log2, float32=_log2_float64, float64=_log2_float64)
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def compare(
+    turn: Array,
     q: Array,
     k: Array,
     lse: Array,
@@ -487,7 +492,6 @@ def compare(
     keys: Array,
     row_tile: int,
     key_tile: int,
-    threads: int,
     out: Array,
 ) -> None:
     """Compare rows ``i0 ... i0 + b`` of A with ``other (b, n_k)``; float64 inside.
@@ -502,57 +506,59 @@ def compare(
     factor = scale * LOG2E
     no_mask = np.empty((0, 1, 1), np.bool_)
     no_bias = np.empty((0, 1, 1), np.float64)
-    for worker in prange(threads):
-        query_buffer = np.empty(row_tile * d, np.float64)
-        logit_buffer = np.empty(row_tile * key_tile, np.float64)
-        for item in range(worker, tiles, threads):
-            b0 = item * row_tile
-            b1 = min(b0 + row_tile, rows_all)
-            rows = b1 - b0
-            start = i0 + b0
-            scaled = query_buffer[: rows * d].reshape((rows, d))
-            _scale_rows(q[start : start + rows], factor, scaled)
-            out[start : start + rows] = 0.0
-            for j0 in range(0, n_k, key_tile):
-                j1 = min(j0 + key_tile, n_k)
-                cols = j1 - j0
-                s = logit_buffer[: rows * cols].reshape((rows, cols))
-                np.dot(scaled, k[j0:j1].T, s)
-                if keys.shape[0] > 0 or not j1 - 1 <= first + start + right:
-                    _hide(
-                        s, start, j0, first, n_k + abs(first) + out.shape[0], right,
-                        keys, 0, no_mask, no_bias, 0,
-                    )  # fmt: skip
-                for i in range(rows):
-                    row = start + i
-                    b = lse[row] * LOG2E if lse[row] != -np.inf else 0.0
-                    square = 0.0
-                    difference = 0.0
-                    absolute = 0.0
-                    missing = 0
+    query_buffer = np.empty(row_tile * d, np.float64)
+    logit_buffer = np.empty(row_tile * key_tile, np.float64)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        b0 = item * row_tile
+        b1 = min(b0 + row_tile, rows_all)
+        rows = b1 - b0
+        start = i0 + b0
+        scaled = query_buffer[: rows * d].reshape((rows, d))
+        _scale_rows(q[start : start + rows], factor, scaled)
+        out[start : start + rows] = 0.0
+        for j0 in range(0, n_k, key_tile):
+            j1 = min(j0 + key_tile, n_k)
+            cols = j1 - j0
+            s = logit_buffer[: rows * cols].reshape((rows, cols))
+            np.dot(scaled, k[j0:j1].T, s)
+            if keys.shape[0] > 0 or not j1 - 1 <= first + start + right:
+                _hide(
+                    s, start, j0, first, n_k + abs(first) + out.shape[0], right,
+                    keys, 0, no_mask, no_bias, 0,
+                )  # fmt: skip
+            for i in range(rows):
+                row = start + i
+                b = lse[row] * LOG2E if lse[row] != -np.inf else 0.0
+                square = 0.0
+                difference = 0.0
+                absolute = 0.0
+                missing = 0
+                for j in range(cols):
+                    a = exp2(s[i, j] - b)
+                    x = np.float64(other[b0 + i, j0 + j])
+                    square += a * a
+                    difference += (a - x) * (a - x)
+                    absolute += abs(a - x)
+                    missing += 1 if (x <= 0.0 and a > 0.0) else 0
+                out[row, 0] += square
+                out[row, 1] += difference
+                out[row, 2] += absolute
+                if missing > 0:
+                    out[row, 3] = np.inf
+                elif out[row, 3] != np.inf:
+                    divergence = 0.0
                     for j in range(cols):
-                        a = exp2(s[i, j] - b)
+                        t = s[i, j] - b
+                        a = exp2(t)
                         x = np.float64(other[b0 + i, j0 + j])
-                        square += a * a
-                        difference += (a - x) * (a - x)
-                        absolute += abs(a - x)
-                        missing += 1 if (x <= 0.0 and a > 0.0) else 0
-                    out[row, 0] += square
-                    out[row, 1] += difference
-                    out[row, 2] += absolute
-                    if missing > 0:
-                        out[row, 3] = np.inf
-                    elif out[row, 3] != np.inf:
-                        divergence = 0.0
-                        for j in range(cols):
-                            t = s[i, j] - b
-                            a = exp2(t)
-                            x = np.float64(other[b0 + i, j0 + j])
-                            # Where A is zero the term is zero, whatever the logarithms are.
-                            t = 0.0 if a == 0.0 else t
-                            x = np.float64(1.0 if a == 0.0 else x)
-                            divergence += a * (t - log2(x))
-                        out[row, 3] += divergence * LN2
+                        # Where A is zero the term is zero, whatever the logarithms are.
+                        t = 0.0 if a == 0.0 else t
+                        x = np.float64(1.0 if a == 0.0 else x)
+                        divergence += a * (t - log2(x))
+                    out[row, 3] += divergence * LN2
 
 
 # --- drivers --------------------------------------------------------------------------------
@@ -615,7 +621,7 @@ def softmax_product(
     out : ndarray (H, n_q, m)
     lse : ndarray (H, n_q)
     """
-    heads, n_q, _ = q.shape
+    heads, n_q, d = q.shape
     n_k, width = v.shape[1:]
     dtype = q.dtype
     zeros = np.zeros(heads, np.int64)
@@ -624,35 +630,35 @@ def softmax_product(
     no_mask, no_bias = np.empty((0, 1, 1), bool), np.empty((0, 1, 1), dtype)
     boolean = mask is not None and mask.dtype == np.bool_
     tile = row_tile(heads * n_q) if tile is None else tile
-    with kernel_threads() as threads:
-        for start in range(0, max(width, 1), WIDEST):
-            whole = width <= WIDEST
-            piece = v if whole else np.ascontiguousarray(v[:, :, start : start + WIDEST])
-            target = out if whole else np.empty((heads, n_q, piece.shape[2]), dtype)
-            attend(
-                q,
-                k,
-                piece,
-                group,
-                scale,
-                softcap,
-                zeros if first is None else first,
-                UNBOUNDED if left is None else left,
-                UNBOUNDED if right is None else right,
-                np.empty((0, n_k), bool) if key_mask is None else key_mask,
-                zeros if key_slab is None else key_slab,
-                mask if mask is not None and boolean else no_mask,
-                mask if mask is not None and not boolean else no_bias,
-                zeros if mask_slab is None else mask_slab,
-                np.empty(0, dtype) if sink is None else sink,
-                tile,
-                min(KEY_TILE, max(n_k, 1)),
-                threads,
-                target,
-                lse,
-            )
-            if not whole:
-                out[:, :, start : start + WIDEST] = target
+    for start in range(0, max(width, 1), WIDEST):
+        whole = width <= WIDEST
+        piece = v if whole else np.ascontiguousarray(v[:, :, start : start + WIDEST])
+        target = out if whole else np.empty((heads, n_q, piece.shape[2]), dtype)
+        deal(
+            attend,
+            q,
+            k,
+            piece,
+            group,
+            scale,
+            softcap,
+            zeros if first is None else first,
+            UNBOUNDED if left is None else left,
+            UNBOUNDED if right is None else right,
+            np.empty((0, n_k), bool) if key_mask is None else key_mask,
+            zeros if key_slab is None else key_slab,
+            mask if mask is not None and boolean else no_mask,
+            mask if mask is not None and not boolean else no_bias,
+            zeros if mask_slab is None else mask_slab,
+            np.empty(0, dtype) if sink is None else sink,
+            tile,
+            min(KEY_TILE, max(n_k, 1)),
+            target,
+            lse,
+            work=heads * n_q * n_k * (0.5 + PRODUCT * (d + piece.shape[2])),
+        )
+        if not whole:
+            out[:, :, start : start + WIDEST] = target
     return out, lse
 
 
@@ -673,26 +679,26 @@ def transposed_product(
     """
     n_k = k.shape[0]
     out = np.empty((n_k, y.shape[1]), q.dtype)
-    with kernel_threads() as threads:
-        for start in range(0, y.shape[1], WIDEST):
-            piece = np.ascontiguousarray(y[:, start : start + WIDEST])
-            target = np.empty((n_k, piece.shape[1]), q.dtype)
-            attend_transposed(
-                q,
-                k,
-                piece,
-                lse,
-                scale,
-                UNBOUNDED,
-                UNBOUNDED if right is None else right,
-                first,
-                np.empty((0, n_k), bool) if key_mask is None else key_mask,
-                KEY_TILE,
-                row_tile(n_k),
-                threads,
-                target,
-            )
-            out[:, start : start + WIDEST] = target
+    for start in range(0, y.shape[1], WIDEST):
+        piece = np.ascontiguousarray(y[:, start : start + WIDEST])
+        target = np.empty((n_k, piece.shape[1]), q.dtype)
+        deal(
+            attend_transposed,
+            q,
+            k,
+            piece,
+            lse,
+            scale,
+            UNBOUNDED,
+            UNBOUNDED if right is None else right,
+            first,
+            np.empty((0, n_k), bool) if key_mask is None else key_mask,
+            KEY_TILE,
+            row_tile(n_k),
+            target,
+            work=len(q) * n_k * (0.5 + PRODUCT * (q.shape[1] + piece.shape[1])),
+        )
+        out[:, start : start + WIDEST] = target
     return out
 
 
@@ -714,19 +720,19 @@ def compare_rows(
     All float64 but ``other (b, n_k)``; ``key_mask (1, n_k)``, ``out (n_q, 4)``.
     """
     n_k = k.shape[0]
-    with kernel_threads() as threads:
-        compare(
-            q,
-            k,
-            lse,
-            other,
-            start,
-            scale,
-            UNBOUNDED if right is None else right,
-            first,
-            np.empty((0, n_k), bool) if key_mask is None else key_mask,
-            min(128, row_tile(len(other))),
-            min(KEY_TILE // 2, n_k),
-            threads,
-            out,
-        )
+    deal(
+        compare,
+        q,
+        k,
+        lse,
+        other,
+        start,
+        scale,
+        UNBOUNDED if right is None else right,
+        first,
+        np.empty((0, n_k), bool) if key_mask is None else key_mask,
+        min(128, row_tile(len(other))),
+        min(KEY_TILE // 2, n_k),
+        out,
+        work=other.size * (4 + 2 * PRODUCT * q.shape[1]),
+    )

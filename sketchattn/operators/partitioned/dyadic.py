@@ -139,14 +139,15 @@ class Dyadic(Layout):
 
     def _climb(self, x: Array) -> Array:
         """Return the weighted means of x over all nodes, level by level."""
-        from ...kernels.partitioned import all_threads, tree_leaves, tree_level
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import tree_leaves, tree_level
 
         out = np.empty((len(self.lo), x.shape[1]), x.dtype)
         left = self._left.astype(x.dtype, copy=False)
         if self.layers:
-            all_threads(tree_leaves, x, left, self.layers[0][1], len(x), None, out)
+            deal(tree_leaves, x, left, self.layers[0][1], len(x), out, work=x.size)
         for first, count, below, children in self._levels():
-            all_threads(tree_level, out, left, first, below, count, children, None)
+            deal(tree_level, out, left, first, below, count, children, work=count * x.shape[1])
         return out
 
     def spread(self, x: Array) -> Array:
@@ -184,34 +185,35 @@ class Dyadic(Layout):
 
     def solve(self, data: Data, x: Array, xhat: Array) -> tuple[Array, Array]:
         """Return ``Ahat X`` and log Zhat."""
-        from ...kernels.partitioned import ROW_TILE, all_threads, dyadic
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import ROW_TILE, dyadic
 
         sums = Totals(self.n_q, x.shape[1], data.q.dtype)
         if self.near is not None:
             sums.fold(self.near, data.q, data.k, x, data.bits[:0], self.leaves, data.scale)
         lse = np.empty(self.n_q, data.q.dtype)
-        all_threads(
+        deal(
             dyadic, data.q, data.k, x, data.f, data.keys, data.bits, xhat, self.offsets,
-            self.lowest, self.half, self.causal, self.mask, data.scale, ROW_TILE, None,
-            sums.top, sums.total, sums.out, lse,
+            self.lowest, self.half, self.causal, self.mask, data.scale, ROW_TILE,
+            sums.top, sums.total, sums.out, lse, work=self._work(data, x),
         )  # fmt: skip
         return sums.out, lse
+
+    def _work(self, data: Data, x: Array) -> float:
+        """Return the steps of a pass over a region a level, for factors as wide as x."""
+        return len(data.q) * len(self.offsets) * (data.f.shape[1] + x.shape[1])
 
     def transposed(
         self, data: Data, y: Array, lse: Array, *, only_far: bool = False
     ) -> tuple[Array, Array]:
         """Return the two parts of ``Ahat^T Y``."""
-        from ...kernels.partitioned import (
-            ROW_TILE,
-            all_threads,
-            dyadic_transposed,
-            neighbours_transposed,
-        )
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import ROW_TILE, dyadic_transposed, neighbours_transposed
 
         z = np.empty((len(self.lo), y.shape[1]), y.dtype)
-        all_threads(
+        deal(
             dyadic_transposed, data.f, data.keys, data.bits, y, lse, self.level, self.block,
-            data.scale, None, z,
+            data.scale, z, work=self._work(data, y),
         )  # fmt: skip
         out = np.zeros((self.n_k, y.shape[1]), y.dtype)
         if only_far:
@@ -220,9 +222,9 @@ class Dyadic(Layout):
             bias = data.bits[:0]
             fold_back(self.near, data.q, data.k, y, lse, bias, self.leaves, data.scale, out)
         else:
-            all_threads(
+            deal(
                 neighbours_transposed, data.q, data.k, y, lse, self.causal, self.mask, data.scale,
-                ROW_TILE, None, out,
+                ROW_TILE, out, work=self._work(data, y),
             )  # fmt: skip
         return out, z
 

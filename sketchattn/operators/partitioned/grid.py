@@ -135,7 +135,8 @@ class Grid(Layout):
 
     def _along(self, x: Array) -> tuple[Array, Array, Array]:
         """Return the weighted means of x over all regions, their log weights and entropies."""
-        from ...kernels.partitioned import all_threads, line_means
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import line_means
 
         items, low, high, cut, past = self.scan
         out = np.empty((len(self.lo), x.shape[1]), x.dtype)
@@ -143,9 +144,9 @@ class Grid(Layout):
         size = len(cut)
         for z, mode in enumerate(self.modes):
             part = slice(z * size, (z + 1) * size)
-            all_threads(
+            deal(
                 line_means, x, self._logits, items, low, high, cut, past, size // self.lines,
-                mode, None, out[part], log_weight[part], entropy[part],
+                mode, out[part], log_weight[part], entropy[part], work=4 * x.size,
             )  # fmt: skip
         return out, log_weight, entropy
 

@@ -123,7 +123,8 @@ class Layout(ABC):
 
     def summarize(self, problem: Head, reference: Reference, rule: Rule) -> Summaries:
         """Compute the summaries of all regions, and keep the local weights."""
-        from ...kernels.partitioned import GIVEN, KEYS, MAXIMUM, MEAN, all_threads, summarize
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import GIVEN, KEYS, MAXIMUM, MEAN, summarize
 
         q, k, _ = problem.arrays
         dtype, d, r = problem.dtype, problem.d, len(self.lo)
@@ -135,10 +136,10 @@ class Layout(ABC):
         variance = np.empty((r if squares else 0, d))
         kind = {"given": GIVEN, "mean": MEAN, "max": MAXIMUM}[reference.kind]
         q0 = np.empty((0, d)) if reference.q0 is None else np.ascontiguousarray(reference.q0)
-        all_threads(
+        deal(
             summarize, k, q, q0, kind, KEYS[rule.key], self.lo, self.hi, self.at, self.items,
-            self.order, max(int(sizes[self.order].max(initial=0)), 1), problem.scale, None,
-            squares, lam, kappa, entropy, variance, log_weight,
+            self.order, max(int(sizes[self.order].max(initial=0)), 1), problem.scale,
+            squares, lam, kappa, entropy, variance, log_weight, work=3 * k.shape[1] * sizes.sum(),
         )  # fmt: skip
         if self.pieces is not None:
             self._summarize_large(problem, reference, rule, lam, kappa, entropy, variance)
@@ -169,7 +170,8 @@ class Layout(ABC):
         With ``w_c = W_c / W`` of piece c: ``lam = w_c lam_c``, ``kappa = sum w_c kappa_c``,
         ``H = sum w_c (H_c - ln w_c)``, ``var = sum w_c (var_c + (kappa_c - kappa)^2)``.
         """
-        from ...kernels.partitioned import GIVEN, KEYS, all_threads, summarize
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import GIVEN, KEYS, summarize
 
         p = self.pieces
         assert p is not None
@@ -186,10 +188,10 @@ class Layout(ABC):
         q, k, _ = problem.arrays
         # Expected keys are what variances are about; the means or maxima come from a second pass.
         for key in dict.fromkeys(["expected", rule.key] if squares else [rule.key]):
-            all_threads(
+            deal(
                 summarize, k, q, q0, GIVEN, KEYS[key], p.lo, p.hi, p.at, self.items, p.order,
-                CACHED_KEYS, problem.scale, None, squares, lam, part_kappa, part_entropy,
-                part_variance, log_weight,
+                CACHED_KEYS, problem.scale, squares, lam, part_kappa, part_entropy,
+                part_variance, log_weight, work=3 * k.shape[1] * (p.hi - p.lo).sum(),
             )  # fmt: skip
             if key == "expected":
                 expected = part_kappa.astype(np.float64)
@@ -255,18 +257,21 @@ class Layout(ABC):
 
     def spread(self, x: Array) -> Array:
         """Return the value summaries ``xhat_t = sum_j lam_t(j) x_j`` (r, m)."""
-        from ...kernels.partitioned import all_threads, spread_values
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import spread_values
 
         out = np.empty((len(self.lo), x.shape[1]), x.dtype)
-        all_threads(
-            spread_values, self.lam, self.lo, self.hi, self.at, self.items, x, self.order, None, out
-        )
+        deal(
+            spread_values, self.lam, self.lo, self.hi, self.at, self.items, x, self.order, out,
+            work=self.lam.size * x.shape[1],
+        )  # fmt: skip
         if self.pieces is not None:
             p = self.pieces
             parts = np.empty((len(p.lo), x.shape[1]), x.dtype)
-            all_threads(
-                spread_values, self.lam, p.lo, p.hi, p.at, self.items, x, p.order, None, parts
-            )
+            deal(
+                spread_values, self.lam, p.lo, p.hi, p.at, self.items, x, p.order, parts,
+                work=(p.hi - p.lo).sum() * x.shape[1],
+            )  # fmt: skip
             out[p.region] = np.add.reduceat(parts, p.starts[:-1], axis=0, dtype=np.float64)
         return out
 
@@ -358,12 +363,13 @@ def line_summaries(
 
 def gather_layers(layout: Layout, layers: list[tuple[int, int]], z: Array, out: Array) -> None:
     """Add ``sum_t lam_t(j) z_t`` to ``out`` for layers of regions that share no key."""
-    from ...kernels.partitioned import all_threads, gather_values
+    from ...kernels._threads import deal
+    from ...kernels.partitioned import gather_values
 
     for first, last in layers:
-        all_threads(
+        deal(
             gather_values, layout.lam, layout.lo, layout.hi, layout.at, layout.items, z, first,
-            last, None, out,
+            last, out, work=out.size,
         )  # fmt: skip
 
 

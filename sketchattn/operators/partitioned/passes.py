@@ -85,21 +85,32 @@ class Totals:
         scale: float,
     ) -> None:
         """Fold the slots of one stage into its rows."""
-        from ...kernels.partitioned import KEY_TILE, ROW_TILE, all_threads, near
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import KEY_TILE, ROW_TILE, near
 
-        all_threads(
+        deal(
             near, q, k, x, bias, stage.order, stage.first, stage.last, stage.region, ranges.lo,
-            ranges.hi, ranges.items, stage.ends, stage.skip, scale, ROW_TILE, KEY_TILE, None,
-            self.top, self.total, self.out,
+            ranges.hi, ranges.items, stage.ends, stage.skip, scale, ROW_TILE, KEY_TILE,
+            self.top, self.total, self.out, work=_work(stage, ranges, q, x),
         )  # fmt: skip
 
     def finish(self) -> tuple[Array, Array]:
         """Divide, and return the product and log Zhat."""
-        from ...kernels.partitioned import ROW_TILE, all_threads, finish
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import ROW_TILE, finish
 
         lse = np.empty(len(self.out), self.out.dtype)
-        all_threads(finish, self.top, self.total, ROW_TILE, None, self.out, lse)
+        deal(finish, self.top, self.total, ROW_TILE, self.out, lse, work=self.out.size)
         return self.out, lse
+
+
+def _work(stage: Near, ranges: RowRanges, q: Array, x: Array) -> float:
+    """Return the steps of a pass over the slots of one stage, for factors as wide as x."""
+    from ...kernels._threads import PRODUCT
+
+    slots = (ranges.hi - ranges.lo)[stage.region]
+    pairs = int((stage.last - stage.first) @ slots) if len(slots) else 0
+    return pairs * (1 + PRODUCT * (q.shape[1] + x.shape[1]))
 
 
 def fold_back(
@@ -114,12 +125,13 @@ def fold_back(
     out: Array,
 ) -> None:
     """Add what the rows of one stage give back to its slots."""
-    from ...kernels.partitioned import KEY_TILE, ROW_TILE, all_threads, near_transposed
+    from ...kernels._threads import deal
+    from ...kernels.partitioned import KEY_TILE, ROW_TILE, near_transposed
 
-    all_threads(
+    deal(
         near_transposed, q, k, y, lse, bias, stage.order, stage.first, stage.last, stage.groups,
         stage.region, ranges.lo, ranges.hi, ranges.items, stage.ends, stage.skip, scale,
-        ROW_TILE, KEY_TILE, None, out,
+        ROW_TILE, KEY_TILE, out, work=_work(stage, ranges, q, y),
     )  # fmt: skip
 
 
@@ -127,15 +139,16 @@ def slot_logits(
     data: Data, rows: Array, direct: Ragged, regions: Ragged
 ) -> tuple[Array, Array, Array]:
     """Return the base-2 logits of direct keys and of regions of rows (s,), and log Zhat (s,)."""
-    from ...kernels.partitioned import ROW_TILE, all_threads
+    from ...kernels._threads import deal
+    from ...kernels.partitioned import ROW_TILE
     from ...kernels.partitioned import slot_logits as compute
 
     dtype = data.q.dtype
     d_out, r_out = np.empty(len(direct.items), dtype), np.empty(len(regions.items), dtype)
     lse = np.empty(len(rows), dtype)
-    all_threads(
+    deal(
         compute, data.q, data.k, data.f, data.keys, data.bits, rows.astype(np.int64),
-        direct.starts, direct.items, regions.starts, regions.items, data.scale, ROW_TILE, None,
-        d_out, r_out, lse,
+        direct.starts, direct.items, regions.starts, regions.items, data.scale, ROW_TILE,
+        d_out, r_out, lse, work=(d_out.size + r_out.size) * data.q.shape[1],
     )  # fmt: skip
     return d_out, r_out, lse

@@ -104,28 +104,37 @@ class Shared(Layout):
 
     def solve(self, data: Data, x: Array, xhat: Array) -> tuple[Array, Array]:
         """Return ``Ahat X`` and log Zhat."""
-        from ...kernels.partitioned import KEY_TILE, ROW_TILE, all_threads, far
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import KEY_TILE, ROW_TILE, far
 
         sums = Totals(self.n_q, x.shape[1], data.q.dtype)
         ranges = RowRanges(self.lo, self.hi, self.items)
         for stage in self.near:
             sums.fold(stage, data.q, data.k, x, data.bits[:0], ranges, data.scale)
-        all_threads(
+        deal(
             far, data.f, data.keys, data.bits, xhat, self.limit, self.skip, data.scale,
-            ROW_TILE, KEY_TILE, None, sums.top, sums.total, sums.out,
+            ROW_TILE, KEY_TILE, sums.top, sums.total, sums.out, work=self._work(data, xhat),
         )  # fmt: skip
         return sums.finish()
+
+    @staticmethod
+    def _work(data: Data, x: Array) -> float:
+        """Return the steps of a pass over all regions, for factors as wide as x."""
+        from ...kernels._threads import PRODUCT
+
+        return len(data.f) * len(data.keys) * (1 + PRODUCT * (data.f.shape[1] + x.shape[1]))
 
     def transposed(
         self, data: Data, y: Array, lse: Array, *, only_far: bool = False
     ) -> tuple[Array, Array]:
         """Return the two parts of ``Ahat^T Y``."""
-        from ...kernels.partitioned import ROW_TILE, all_threads, far_transposed
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import ROW_TILE, far_transposed
 
         z = np.empty((self.count, y.shape[1]), y.dtype)
-        all_threads(
+        deal(
             far_transposed, data.f, data.keys, data.bits, y, lse, self.limit, self.skip,
-            data.scale, ROW_TILE, ROW_TILE, None, z,
+            data.scale, ROW_TILE, ROW_TILE, z, work=self._work(data, y),
         )  # fmt: skip
         out = np.zeros((self.n_k, y.shape[1]), y.dtype)
         ranges = RowRanges(self.lo, self.hi, self.items)
