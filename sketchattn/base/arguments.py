@@ -167,9 +167,9 @@ def as_arrays(*given: object) -> list[Array]:
 
 def float_dtype(x: Array, name: str) -> np.dtype[Any]:
     """Return the precision that ``x`` is computed in: float32 for halves, or its own."""
-    if x.dtype.name in ("float16", "bfloat16", "float32"):
+    if x.dtype == np.float32 or x.dtype.name in ("float16", "bfloat16"):
         return np.dtype(np.float32)
-    if x.dtype.name == "float64":
+    if x.dtype == np.float64:
         return np.dtype(np.float64)
     raise TypeError(
         f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "
@@ -196,10 +196,16 @@ def prepare(x: Array, dtype: np.dtype[Any]) -> Array:
     return np.require(x, dtype=dtype, requirements=["C", "W", "A"])
 
 
+def largest(x: Array) -> float:
+    """Return ``max |x|``, 0 if x is empty, NaN if it has one: two passes without a copy."""
+    with np.errstate(all="ignore"):
+        return float(np.maximum(float(x.max(initial=0)), -float(x.min(initial=0))))
+
+
 def check_finite(x: Array, name: str) -> None:
     """Refuse NaN and infinities, and say where the first one is."""
-    finite = np.isfinite(x)
-    if not finite.all():
+    if not np.isfinite(largest(x)):
+        finite = np.isfinite(x)
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(
             f"{name} must be finite, got {x[where]} at index {where}; "

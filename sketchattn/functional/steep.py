@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.arguments import largest
 from ..kernels._threads import blas_single_thread
 from ..operators.reference import masked_logits, softmax_rows
 from ..operators.steep import STEEP, TILE, norms_of
@@ -22,15 +23,18 @@ def may_be_steep(lse: Array, q: Array, k: Array, terms: Terms) -> Array:
     A pass over each array, without copies: nearly all calls end here.
     """
     limits = np.finfo(q.dtype)
+    most = q.shape[2] * largest(q) * largest(k) * abs(terms.scale)
     with np.errstate(all="ignore"):
+        if most <= STEEP / 2:  # |q_i| |k_j| <= d max |q| max |k|
+            return np.asarray(_large(lse).any(axis=1))
         # Squares that underflow are below tiny, and sums are off by a factor 1 + d eps at most.
-        largest = (
+        norms = (
             np.sqrt(
                 np.einsum("hic,hic->hi", x, x).max(axis=1, initial=0) + x.shape[2] * limits.tiny
             )
             for x in (q, k)
         )
-        size, reach = (x.astype(np.float64) for x in largest)
+        size, reach = (x.astype(np.float64) for x in norms)
         bound = np.abs(terms.scale) * size * np.repeat(reach, terms.group)
         small = bound <= STEEP * (1 - 2 * q.shape[2] * float(limits.eps))  # False for NaN
     found: Array = ~small | _large(lse).any(axis=1)

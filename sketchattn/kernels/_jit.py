@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import types
+from llvmlite import ir
+from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 _caching: Any = importlib.import_module("numba.core.caching")  # without types
@@ -220,5 +221,64 @@ def _compiled_take(turn: Any) -> Callable[[Any], Any]:
             turn[0] = item + 1
             return item
         return _fetch_and_add(turn)
+
+    return implementation
+
+
+# --- products in BLAS -----------------------------------------------------------------------------
+
+
+@intrinsic
+def _gemm_added(context: Any, a: Any, b: Any, out: Any) -> Any:
+    """``out += a b`` by the function of Numba that its own products call."""
+    kinds = (a, b, out)
+    if any(not isinstance(x, types.Array) or (x.ndim, x.dtype) != (2, a.dtype) for x in kinds):
+        raise TypeError(f"matrices of one precision are wanted, got {a}, {b} and {out}")
+    if out.layout != "C" or {a.layout, b.layout} - {"C", "F"}:
+        raise TypeError(f"matrices without gaps are wanted, got {a}, {b} and {out}")
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, letter = cgutils.voidptr_t, target.get_value_type(types.int8)
+        size = target.get_value_type(types.intp)
+
+        def character(x: str) -> Any:
+            return target.get_constant(types.int8, ord(x))
+
+        def matrix(kind: Any, x: Any) -> tuple[Any, Any, Any]:
+            array = target.make_array(kind)(target, builder, x)
+            shape = cgutils.unpack_tuple(builder, array.shape)
+            return builder.bitcast(array.data, address), *shape
+
+        (x, m, k), (y, _, n), (z, _, _) = map(matrix, signature.args, arguments)
+        one = cgutils.alloca_once_value(builder, target.get_constant(out.dtype, 1.0))
+        one = builder.bitcast(one, address)
+        # BLAS counts by columns: it is given the transposes, and the factors change sides.
+        flags = [character("n" if kind.layout == "C" else "t") for kind in (b, a)]
+        steps = n if b.layout == "C" else k, k if a.layout == "C" else m
+        kind = character("s" if out.dtype == types.float32 else "d")
+        form = [letter] * 3 + [size] * 3 + [address, address, size, address, size]
+        gemm = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(target.get_value_type(types.int32), [*form, address, address, size]),
+            "numba_xxgemm",
+        )
+        builder.call(gemm, [kind, *flags, n, m, k, one, y, steps[0], x, steps[1], one, z, n])
+        return target.get_dummy_value()
+
+    return types.void(a, b, out), generate
+
+
+def add_product(a: Any, b: Any, out: Any) -> None:
+    """``out += a b`` in one pass of BLAS over ``out``, for matrices of one precision.
+
+    ``a (m, k)`` and ``b (k, n)`` are contiguous or transposes of what is; ``out (m, n)`` is.
+    """
+    out += a @ b
+
+
+@overload(add_product, jit_options={"forceinline": True})
+def _compiled_add_product(a: Any, b: Any, out: Any) -> Callable[[Any, Any, Any], None]:
+    def implementation(a: Any, b: Any, out: Any) -> None:
+        _gemm_added(a, b, out)
 
     return implementation

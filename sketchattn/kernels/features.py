@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, take
+from ._jit import add_product, kernel, take
 from ._threads import PRODUCT, deal
 from .softmax import LOG2E, exp2, row_maximum
 
@@ -263,7 +263,6 @@ def _pack(
     lowest = y.dtype.type(-np.inf)
     log2e = y.dtype.type(LOG2E)
     buffer = np.empty(TILE * width, y.dtype)
-    part = np.empty((width, v.shape[1]), y.dtype)
     for _ in range(pieces):
         piece = take(turn)
         if piece >= pieces:
@@ -295,10 +294,7 @@ def _pack(
                         total[piece, l] += e
                 else:
                     s[i] = 0.0
-            np.dot(s.T, v[i0:i1], part)
-            for l in range(width):  # noqa: E741  (the letter of the formulas)
-                for c in range(v.shape[1]):
-                    packed[piece, l, c] += part[l, c]
+            add_product(s.T, v[i0:i1], packed[piece])
         top[piece] = m
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, take
+from ._jit import add_product, kernel, take
 from ._threads import PRODUCT, deal
-from .softmax import LOG2E, UNBOUNDED, _add, _any_key, _hide, _scale_rows, exp2, tanh
+from .softmax import LOG2E, UNBOUNDED, _any_key, _hide, _scale_rows, exp2, tanh
 
 Array = NDArray[Any]
 
@@ -114,9 +114,6 @@ def differentiate(
     logit_buffer = np.empty(row_tile * key_tile, q.dtype)
     weight_buffer = np.empty(row_tile * key_tile, q.dtype)
     slope_buffer = np.empty(row_tile * key_tile if capped else 0, q.dtype)
-    row_buffer = np.empty(row_tile * d, q.dtype)
-    key_buffer = np.empty(key_tile * d, q.dtype)
-    value_buffer = np.empty(key_tile * width, q.dtype)
     for _ in range(heads * chunks):
         item = take(turn)
         if item >= heads * chunks:
@@ -134,8 +131,6 @@ def differentiate(
             d_v[h, j0:j1] = 0.0
             if not _any_key(keys, keys_of[h], j0, j1):
                 continue
-            key_part = key_buffer[: cols * d].reshape((cols, d))
-            value_part = value_buffer[: cols * width].reshape((cols, width))
             # row i sees key j if  j - right - start <= i <= j + left - start
             low = max(j0 - right - start, 0)
             high = min(j1 - 1 + left - start + 1, n_q)
@@ -143,7 +138,6 @@ def differentiate(
                 i1 = min(i0 + row_tile, n_q)
                 rows = i1 - i0
                 scaled = query_buffer[: rows * d].reshape((rows, d))
-                row_part = row_buffer[: rows * d].reshape((rows, d))
                 s = logit_buffer[: rows * cols].reshape((rows, cols))
                 w = weight_buffer[: rows * cols].reshape((rows, cols))
                 _scale_rows(q[h, i0:i1], factor, scaled)
@@ -162,15 +156,12 @@ def differentiate(
                     w[:] = 0.0
                 _weigh(s, w, lse[h, i0:i1], delta[h, i0:i1])
                 if width > 0:
-                    np.dot(s.T, g[h, i0:i1], value_part)
-                    _add(value_part, d_v[h, j0:j1])
+                    add_product(s.T, g[h, i0:i1], d_v[h, j0:j1])
                 if capped:
                     slope = slope_buffer[: rows * cols].reshape((rows, cols))
                     _multiply(w, slope)
-                np.dot(w, k[h_kv, j0:j1], row_part)
-                _add(row_part, d_q[h, chunk, i0:i1])
-                np.dot(w.T, q[h, i0:i1], key_part)
-                _add(key_part, d_k[h, j0:j1])
+                add_product(w, k[h_kv, j0:j1], d_q[h, chunk, i0:i1])
+                add_product(w.T, q[h, i0:i1], d_k[h, j0:j1])
             for j in range(j0, j1):
                 for c in range(d):
                     d_k[h, j, c] *= outer

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, take
+from ._jit import add_product, kernel, take
 from .softmax import LOG2E, exp2, online_softmax, row_maximum
 
 Array = NDArray[Any]
@@ -384,7 +384,6 @@ def near(
     logit_buffer = np.empty(row_tile * key_tile, q.dtype)
     key_buffer = np.empty((key_tile if gathered else 0) * d, q.dtype)
     value_buffer = np.empty((key_tile if gathered else 0) * width, q.dtype)
-    part_buffer = np.empty(row_tile * width, q.dtype)
     acc_buffer = np.empty(row_tile * width, q.dtype)
     top_buffer = np.empty(row_tile, q.dtype)
     total_buffer = np.empty(row_tile, q.dtype)
@@ -404,7 +403,6 @@ def near(
         if stop <= start or rows <= 0:
             continue
         scaled = query_buffer[: rows * d].reshape((rows, d))
-        part = part_buffer[: rows * width].reshape((rows, width))
         acc = acc_buffer[: rows * width].reshape((rows, width))
         high = top_buffer[:rows]
         sums = total_buffer[:rows]
@@ -440,10 +438,7 @@ def near(
             _hide_slots(s, order[first[p] : last[p]], j0, ends, skip)
             online_softmax(s, high, sums, acc)
             if width > 0:
-                np.dot(s, values, part)
-                for r in range(rows):
-                    for c in range(width):
-                        acc[r, c] += part[r, c]
+                add_product(s, values, acc)
         for r in range(rows):
             i = order[first[p] + r]
             top[i] = high[r]
@@ -582,7 +577,6 @@ def far(
     factor = f.dtype.type(scale * LOG2E)
     query_buffer = np.empty(row_tile * e, f.dtype)
     logit_buffer = np.empty(row_tile * key_tile, f.dtype)
-    part_buffer = np.empty(row_tile * width, f.dtype)
     for _ in range(tiles):
         item = take(turn)
         if item >= tiles:
@@ -591,7 +585,6 @@ def far(
         i1 = min(i0 + row_tile, n_q)
         rows = i1 - i0
         scaled = query_buffer[: rows * e].reshape((rows, e))
-        part = part_buffer[: rows * width].reshape((rows, width))
         for r in range(rows):
             for c in range(e):
                 scaled[r, c] = factor * f[i0 + r, c]
@@ -610,10 +603,7 @@ def far(
             _hide_regions(s, i0, j0, limit, skip)
             online_softmax(s, top[i0:i1], total[i0:i1], out[i0:i1])
             if width > 0:
-                np.dot(s, xhat[j0:j1], part)
-                for r in range(rows):
-                    for c in range(width):
-                        out[i0 + r, c] += part[r, c]
+                add_product(s, xhat[j0:j1], out[i0:i1])
 
 
 @kernel(dealt=True)
@@ -625,7 +615,6 @@ def far_transposed(
     """``out_t = sum_i exp(g_it - lse_i) y_i (R, m)`` over the rows that see region t."""
     n_q, e = f.shape
     count = keys.shape[0]
-    width = y.shape[1]
     tiles = (count + key_tile - 1) // key_tile
     factor = f.dtype.type(scale * LOG2E)
     to_bits = f.dtype.type(LOG2E)
@@ -633,7 +622,6 @@ def far_transposed(
     zero = f.dtype.type(0.0)
     query_buffer = np.empty(row_tile * e, f.dtype)
     logit_buffer = np.empty(row_tile * key_tile, f.dtype)
-    part_buffer = np.empty(key_tile * width, f.dtype)
     for _ in range(tiles):
         item = take(turn)
         if item >= tiles:
@@ -641,7 +629,6 @@ def far_transposed(
         j0 = item * key_tile
         j1 = min(j0 + key_tile, count)
         cols = j1 - j0
-        part = part_buffer[: cols * width].reshape((cols, width))
         out[j0:j1] = zero
         for i0 in range(0, n_q, row_tile):
             i1 = min(i0 + row_tile, n_q)
@@ -660,10 +647,7 @@ def far_transposed(
             for r in range(rows):
                 for u in range(cols):
                     s[r, u] = exp2(s[r, u])
-            np.dot(s.T, y[i0:i1], part)
-            for u in range(cols):
-                for c in range(width):
-                    out[j0 + u, c] += part[u, c]
+            add_product(s.T, y[i0:i1], out[j0:j1])
 
 
 # --- sibling blocks of a dyadic tree ------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import by_precision, kernel, take
+from ._jit import add_product, by_precision, kernel, take
 from ._threads import PRODUCT, deal
 
 Array = NDArray[Any]
@@ -32,7 +32,7 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 UNBOUNDED = 1 << 40  # above any length; positions stay far from the limits of int64
-KEY_TILE = 512
+KEY_TILE = 256
 # Values wider than this are multiplied in pieces, so that a tile's accumulator stays in cache.
 WIDEST = 256
 
@@ -257,14 +257,6 @@ def online_softmax(s: Array, top: Array, total: Array, acc: Array) -> None:
         total[i] += part
 
 
-@kernel()
-def _add(part: Array, acc: Array) -> None:
-    """``acc += part``, both (rows, m)."""
-    for i in range(acc.shape[0]):
-        for c in range(acc.shape[1]):
-            acc[i, c] += part[i, c]
-
-
 # --- A X, and the normaliser ----------------------------------------------------------------
 
 
@@ -308,7 +300,6 @@ def attend(
     plain = mask.shape[0] == 0 and bias.shape[0] == 0 and keys.shape[0] == 0
     query_buffer = np.empty(row_tile * d, q.dtype)
     logit_buffer = np.empty(row_tile * key_tile, q.dtype)
-    part_buffer = np.empty(row_tile * width, q.dtype)
     acc_buffer = np.empty(row_tile * width, q.dtype)
     top_buffer = np.empty(row_tile, q.dtype)
     total_buffer = np.empty(row_tile, q.dtype)
@@ -326,7 +317,6 @@ def attend(
         low = max(start + i0 - left, 0)
         high = min(start + i1 - 1 + right + 1, n_k)
         scaled = query_buffer[: rows * d].reshape((rows, d))
-        part = part_buffer[: rows * width].reshape((rows, width))
         acc = acc_buffer[: rows * width].reshape((rows, width))
         top = top_buffer[:rows]
         total = total_buffer[:rows]
@@ -339,7 +329,7 @@ def attend(
             top[:] = -np.inf
             total[:] = 0.0
         for j0 in range(low - low % key_tile, high, key_tile):
-            j1 = min(j0 + key_tile, n_k)
+            j1 = min(j0 + key_tile, high)
             if not _any_key(keys, keys_of[h], j0, j1):
                 continue
             s = logit_buffer[: rows * (j1 - j0)].reshape((rows, j1 - j0))
@@ -353,8 +343,7 @@ def attend(
                 )  # fmt: skip
             online_softmax(s, top, total, acc)
             if width > 0:
-                np.dot(s, v[h_kv, j0:j1], part)
-                _add(part, acc)
+                add_product(s, v[h_kv, j0:j1], acc)
         for i in range(rows):
             t = total[i]
             if t == 0.0:
@@ -394,7 +383,6 @@ def attend_transposed(
     """
     n_q, d = q.shape
     n_k = k.shape[0]
-    width = y.shape[1]
     tiles = (n_k + key_tile - 1) // key_tile
     factor = q.dtype.type(scale * LOG2E)
     to_bits = q.dtype.type(LOG2E)
@@ -403,7 +391,6 @@ def attend_transposed(
     no_bias = np.empty((0, 1, 1), q.dtype)
     query_buffer = np.empty(row_tile * d, q.dtype)
     logit_buffer = np.empty(row_tile * key_tile, q.dtype)
-    part_buffer = np.empty(key_tile * width, q.dtype)
     for _ in range(tiles):
         item = take(turn)
         if item >= tiles:
@@ -411,7 +398,6 @@ def attend_transposed(
         j0 = item * key_tile
         j1 = min(j0 + key_tile, n_k)
         cols = j1 - j0
-        part = part_buffer[: cols * width].reshape((cols, width))
         out[j0:j1] = 0.0
         if not _any_key(keys, 0, j0, j1):
             continue
@@ -433,8 +419,7 @@ def attend_transposed(
                 b = lse[i0 + i] * to_bits if lse[i0 + i] != lowest else q.dtype.type(0.0)
                 for j in range(cols):
                     s[i, j] = exp2(q.dtype.type(s[i, j] - b))
-            np.dot(s.T, y[i0:i1], part)
-            _add(part, out[j0:j1])
+            add_product(s.T, y[i0:i1], out[j0:j1])
 
 
 # --- A against an approximation -------------------------------------------------------------
@@ -732,7 +717,7 @@ def compare_rows(
         first,
         np.empty((0, n_k), bool) if key_mask is None else key_mask,
         min(128, row_tile(len(other))),
-        min(KEY_TILE // 2, n_k),
+        min(KEY_TILE, n_k),
         out,
         work=other.size * (4 + 2 * PRODUCT * q.shape[1]),
     )
