@@ -1,10 +1,11 @@
-"""The next pivot of a randomly pivoted Cholesky factorisation, found in stale residuals.
+"""Kernels of keys, and the next pivot of a randomly pivoted Cholesky factorisation of one.
 
-The kernel is Gaussian, ``G_jl = exp(-|z_j - z_l|^2 / 2)``, and a pivot is the key whose race
-``-ln u_j / (res_j p_j)`` ends first: it has the law ``res_j p_j / sum``.  Residuals only fall, so
-that a race with an old residual ends too early and never too late: a key that is not first in it
-need not be looked at again.  Those that are have their residual brought up to date, one at a time,
-and all others are left until there is a whole block of columns to subtract, by BLAS.
+`next_pivot` looks for it in stale residuals.  The kernel is Gaussian, ``G_jl = exp(-|z_j - z_l|^2 /
+2)``, and a pivot is the key whose race ``-ln u_j / (res_j p_j)`` ends first: it has the law ``res_j
+p_j / sum``.  Residuals only fall, so that a race with an old residual ends too early and never too
+late: a key that is not first in it need not be looked at again.  Those that are have their residual
+brought up to date, one at a time, and all others are left until there is a whole block of columns
+to subtract, by BLAS.
 """
 
 from __future__ import annotations
@@ -15,11 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import kernel
+from .softmax import LOG2E, exp2
 
 Array = NDArray[Any]
 
+# Numba's cache watches this file only.  These are the first digits of the SHA-256 of the bodies
+# that are compiled into these kernels from another file; a test compares them, and changing
+# them here makes the cache start afresh.
+FOREIGN = "3c116716"
+
 # What `next_pivot` returns where there is no pivot: nothing is left, or no room for another row.
 NOTHING, FULL = -1, -2
+
+
+@kernel()
+def exponentials(x: Array, rows: Array, columns: Array, most: float) -> None:
+    """``x_ij <- exp(min(x_ij - rows_i - columns_j, most))`` in place, ``x (b, r)``."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            y = x[i, j] - rows[i] - columns[j]
+            y = most if y > most else y
+            x[i, j] = exp2(x.dtype.type(LOG2E * y))
 
 
 @kernel()

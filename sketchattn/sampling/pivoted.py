@@ -2,8 +2,8 @@
 
 Chen, Epperly, Tropp and Webber, "Randomly pivoted Cholesky" (arXiv 2207.06503).  The residual of
 ``G_jl = exp(-|z_j - z_l|^2 / 2)`` after the pivots J is ``G - G_:J G_JJ^-1 G_J:``; its diagonal
-``res`` falls from 1, and the next pivot has the law ``res_j p_j / sum``.  With ``p_j = e^{|z_j|^2}``
-it is the law of the diagonal of the exponential kernel ``exp(z_j . z_l)``.
+``res`` falls from 1, and the next pivot has the law ``res_j p_j / sum``.  With
+``p_j = e^{|z_j|^2}`` it is the law of the diagonal of the exponential kernel ``exp(z_j . z_l)``.
 """
 
 from __future__ import annotations
@@ -119,6 +119,8 @@ class PivotedCholesky:
         """Subtract the columns of the pivots since the last time from all keys."""
         from scipy.linalg.blas import dtrsm
 
+        from ..kernels.pivoted import exponentials
+
         start, stop = self._flushed, self._flushed + self._count
         chosen = self._chosen[: self._count].copy()
         lower = np.asfortranarray(np.tril(self._rows[self._row_of[chosen], : self._count]))
@@ -127,9 +129,7 @@ class PivotedCholesky:
 
         def work(piece: slice) -> None:
             x = self._z[piece] @ across
-            x -= self._half[piece, None]
-            x -= half
-            np.exp(np.minimum(x, 0.0, out=x), out=x)
+            exponentials(x, self._half[piece], half, 0.0)
             x -= self._factor[piece, :start] @ basis
             x = dtrsm(1.0, lower, x.T, lower=1, overwrite_b=1).T
             self._factor[piece, start:stop] = x

@@ -5,4 +5,5 @@ Imports what every method may.
 
 from .coreset import Coreset as Coreset
 from .coreset import KernelKeys as KernelKeys
+from .coreset import kernel_keys as kernel_keys
 from .method import WildCat as WildCat

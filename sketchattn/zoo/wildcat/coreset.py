@@ -1,9 +1,9 @@
 """Keys as points of a Gaussian kernel, and the weights by which few of them stand for all.
 
 With ``z_j = sqrt(c) (k_j - kbar)`` and ``h_j = |z_j|^2 / 2`` the exponential kernel of the keys is
-``e^{z_j . z_l} = e^{h_j} G_jl e^{h_l}``, ``G_jl = e^{-|z_j - z_l|^2 / 2}``.  The weights ``W = e^{-h_J}
-G_JJ^-1 G_J: e^h`` project every key on the span of the pivots J: ``e^{L_ij}`` is close to ``sum_s
-e^{L_is} W_sj``.  Derived: with ``G_JJ = X X^T`` and ``D = diag(e^{h_J})``,
+``e^{z_j . z_l} = e^{h_j} G_jl e^{h_l}``, ``G_jl = e^{-|z_j - z_l|^2 / 2}``.  The weights
+``W = e^{-h_J} G_JJ^-1 G_J: e^h`` project every key on the span of the pivots J: ``e^{L_ij}`` is
+close to ``sum_s e^{L_is} W_sj``.  Derived: with ``G_JJ = X X^T`` and ``D = diag(e^{h_J})``,
 
     W = (D^-1 X^T D)^-1 (D^-1 X D)^-1 P,    P_sj = e^{z_s . z_j - 2 h_s},
 
@@ -98,8 +98,7 @@ def kernel_keys(
     kmax = float(norms_of(wide).max(initial=0.0))
     bound = kmax if qmax is None else qmax
     tau2, square = temperature(tau, max(len(wide), 1), abs(scale), kmax, bound)
-    unit = wide / kmax if kmax > 0 else np.zeros_like(wide)
-    z = np.ascontiguousarray(math.sqrt(min(square, LARGEST_SQUARE)) * unit)
+    z = wide * (math.sqrt(min(square, LARGEST_SQUARE)) / kmax if kmax > 0 else 0.0)
     return KernelKeys(z, 0.5 * np.einsum("ij,ij->i", z, z), tau2)
 
 
@@ -148,13 +147,18 @@ class Coreset(NamedTuple):
         return np.nan_to_num(made, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _ratios(self, piece: slice) -> Array:
-        """Return ``P^T (b, r)`` of a piece of the keys."""
+        """Return ``P^T (b, r)`` of a piece of the keys, with zeros for the pivots.
+
+        Columns of W at pivots are unit vectors: nothing has to be solved for them.
+        """
+        from ...kernels.pivoted import exponentials
+
         z, half = self.keys.z, self.keys.half[self.chosen]
-        x = z[piece] @ z[self.chosen].T
-        x -= 2 * half
-        if 0.5 * float(self.keys.half.max(initial=0.0)) > LARGEST_EXPONENT:
-            np.minimum(x, LARGEST_EXPONENT, out=x)
-        return np.exp(x, out=x)
+        start, stop, _ = piece.indices(len(z))
+        x: Array = z[start:stop] @ z[self.chosen].T
+        exponentials(x, np.zeros(len(x)), 2 * half, LARGEST_EXPONENT)
+        x[self.chosen[(self.chosen >= start) & (self.chosen < stop)] - start] = 0
+        return x
 
     def sums(self, values: Array) -> Array:
         """Return ``[W V, W 1] (r, m + 1)``; W is not held where it is large."""
@@ -167,17 +171,23 @@ class Coreset(NamedTuple):
         def work(piece: slice) -> Array:
             ratios = self._ratios(piece)
             part = np.empty((len(self.chosen), m + 1))
-            np.matmul(ratios.T, values[piece].astype(np.float64, copy=False), out=part[:, :m])
+            near = values[piece].astype(np.float64, copy=False)
+            np.matmul(ratios.T, near, out=part[:, :m])
             part[:, m] = ratios.sum(axis=0)
             return part
 
         for part in map_pieces(work, [slice(i, i + PIECE) for i in range(0, n, PIECE)]):
             total += part
-        return self._solve(total)
+        made = self._solve(total)
+        made[:, :m] += values[self.chosen]
+        made[:, m] += 1
+        return made
 
     def weights(self) -> Array:
         """Return ``W (r, n)``."""
-        return self._solve(self._ratios(slice(None)).T)
+        made = self._solve(self._ratios(slice(None)).T)
+        made[:, self.chosen] = np.eye(len(self.chosen))
+        return made
 
     def residuals(self) -> Array:
         """Return what the pivots leave of the diagonal of the Gaussian kernel, (n,)."""
@@ -189,7 +199,7 @@ class Coreset(NamedTuple):
         f = solve_triangular(self.factor, columns, lower=True, check_finite=False)
         left = np.maximum(1.0 - np.einsum("rj,rj->j", f, f), 0.0)
         left[self.chosen] = 0.0
-        return left
+        return np.asarray(left)
 
 
 def _factor(kernel: Array, tolerance: float) -> tuple[Array, Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...base.arguments import check_choice, check_count, check_flag, check_positive
-from ...base.draws import Draw, Rng, check_columns, check_draw
+from ...base.draws import Draw, Rng, as_generator, check_columns, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import FactoredAttention, zero_attention
 from ...operators.solve import softmax_over, solution, solve_over
@@ -30,13 +29,13 @@ LIMIT, RELEASED_LIMIT = 1e-12, 1e-20
 # A weight whose logarithm is below is zero, however large the values are.
 LOWEST = -700.0
 
+# Of any pivots; of those that cover all distinct keys, or that are drawn by what is left.
 CLAIMS = (
     "training_free.wildcat_row_sums",
-    "training_free.wildcat_exact",
     "training_free.wildcat_certificate",
-    "training_free.wildcat_trace",
     "training_free.wildcat_rate",
 )
+PIVOT_CLAIMS = ("training_free.wildcat_exact", "training_free.wildcat_trace")
 
 
 class Choices(NamedTuple):
@@ -124,8 +123,8 @@ class WildCat(Method):
         kernel, ``res_j e^{2 h_j}``, or of the Gaussian one, ``res_j``; or all of them uniformly.
     tau : {"constant", "lambert"} or float
         Temperature: ``tau^2 = 3.94582 kmax/qmax``, kmax the largest norm of a centred key; the
-        rule ``tau^2 = (kmax/qmax) b / (2 W_0(b / 6.3832))``, ``b = ln n_k/(|scale| qmax kmax) + 2``
-        ; or tau itself, positive.
+        rule ``tau^2 = (kmax/qmax) b / (2 W_0(b / 6.3832))`` with
+        ``b = ln n_k/(|scale| qmax kmax) + 2``; or tau itself, positive.
     qmax : {"keys", "data"} or float
         The bound of the norms of queries: kmax, the largest norm of a query, or a number.  With
         "keys" the pivots and W do not depend on the queries.
@@ -217,8 +216,14 @@ class WildCat(Method):
             row_stochastic=linear,
             matrix=linear,
             logsumexp=True,
-            claims=CLAIMS,
+            claims=self._claims(linear),
         )
+
+    def _claims(self, linear: bool) -> tuple[str, ...]:
+        """Return the ids of what is claimed: little of an output that is not linear in V."""
+        if not linear:
+            return CLAIMS[-1:]
+        return CLAIMS + PIVOT_CLAIMS if self.choices.pivots == "weighted" else CLAIMS
 
     # --- arguments --------------------------------------------------------------------------
 
@@ -270,7 +275,10 @@ class WildCat(Method):
         return [min(share + (b < more), len(x)) for b, x in enumerate(parts.bins)]
 
     def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
-        parts, law = self._parts(problem), self.choices.pivots
+        return self._drawn(self._parts(problem), rng)
+
+    def _drawn(self, parts: _Parts, rng: np.random.Generator) -> Draw:
+        law = self.choices.pivots
         n, budgets = sum(map(len, parts.bins)), self._budgets(parts)
         if n == 0:
             return Draw(pivots=np.zeros(0, np.int64))
@@ -304,6 +312,8 @@ class WildCat(Method):
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
         made = check_draw(draw, self.draw_names)
+        if self._exact(problem):
+            return made
         parts = self._parts(problem)
         middle = np.concatenate(parts.bins)
         pivots = check_columns(made["pivots"], middle)
@@ -349,8 +359,10 @@ class WildCat(Method):
         exact[:, :-1] = values[parts.exact]
         rows = np.concatenate([exact, *(x.sums(values[keys]) for keys, x in made)])
         # Weights of any size go to the logits; what is left of them is at most 1.
-        largest = float(np.abs(values).max(initial=0.0)) or 1.0
-        size = np.maximum(np.abs(rows[:, -1]), np.abs(rows[:, :-1]).max(axis=1, initial=0) / largest)
+        largest = float(np.abs(values[problem.kept_keys]).max(initial=0.0)) or 1.0
+        size = np.maximum(
+            np.abs(rows[:, -1]), np.abs(rows[:, :-1]).max(axis=1, initial=0) / largest
+        )
         with np.errstate(divide="ignore"):
             logs = np.maximum(np.log(size), LOWEST)
         rows /= np.exp(logs)[:, None]
@@ -381,24 +393,27 @@ class WildCat(Method):
         return out
 
     def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        made = self._checked(problem, rng, draw)
-        if self._exact(problem):
-            return problem.output.copy()
-        if len(problem.kept_keys) == 0:
-            return np.zeros((problem.n_q, problem.values.shape[1]), problem.dtype)
-        parts = self._parts(problem)
-        rows = self._quotients(problem, parts, self._coresets(parts, made))
-        return self._finished(problem, rows)
+        if draw is not None:
+            return self._solved(problem, self._handed_in(problem, rng, draw))[0]
+        self.check(problem)
+        return self._solved(problem, None, rng)[0]
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
+        output, lse = self._solved(problem, draw)
+        output[lse == -np.inf] = 0  # nothing to merge: the normaliser is zero
+        return output, lse
+
+    def _solved(
+        self, problem: AttentionProblem, draw: Draw | None, rng: Rng = None
+    ) -> tuple[Array, Array]:
+        """Return the output and the normalisers; the geometry of the keys is computed once."""
         if self._exact(problem) or len(problem.kept_keys) == 0:
             output, lse = solution(problem)
             return output.copy(), lse.copy()
         parts = self._parts(problem)
-        rows = self._quotients(problem, parts, self._coresets(parts, draw))
-        output = self._finished(problem, rows)
-        output[rows.small] = 0  # nothing to merge: the normaliser is zero
-        return output, rows.lse
+        made = self._drawn(parts, as_generator(rng)) if draw is None else draw
+        rows = self._quotients(problem, parts, self._coresets(parts, made))
+        return self._finished(problem, rows), rows.lse
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         if self._exact(problem):
@@ -432,9 +447,9 @@ class WildCat(Method):
         u = softmax_over(problem, columns, np.exp(logs))
         den = u @ w.astype(problem.dtype)
         absolute = u @ np.abs(w).astype(problem.dtype)
-        bad = ~(den > self._limit(problem, len(columns)) * absolute)
-        if self.choices.fallback == "divide":
-            bad = den == 0
+        least = self._limit(problem, len(columns)) * absolute
+        divide = self.choices.fallback == "divide"
+        bad = np.asarray(den == 0 if divide else ~(den > least))
         u[~bad] /= den[~bad, None]
         if bad.any():
             u = np.concatenate([np.where(bad[:, None], 0, u), bad[:, None]], axis=1)
