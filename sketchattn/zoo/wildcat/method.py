@@ -382,7 +382,7 @@ class WildCat(Method):
         values = problem.values[kept]
         bad = rows.small
         if choices.fallback == "divide":
-            bad = ~np.isfinite(out).all(axis=1)
+            bad = np.asarray(~np.isfinite(out).all(axis=1))
         if bad.any():
             if choices.fallback == "midrange":
                 out[bad] = 0.5 * values.max(axis=0) + 0.5 * values.min(axis=0)
@@ -444,7 +444,7 @@ class WildCat(Method):
         logs = np.clip(logs, LOWEST, -LOWEST)
         p /= np.exp(logs)[:, None]
         w /= np.exp(logs)
-        u = softmax_over(problem, columns, np.exp(logs))
+        u: Array = softmax_over(problem, columns, np.exp(logs))
         den = u @ w.astype(problem.dtype)
         absolute = u @ np.abs(w).astype(problem.dtype)
         least = self._limit(problem, len(columns)) * absolute
