@@ -18,7 +18,7 @@ from ..kernels._threads import map_pieces
 Array = NDArray[Any]
 
 # Pivots whose columns are subtracted from all keys together, and keys of a piece of that work.
-BLOCK, PIECE = 64, 1024
+BLOCK, PIECE = 128, 512
 # Keys whose residual may be brought up to date one at a time, between two blocks.
 LEAST_ROWS, ROWS_SHARE = 4 * BLOCK, 32
 

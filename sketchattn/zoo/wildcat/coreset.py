@@ -31,8 +31,9 @@ TWICE_RHO = 6.383202050647408
 TOLERANCE = 1e-12
 # Above it e^x is no weight that float64 could add up with others.
 LARGEST_EXPONENT = 600.0
-# Above it no key is like another one, and squares of distances stay finite.
-LARGEST_SQUARE = 1e150
+# Above it no key is like another one, and squares of distances stay finite; below it squares of
+# coordinates underflow.
+LARGEST_SQUARE, SMALLEST_SQUARE = 1e150, 1e-200
 # Keys of a piece of the sums over all keys.
 PIECE = 512
 # Up to so many products W is formed: it is bounded, and its product with V has the digits that the
@@ -95,7 +96,10 @@ def kernel_keys(
     wide = np.asarray(keys, np.float64)
     if center and len(wide):
         wide = wide - wide.mean(axis=0)
-    kmax = float(norms_of(wide).max(initial=0.0))
+    squares = np.einsum("ij,ij->i", wide, wide)
+    top = float(squares.max(initial=0.0))
+    safe = SMALLEST_SQUARE < top < LARGEST_SQUARE
+    kmax = math.sqrt(top) if safe else float(norms_of(wide).max(initial=0.0))
     bound = kmax if qmax is None else qmax
     tau2, square = temperature(tau, max(len(wide), 1), abs(scale), kmax, bound)
     z = wide * (math.sqrt(min(square, LARGEST_SQUARE)) / kmax if kmax > 0 else 0.0)
