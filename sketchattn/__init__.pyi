@@ -66,5 +66,6 @@ from .zoo.linformer import linformer_projections as linformer_projections
 from .zoo.nystromformer import Nystromformer as Nystromformer
 from .zoo.performer import Performer as Performer
 from .zoo.skeinformer import Skeinformer as Skeinformer
+from .zoo.wildcat import WildCat as WildCat
 
 __version__: str

@@ -90,6 +90,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "center_values": True,
         },
     ],
+    "wildcat": [
+        {"preset": "paper"},
+        {"preset": "sklearn_nystroem"},
+        {"pivots": "plain", "bins": 2},
+        {"pivots": "uniform", "sinks": 1, "window": 2},
+    ],
 }
 
 # The scale at which the error of a method falls with the rank, where logits of size 2 are too large

@@ -787,3 +787,65 @@ def naive_combiner(
             for j, share in zip(keys, shares, strict=True):
                 weights[i, j] += math.exp(g - top) / total * share
     return weights, normalizer
+
+
+def naive_pivots(
+    keys: Array, c: float, uniforms: Array, *, weighted: bool = True
+) -> tuple[list[int], Array]:
+    """Return the pivots of a randomly pivoted Cholesky factorisation, and what they leave (n,).
+
+    Of ``exp(-c |k_j - k_l|^2 / 2)``, the key of the largest
+    ``ln res_j + 2 h_j - ln(-ln u_j)`` a step, every column subtracted from all keys.
+    """
+    n = len(keys)
+    half = [0.5 * c * float(k @ k) for k in keys]
+    left, columns, pivots = np.ones(n), list[Array](), list[int]()
+    for row in uniforms:
+        scores = np.full(n, -math.inf)
+        for j in range(n):
+            if left[j] > 1e-12:
+                law = 2 * half[j] if weighted else 0.0
+                scores[j] = math.log(left[j]) + law - math.log(-math.log(row[j]))
+        if scores.max() == -math.inf:
+            break
+        s = int(np.argmax(scores))
+        column = np.array(
+            [math.exp(-0.5 * c * float((k - keys[s]) @ (k - keys[s]))) for k in keys]
+        )
+        for f in columns:
+            column = column - f * f[s]
+        column = column / math.sqrt(left[s])
+        columns.append(column)
+        pivots.append(s)
+        left = np.maximum(left - column**2, 0.0)
+        left[pivots] = 0.0
+    return pivots, left
+
+
+def naive_wildcat(
+    q: Array, k: Array, v: Array, pivots: Array, scale: float, tau2: float
+) -> tuple[Array, Array, Array]:
+    """Return Ahat, Ohat and the log-normalisers of centred keys, from the exponential kernel."""
+    centred = k - k.mean(axis=0)
+    kernel = np.exp(abs(scale) / tau2 * (centred @ centred.T))
+    weights = np.linalg.solve(kernel[np.ix_(pivots, pivots)], kernel[pivots])
+    left = np.exp(scale * (q @ centred[pivots].T))
+    den = left @ weights.sum(axis=1)
+    ahat = (left @ weights) / den[:, None]
+    return ahat, ahat @ v, np.log(den) + scale * (q @ k.mean(axis=0))
+
+
+def naive_nystroem(q: Array, k: Array, v: Array, landmarks: Array, scale: float) -> Array:
+    """Return Ohat of scikit-learn's Nystroem features of ``sqrt(scale)`` times Q and K."""
+    x, y = math.sqrt(scale) * q, math.sqrt(scale) * k
+    b = y[landmarks]
+
+    def gaussian(s: Array, t: Array) -> Array:
+        return np.asarray(np.exp(-0.5 * ((s[:, None] - t[None]) ** 2).sum(axis=2)))
+
+    u, size, vt = np.linalg.svd(gaussian(b, b))
+    core = (u / np.maximum(size, 1e-12)) @ vt
+    weights = np.exp(0.5 * (y**2).sum(axis=1))
+    left = gaussian(x, b) @ core
+    right = gaussian(b, y) * weights
+    return np.asarray((left @ (right @ v)) / (left @ right.sum(axis=1))[:, None])
