@@ -44,6 +44,7 @@ from .zoo.baselines import TopK as TopK
 from .zoo.baselines import UniformColumns as UniformColumns
 from .zoo.baselines import VMean as VMean
 from .zoo.baselines import Zero as Zero
+from .zoo.causal_tree import CausalTree as CausalTree
 from .zoo.clustered import Clustered as Clustered
 from .zoo.column_sampling import ColumnSampling as ColumnSampling
 from .zoo.combiner import Combiner as Combiner

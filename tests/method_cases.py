@@ -23,6 +23,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"statistic": "oracle"},
         {"statistic": "kl", "fill": "masked_mean"},
     ],
+    "causal_tree": [{"leaf": 1}, {"leaf": 5, "inner": "uniform"}],
     "clustered": [
         {"improved": True, "top_keys": 3},
         {"clustering": "lsh"},

@@ -787,3 +787,51 @@ def naive_combiner(
             for j, share in zip(keys, shares, strict=True):
                 weights[i, j] += math.exp(g - top) / total * share
     return weights, normalizer
+
+
+def naive_block_sample(
+    q: Array, k: Array, scale: float, planes: Array, block: int, samples: Array, align: str
+) -> tuple[Array, Array]:
+    """Return weights and logsumexp of sorted blocks with sampled keys beside them, by loops.
+
+    ``N_i = sum_j [beta(q_i) = beta(k_j)] e^{L_ij} + (n/s) sum_t [not so] e^{L_i,l_t}``: keys are
+    sorted by the place of their hash code in the Gray sequence, and cut in blocks; a query is in
+    the block of its rank among queries, or where its code stands among those of the keys.
+    """
+
+    def place(x: Array) -> int:
+        code = sum(1 << t for t in range(planes.shape[1]) if x @ planes[:, t] > 0)
+        out = code
+        while code:
+            code >>= 1
+            out ^= code
+        return out
+
+    n, m = len(k), len(q)
+    places = [place(x) for x in k]
+    order = sorted(range(n), key=lambda j: places[j])
+    of_key = np.zeros(n, int)
+    for position, j in enumerate(order):
+        of_key[j] = position // block
+    blocks = -(-n // block)
+    ordered = sorted(places)
+    asked = [place(x) for x in q]
+    of_query = np.zeros(m, int)
+    for position, i in enumerate(sorted(range(m), key=lambda i: asked[i])):
+        of_query[i] = position * blocks // m
+    if align == "code":
+        for i in range(m):
+            low = sum(x < asked[i] for x in ordered)
+            high = sum(x <= asked[i] for x in ordered)
+            of_query[i] = min((low + high) // 2 // block, blocks - 1)
+    weights, lse = np.zeros((m, n)), np.zeros(m)
+    for i in range(m):
+        for j in range(n):
+            if of_query[i] == of_key[j]:
+                weights[i, j] += np.exp(scale * q[i] @ k[j])
+        for j in samples:
+            if of_query[i] != of_key[j]:
+                weights[i, j] += n / len(samples) * np.exp(scale * q[i] @ k[j])
+        lse[i] = np.log(weights[i].sum())
+        weights[i] /= weights[i].sum()
+    return weights, lse
