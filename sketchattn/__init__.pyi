@@ -67,5 +67,7 @@ from .zoo.linformer import linformer_projections as linformer_projections
 from .zoo.nystromformer import Nystromformer as Nystromformer
 from .zoo.performer import Performer as Performer
 from .zoo.skeinformer import Skeinformer as Skeinformer
+from .zoo.sorted_blocks import HyperAttention as HyperAttention
+from .zoo.sorted_blocks import KDEformer as KDEformer
 
 __version__: str

@@ -59,6 +59,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"reference": "mass_weighted(2)", "direct": "own+top_mass(1)"},
         {"direct": "own+window(2)"},
     ],
+    "hyperattention": [
+        {"align": "rank", "order": "forward", "planes": 3},
+        {"block": 2, "sample": 3, "mask_overlap": False, "leaf": 2},
+        {"planes": 0, "sample": 0, "leaf": 3},
+        {"probabilities": "value", "exact_below": 5},
+        {"preset": "released"},
+        {"preset": "paper"},
+    ],
+    "kdeformer": [
+        {"block": 3, "sample": 2, "leaf": 2},
+        {"preset": "paper", "leaf": 2},
+        {"preset": "released"},
+    ],
     "jl": [{"sketch": "haar"}, {"sketch": "countsketch", "center": True}],
     "column_sampling": [
         {"law": "uniform", "replace": False},

@@ -835,3 +835,60 @@ def naive_block_sample(
         lse[i] = np.log(weights[i].sum())
         weights[i] /= weights[i].sum()
     return weights, lse
+
+
+def naive_gray_position(code: int, planes: int, order: str) -> int:
+    """Return where a code stands in the reflected sequence, or what stands at its place there."""
+    sequence = [""]
+    for _ in range(planes):
+        sequence = ["0" + x for x in sequence] + ["1" + x for x in reversed(sequence)]
+    codes = [int(x or "0", 2) for x in sequence]
+    return codes.index(code) if order == "inverse" else codes[code]
+
+
+def naive_sorted_blocks(
+    q: Array, k: Array, planes: Array, size: int, *, order: str, align: str
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the keys by position, and the blocks of queries and of keys."""
+    width = planes.shape[1]
+    at_q, at_k = (
+        [
+            naive_gray_position(
+                sum(2**t for t in range(width) if float(row @ planes[:, t]) > 0), width, order
+            )
+            for row in x.astype(np.float64)
+        ]
+        for x in (q, k)
+    )
+    by_place = sorted(range(len(k)), key=lambda j: (at_k[j], j))
+    blocks = math.ceil(len(k) / size)
+    of_key = [by_place.index(j) // size for j in range(len(k))]
+    if align == "rank" or width == 0:
+        rank = sorted(range(len(q)), key=lambda i: (at_q[i], i))
+        of_query = [rank.index(i) * blocks // len(q) for i in range(len(q))]
+    else:
+        ends = [(sum(x < y for x in at_k), sum(x <= y for x in at_k)) for y in at_q]
+        of_query = [min((low + high) // 2 // size, blocks - 1) for low, high in ends]
+    return by_place, of_query, of_key
+
+
+def naive_weighted_blocks(
+    logits: Array, of_query: list[int], of_key: list[int], drawn: list[int], p: Array, overlap: bool
+) -> tuple[Array, Array]:
+    """Return (Ahat, ln D) of blocks and drawn keys weighted by 1/(s p), each as often as drawn.
+
+    ``overlap``: keys of the own block are not counted again.
+    """
+    weights, normalizer = np.zeros(logits.shape), np.empty(len(logits))
+    for i, row in enumerate(logits):
+        terms = [(j, 0.0) for j in range(len(row)) if of_query[i] == of_key[j]]
+        terms += [
+            (j, -math.log(len(drawn) * p[j]))
+            for j in drawn
+            if not overlap or of_query[i] != of_key[j]
+        ]
+        top = max(row[j] + w for j, w in terms)
+        normalizer[i] = top + math.log(sum(math.exp(row[j] + w - top) for j, w in terms))
+        for j, w in terms:
+            weights[i, j] += math.exp(row[j] + w - normalizer[i])
+    return weights, normalizer
