@@ -61,14 +61,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "hyperattention": [
         {"align": "rank", "order": "forward", "planes": 3},
-        {"block": 2, "sample": 3, "mask_overlap": False, "leaf": 2},
+        {"block": 2, "mask_overlap": False, "leaf": 2},
         {"planes": 0, "sample": 0, "leaf": 3},
         {"probabilities": "value", "exact_below": 5},
         {"preset": "released"},
-        {"preset": "paper"},
     ],
     "kdeformer": [
-        {"block": 3, "sample": 2, "leaf": 2},
+        {"sample": 2, "leaf": 2},
         {"preset": "paper", "leaf": 2},
         {"preset": "released"},
     ],

@@ -160,6 +160,10 @@ def test_the_published_algorithm() -> None:
     whole = sort_blocks(problem.q, problem.k, PLANES, 64, order="inverse", align="rank")
     exact = approximate_normalizers(problem, whole, rows, drawn, 8)
     assert exact == pytest.approx(problem.logsumexp, abs=1e-12)
+    # Normalisers that miss the largest logits by thousands leave no number.
+    large = sa.AttentionProblem(100 * problem.q, 100 * problem.k, problem.values)
+    with pytest.raises(ValueError, match=r"^weights of the published estimate must be finite in f"):
+        method.attend(large, draw=draw)
 
 
 def causal_draw(method: sa.HyperAttention, problem: sa.AttentionProblem) -> sa.Draw:

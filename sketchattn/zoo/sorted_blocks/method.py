@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import clone
 
 from ...base.arguments import check_choice, check_count, check_finite, check_flag, check_integer
 from ...base.draws import Draw, Rng, check_draw
@@ -75,10 +75,10 @@ class SortedBlocks(Method):
         return Traits(
             causal=True,
             key_mask=True,
+            randomized=self.planes != 0 or self.sample != 0,
             row_stochastic=True,
             nonnegative=True,
             claims=self._claims,
-            uses_rank=self.block is None or self.sample is None,
             oracle=choices.probabilities == "oracle",
             exact_at_full_rank=self.block is None and self.sample is None,
             autoregressive=choices.align == "code" or self.planes == 0,
@@ -122,9 +122,7 @@ class SortedBlocks(Method):
     @property
     def _tree(self) -> CausalTree:
         """The causal form, of blocks below the diagonal that this method approximates."""
-        # A rank that nothing depends on is not lowered to the keys of small blocks.
-        inner = self if self.traits.uses_rank else clone(self).set_params(rank=1)
-        return CausalTree(int(self.rank), inner=inner, leaf=int(self.leaf))
+        return CausalTree(int(self.rank), inner=self, leaf=int(self.leaf))
 
     def _is_causal(self, problem: AttentionProblem) -> bool:
         return bool(problem.causal) and self.traits.causal
@@ -134,6 +132,8 @@ class SortedBlocks(Method):
     def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
         if self._is_causal(problem):
             return self._tree._draw(problem, rng)
+        if not self.traits.randomized:
+            return Draw()
         first, second = streams(rng, 2)
         _, count = self._sizes(len(problem.kept_keys))
         planes = first.standard_normal((problem.d, int(self.planes)))
@@ -142,6 +142,8 @@ class SortedBlocks(Method):
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
         if self._is_causal(problem):
             return self._tree._check_draw(problem, draw)
+        if not self.traits.randomized:
+            return check_draw(draw, ())
         checked = check_draw(draw, self.draw_names)
         planes = checked["planes"].astype(np.float64)
         check_shape(planes, "planes", (problem.d, int(self.planes)), "(d, planes)")
@@ -171,16 +173,19 @@ class SortedBlocks(Method):
 
     def _reading(self, problem: AttentionProblem, draw: Draw) -> Reading:
         kept, choices = problem.kept_keys, self._choices
-        problem, blocks = self._sort(problem, draw["planes"])
+        planes, uniforms = np.empty((problem.d, 0)), np.empty(0)
+        if draw:
+            planes, uniforms = draw["planes"], draw["uniforms"]
+        problem, blocks = self._sort(problem, planes)
         p = key_probabilities(problem, choices.probabilities)
         if self._by_place:
             by_place = None if p is None else p[blocks.sorted_keys]
-            drawn = weighted_sample(draw["uniforms"], by_place, len(kept))
+            drawn = weighted_sample(uniforms, by_place, len(kept))
             columns = blocks.sorted_keys[drawn.columns]
             order = np.argsort(columns)
             sample = Sample(columns[order], drawn.weights[order])
         else:
-            sample = weighted_sample(draw["uniforms"], p, len(kept))
+            sample = weighted_sample(uniforms, p, len(kept))
         read = table(blocks, sample, choices.mask_overlap)
         return Reading(problem, kept, blocks, sample, read)
 
@@ -190,7 +195,9 @@ class SortedBlocks(Method):
         if self._is_causal(problem):
             return self._tree._approximate(problem, draw)
         if self._is_exact(problem):
-            return problem.exact
+            found = copy(problem.exact)
+            found.effective_rank = len(problem.kept_keys)
+            return found
         seen = self._reading(problem, draw)
         every = np.arange(problem.n_q)
         pieces = list(row_pieces(seen.problem, seen.blocks, seen.table, every))
