@@ -338,6 +338,22 @@ def test_no_key_is_appended(kind: Any, dtype: Any) -> None:
             assert np.abs(out - 1).max() <= 16 * np.finfo(dtype).eps
 
 
+def test_shapes_at_the_edge() -> None:
+    plain = make_problem(9, 11)
+    for method in (sa.HyperAttention(4), sa.HyperAttention(4, preset="released"), sa.KDEformer(4)):
+        bare = sa.AttentionProblem(plain.q, plain.k, np.empty((11, 0)))
+        assert method.attend(bare, rng=0).shape == (9, 0)
+        none = sa.AttentionProblem(plain.q[:0], plain.k, plain.values)
+        assert method.attend(none, rng=0).shape == (0, 3)
+        assert method.approximate(none, rng=0).shape == (0, 11)
+        masked = make_problem(9, 11, key_mask=np.zeros(11, bool))
+        out, lse = method.attend_with_lse(masked, rng=0)
+        assert not out.any()
+        assert np.isneginf(lse).all()
+        wide = sa.AttentionProblem(plain.q, plain.k, np.ones((11, 300)))
+        assert method.attend(wide, rng=0) == pytest.approx(1.0)
+
+
 def test_where_it_is_exact_it_says_so() -> None:
     problem = make_problem(12, 10)
     whole: list[sa.Method] = [

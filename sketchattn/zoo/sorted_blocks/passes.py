@@ -100,7 +100,7 @@ def attend(head: Head, values: Array, blocks: Blocks, read: Table) -> tuple[Arra
     out, lse = np.empty((n_q, width), dtype), np.empty(n_q, dtype)
     for found, part in ((out, 0), (lse, 1)):
         whole = np.concatenate([x[part] for x in parts])
-        found[order] = whole.reshape(-1, *found.shape[1:])[places]
+        found[order] = whole.reshape(len(of_tile) * tile, *found.shape[1:])[places]
     _attend_steep(head, values, blocks, read, out, lse)
     return out, lse
 
