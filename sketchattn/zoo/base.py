@@ -163,8 +163,10 @@ def inner_method(inner: object, rank: int) -> Method:
         cls = _REGISTRY.get(inner)
         ranked = cls is not None and "rank" in cls._get_param_names()
         return make_method(inner, {"rank": rank} if ranked else {})
+    if not inner.traits.uses_rank or getattr(inner, "rank", rank) == rank:
+        return inner
     chosen: Method = clone(inner)
-    if chosen.traits.uses_rank and "rank" in chosen.get_params(deep=False):
+    if "rank" in chosen.get_params(deep=False):
         chosen.set_params(rank=rank)
     return chosen
 
