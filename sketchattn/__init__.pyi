@@ -44,6 +44,7 @@ from .zoo.baselines import TopK as TopK
 from .zoo.baselines import UniformColumns as UniformColumns
 from .zoo.baselines import VMean as VMean
 from .zoo.baselines import Zero as Zero
+from .zoo.causal_tree import CausalTree as CausalTree
 from .zoo.clustered import Clustered as Clustered
 from .zoo.column_sampling import ColumnSampling as ColumnSampling
 from .zoo.combiner import Combiner as Combiner
@@ -67,5 +68,7 @@ from .zoo.nystromformer import Nystromformer as Nystromformer
 from .zoo.performer import Performer as Performer
 from .zoo.skeinformer import Skeinformer as Skeinformer
 from .zoo.wildcat import WildCat as WildCat
+from .zoo.sorted_blocks import HyperAttention as HyperAttention
+from .zoo.sorted_blocks import KDEformer as KDEformer
 
 __version__: str

@@ -23,6 +23,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"statistic": "oracle"},
         {"statistic": "kl", "fill": "masked_mean"},
     ],
+    "causal_tree": [{"leaf": 1}, {"leaf": 5, "inner": "uniform"}],
     "clustered": [
         {"improved": True, "top_keys": 3},
         {"clustering": "lsh"},
@@ -57,6 +58,18 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"pattern": "routing", "direct": "top_mass(1)"},
         {"reference": "mass_weighted(2)", "direct": "own+top_mass(1)"},
         {"direct": "own+window(2)"},
+    ],
+    "hyperattention": [
+        {"align": "rank", "order": "forward", "planes": 3},
+        {"block": 2, "mask_overlap": False, "leaf": 2},
+        {"planes": 0, "sample": 0, "leaf": 3},
+        {"probabilities": "value", "exact_below": 5},
+        {"preset": "released"},
+    ],
+    "kdeformer": [
+        {"sample": 2, "leaf": 2},
+        {"preset": "paper", "leaf": 2},
+        {"preset": "released"},
     ],
     "jl": [{"sketch": "haar"}, {"sketch": "countsketch", "center": True}],
     "column_sampling": [

@@ -849,3 +849,108 @@ def naive_nystroem(q: Array, k: Array, v: Array, landmarks: Array, scale: float)
     left = gaussian(x, b) @ core
     right = gaussian(b, y) * weights
     return np.asarray((left @ (right @ v)) / (left @ right.sum(axis=1))[:, None])
+
+
+def naive_block_sample(
+    q: Array, k: Array, scale: float, planes: Array, block: int, samples: Array, align: str
+) -> tuple[Array, Array]:
+    """Return weights and logsumexp of sorted blocks with sampled keys beside them, by loops.
+
+    ``N_i = sum_j [beta(q_i) = beta(k_j)] e^{L_ij} + (n/s) sum_t [not so] e^{L_i,l_t}``: keys are
+    sorted by the place of their hash code in the Gray sequence, and cut in blocks; a query is in
+    the block of its rank among queries, or where its code stands among those of the keys.
+    """
+
+    def place(x: Array) -> int:
+        code = sum(1 << t for t in range(planes.shape[1]) if x @ planes[:, t] > 0)
+        out = code
+        while code:
+            code >>= 1
+            out ^= code
+        return out
+
+    n, m = len(k), len(q)
+    places = [place(x) for x in k]
+    order = sorted(range(n), key=lambda j: places[j])
+    of_key = np.zeros(n, int)
+    for position, j in enumerate(order):
+        of_key[j] = position // block
+    blocks = -(-n // block)
+    ordered = sorted(places)
+    asked = [place(x) for x in q]
+    of_query = np.zeros(m, int)
+    for position, i in enumerate(sorted(range(m), key=lambda i: asked[i])):
+        of_query[i] = position * blocks // m
+    if align == "code":
+        for i in range(m):
+            low = sum(x < asked[i] for x in ordered)
+            high = sum(x <= asked[i] for x in ordered)
+            of_query[i] = min((low + high) // 2 // block, blocks - 1)
+    weights, lse = np.zeros((m, n)), np.zeros(m)
+    for i in range(m):
+        for j in range(n):
+            if of_query[i] == of_key[j]:
+                weights[i, j] += np.exp(scale * q[i] @ k[j])
+        for j in samples:
+            if of_query[i] != of_key[j]:
+                weights[i, j] += n / len(samples) * np.exp(scale * q[i] @ k[j])
+        lse[i] = np.log(weights[i].sum())
+        weights[i] /= weights[i].sum()
+    return weights, lse
+
+
+def naive_gray_position(code: int, planes: int, order: str) -> int:
+    """Return where a code stands in the reflected sequence, or what stands at its place there."""
+    sequence = [""]
+    for _ in range(planes):
+        sequence = ["0" + x for x in sequence] + ["1" + x for x in reversed(sequence)]
+    codes = [int(x or "0", 2) for x in sequence]
+    return codes.index(code) if order == "inverse" else codes[code]
+
+
+def naive_sorted_blocks(
+    q: Array, k: Array, planes: Array, size: int, *, order: str, align: str
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the keys by position, and the blocks of queries and of keys."""
+    width = planes.shape[1]
+    at_q, at_k = (
+        [
+            naive_gray_position(
+                sum(2**t for t in range(width) if float(row @ planes[:, t]) > 0), width, order
+            )
+            for row in x.astype(np.float64)
+        ]
+        for x in (q, k)
+    )
+    by_place = sorted(range(len(k)), key=lambda j: (at_k[j], j))
+    blocks = math.ceil(len(k) / size)
+    of_key = [by_place.index(j) // size for j in range(len(k))]
+    if align == "rank" or width == 0:
+        rank = sorted(range(len(q)), key=lambda i: (at_q[i], i))
+        of_query = [rank.index(i) * blocks // len(q) for i in range(len(q))]
+    else:
+        ends = [(sum(x < y for x in at_k), sum(x <= y for x in at_k)) for y in at_q]
+        of_query = [min((low + high) // 2 // size, blocks - 1) for low, high in ends]
+    return by_place, of_query, of_key
+
+
+def naive_weighted_blocks(
+    logits: Array, of_query: list[int], of_key: list[int], drawn: list[int], p: Array, overlap: bool
+) -> tuple[Array, Array]:
+    """Return (Ahat, ln D) of blocks and drawn keys weighted by 1/(s p), each as often as drawn.
+
+    ``overlap``: keys of the own block are not counted again.
+    """
+    weights, normalizer = np.zeros(logits.shape), np.empty(len(logits))
+    for i, row in enumerate(logits):
+        terms = [(j, 0.0) for j in range(len(row)) if of_query[i] == of_key[j]]
+        terms += [
+            (j, -math.log(len(drawn) * p[j]))
+            for j in drawn
+            if not overlap or of_query[i] != of_key[j]
+        ]
+        top = max(row[j] + w for j, w in terms)
+        normalizer[i] = top + math.log(sum(math.exp(row[j] + w - top) for j, w in terms))
+        for j, w in terms:
+            weights[i, j] += math.exp(row[j] + w - normalizer[i])
+    return weights, normalizer

@@ -1983,9 +1983,9 @@ METHODS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "use method='exact'",
     ),
     "return_lse": (
-        {**UNIFORM, "return_lse": True}, ValueError,
-        "return_lse must be False for method 'uniform', which cannot honour it, got True; "
-        "use method='exact'",
+        {"method": "svd", "rank": 2, "return_lse": True}, ValueError,
+        "return_lse must be False for method 'svd', which does not know the normaliser of its "
+        "rows, got True; use a method whose traits.logsumexp is True",
     ),
     "causal": (
         {"method": "svd", "rank": 2, "causal": True}, ValueError,

@@ -46,12 +46,33 @@ def approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | 
     return layout.output(out, call.q.dtype)
 
 
+def approximate_with_lse(
+    call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None
+) -> tuple[Array, Array]:
+    """Return the same and the logsumexp that a method has for every row, as the exact one's."""
+    check_approximate(call, method, rng, draw)
+    layout = call.layout
+    heads = layout.entries * layout.h
+    out = np.zeros((heads, layout.n_q, layout.d_v), call.computing)
+    lse = np.full((heads, layout.n_q), -np.inf, call.computing)
+    if layout.n_q > 0 and layout.n_k > 0:
+        problem_of, rng_of = _problems(call), _streams(call, rng, draw is not None)
+        for flat in range(heads):
+            out[flat], lse[flat] = method.attend_with_lse(problem_of(flat), rng_of(flat), draw=draw)
+    return call.shaped(out, lse)
+
+
 def check_approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None) -> None:
     """Refuse what ``approximate`` refuses, but for what the method says of each head."""
     for name, neutral, given in call.exact_only:
         raise ValueError(
             f"{name} must be {neutral!r} for method {method.name!r}, which cannot honour it, "
             f"got {given}; use method='exact'"
+        )
+    if call.return_lse and not method.traits.logsumexp:
+        raise ValueError(
+            f"return_lse must be False for method {method.name!r}, which does not know the "
+            f"normaliser of its rows, got True; use a method whose traits.logsumexp is True"
         )
     layout, keys = call.layout, call.key_mask
     for label, x in (("k", call.k), ("v", call.v)):

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..base.arguments import Causal
 from ..base.draws import Rng
 from ..base.floating import without_floating_errors
-from .approximate import approximate
+from .approximate import approximate, approximate_with_lse
 from .call import check_call
 from .checks import check_foreign
 from .exact import check_exact, exact, is_exact
@@ -138,7 +138,8 @@ def attention(
         ``float64`` is reference grade: inputs widened exactly, plain float64 arithmetic, one
         rounding at the end.
     return_lse : bool
-        Return the logsumexp of each row too.
+        Return the logsumexp of each row too; of a method that approximates, its own, where
+        ``traits.logsumexp`` says that it has one.
     **parameters
         Parameters of the method.
 
@@ -195,4 +196,5 @@ def attention(
         return call.finish(*exact(call))
     from ..zoo.base import make_method  # loads scikit-learn, which exact attention does without
 
-    return approximate(call, make_method(method, parameters), rng, draw)
+    chosen = make_method(method, parameters)
+    return (approximate_with_lse if return_lse else approximate)(call, chosen, rng, draw)

@@ -118,10 +118,13 @@ class Call:
 
     def finish(self, out: Array, lse: Array) -> Array | tuple[Array, Array]:
         """Return the results of flat heads in the layout and dtype of the call."""
-        shaped = self.layout.output(out, self.q.dtype)
-        if not self.return_lse:
-            return shaped
-        return shaped, lse.reshape((*self.layout.lead, self.layout.n_q))
+        shaped = self.shaped(out, lse)
+        return shaped if self.return_lse else shaped[0]
+
+    def shaped(self, out: Array, lse: Array) -> tuple[Array, Array]:
+        """Return output (H, n_q, d_v) and logsumexp (H, n_q) in the layout of the call."""
+        layout = self.layout
+        return layout.output(out, self.q.dtype), lse.reshape((*layout.lead, layout.n_q))
 
 
 def check_call(
@@ -192,7 +195,6 @@ def check_call(
             ("softcap", softcap, 0),
             ("window", tuple(window), (-1, -1)),
             ("sink", sink, None),
-            ("return_lse", flag, False),
         ),
         return_lse=flag,
     )

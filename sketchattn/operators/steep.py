@@ -100,6 +100,8 @@ def tiles_of(problem: Head, rows: Array) -> Iterator[tuple[Array, Array]]:
     Raises ValueError for a row that sees keys and whose largest logit overflows the precision of
     the problem.
     """
+    if not len(rows):  # the usual case, for which nothing is converted
+        return
     wide = problem.astype(np.float64)
     q, k = wide.arrays.q, wide.arrays.k
     hidden = bool(problem.causal) or problem.key_mask is not None
@@ -107,7 +109,7 @@ def tiles_of(problem: Head, rows: Array) -> Iterator[tuple[Array, Array]]:
     tile = rows // TILE
     order = np.argsort(tile, kind="stable")
     starts = np.flatnonzero(np.diff(tile[order], prepend=-1))
-    for positions in np.split(order, starts[1:]) if len(rows) else ():
+    for positions in np.split(order, starts[1:]):
         first = int(tile[positions[0]]) * TILE
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             logits = product(problem.scale * q[first : first + TILE], k.T)

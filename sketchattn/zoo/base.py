@@ -150,6 +150,27 @@ def _needs_rank(cls: type[Method]) -> bool:
     return rank.default is inspect.Parameter.empty
 
 
+def inner_method(inner: object, rank: int) -> Method:
+    """Return the method inside another one, a name or an object, at ``rank`` where it has one."""
+    from sklearn.base import clone
+
+    if not isinstance(inner, str | Method):
+        raise TypeError(
+            f"inner must be a name or a method object, got {type(inner).__name__}; "
+            f"see sketchattn.methods()"
+        )
+    if isinstance(inner, str):
+        cls = _REGISTRY.get(inner)
+        ranked = cls is not None and "rank" in cls._get_param_names()
+        return make_method(inner, {"rank": rank} if ranked else {})
+    if not inner.traits.uses_rank or getattr(inner, "rank", rank) == rank:
+        return inner
+    chosen: Method = clone(inner)
+    if "rank" in chosen.get_params(deep=False):
+        chosen.set_params(rank=rank)
+    return chosen
+
+
 def check_problem(problem: object) -> None:
     """Refuse what is no problem."""
     if not isinstance(problem, AttentionProblem):

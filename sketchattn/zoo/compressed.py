@@ -38,7 +38,7 @@ from ..sketches.compression import (
     largest_width,
     mean_key,
 )
-from .base import Method, Traits, make_method, methods, register
+from .base import Method, Traits, inner_method, register
 
 Array = NDArray[Any]
 
@@ -156,21 +156,7 @@ class Compressed(Method):
     @property
     def method(self) -> Method:
         """The inner method as an object, at ``rank`` where it has one."""
-        from sklearn.base import clone
-
-        if not isinstance(self.inner, str | Method):
-            raise TypeError(
-                f"inner must be a name or a method object, got {type(self.inner).__name__}; "
-                f"see sketchattn.methods()"
-            )
-        if isinstance(self.inner, str):
-            cls = methods().get(self.inner)
-            ranked = cls is not None and "rank" in cls._get_param_names()
-            return make_method(self.inner, {"rank": self.rank} if ranked else {})
-        chosen: Method = clone(self.inner)
-        if chosen.traits.uses_rank and "rank" in chosen.get_params(deep=False):
-            chosen.set_params(rank=self.rank)
-        return chosen
+        return inner_method(self.inner, self.rank)
 
     @property
     def _random(self) -> bool:

@@ -16,3 +16,17 @@ from __future__ import annotations
 from . import wildcat_claims as wildcat_claims
 from .wildcat import trace_bound as trace_bound
 from .wildcat import trace_share as trace_share
+
+
+To check another implementation, hand it in as ``sketch``: it is called as
+``sketch("tree", leaf, n_k, rng, problem=problem)`` and returns the causal output (n_q, d_v) of the
+halving tree with exact blocks.  For sorted blocks beside a sample
+
+* ``sketch("block_sample", s, n_k, rng, problem=problem, query_blocks=..., key_blocks=..., p=p)``
+  returns (n_q, d_v + 1): the output and the log-normaliser of blocks and s keys drawn from p;
+* ``sketch("mixed_sample", s, n_k, rng, a=A, v=V)`` an estimate of A V (n_q, d_v);
+* ``sketch("approximate_normalizers", s, n_k, rng, problem=problem, query_blocks=...,
+  key_blocks=..., rows=T, columns=l, eps=eps)`` ln D (n_q,).
+"""
+
+from . import blocks_claims as blocks_claims
