@@ -67,5 +67,7 @@ from .zoo.linformer import linformer_projections as linformer_projections
 from .zoo.nystromformer import Nystromformer as Nystromformer
 from .zoo.performer import Performer as Performer
 from .zoo.skeinformer import Skeinformer as Skeinformer
+from .zoo.stream_halving import StreamHalving as StreamHalving
+from .zoo.thinformer import Thinformer as Thinformer
 
 __version__: str
