@@ -70,5 +70,7 @@ from .zoo.skeinformer import Skeinformer as Skeinformer
 from .zoo.wildcat import WildCat as WildCat
 from .zoo.sorted_blocks import HyperAttention as HyperAttention
 from .zoo.sorted_blocks import KDEformer as KDEformer
+from .zoo.stream_halving import StreamHalving as StreamHalving
+from .zoo.thinformer import Thinformer as Thinformer
 
 __version__: str

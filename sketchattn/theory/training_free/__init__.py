@@ -30,3 +30,16 @@ halving tree with exact blocks.  For sorted blocks beside a sample
 """
 
 from . import blocks_claims as blocks_claims
+
+
+To check another implementation, hand it in as ``sketch``: it is called as
+``sketch("tree", leaf, n_k, rng, problem=problem)`` and returns the causal output (n_q, d_v) of the
+halving tree with exact blocks; ``sketch("thinning", r, n_k, rng, problem=problem)`` returns kept
+keys and their weights (2, r_eff); ``sketch("stream", r, n_k, rng, problem=problem, block=B)`` the
+weights and keys of the cache before each block but the first, (2, blocks - 1).
+"""
+
+from . import thinning_claims as thinning_claims
+from .thinning import SignedSum as SignedSum
+from .thinning import denominator_bound as denominator_bound
+from .thinning import signed_sum as signed_sum
