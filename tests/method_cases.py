@@ -64,6 +64,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"law": "uniform", "normalizer": "sampled"},
         {"law": "value_norm"},
     ],
+    "magicpig": [
+        {"preset": "hub", "bits": 4},
+        {"least": 1, "bits": 5, "center": False},
+        {"least": 3, "floor": 1e-4, "bits": 3},
+    ],
     "nystromformer": [
         {"landmarks": "kmeans"},
         {"landmarks": "random", "iterations": None, "ridge": 1e-3},
@@ -89,6 +94,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "normalizer": "exact",
             "center_values": True,
         },
+    ],
+    "vattention": [
+        {"top": 2, "sinks": 1, "window": 2, "replace": True},
+        {"budget": "clt", "eps": 0.3, "delta": 0.3},
+        {"preset": "paper"},
     ],
 }
 
