@@ -61,6 +61,8 @@ CLAIMS = (
     "training_free.magicpig_floor_bias",
     "training_free.magicpig_floor_unbiased",
     "training_free.magicpig_ratio_unbiased",
+    "training_free.magicpig_two_tables",
+    "training_free.composition",
 )
 
 # Codes are indices of buckets, and more tables than that are no longer a sketch.

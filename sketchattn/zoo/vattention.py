@@ -38,10 +38,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 CLAIMS = (
     "training_free.vattention_unbiased",
     "training_free.vattention_known_coverage",
+    "training_free.vattention_pilot_coverage",
     "training_free.vattention_hoeffding_coverage",
     "training_free.vattention_budget_order",
     "training_free.vattention_released_coverage",
     "training_free.vattention_merged_mean",
+    "training_free.composition",
 )
 
 
@@ -376,7 +378,7 @@ class VAttention(Method):
             b = clt_budget(sizes, deviation, known + sizes * mean, eps, delta, replace=replace)
         # A budget without a number (nothing known, nothing to draw from) reads all.
         b = np.where(np.isnan(b), np.inf, b)
-        return np.minimum(np.ceil(np.maximum(b, 1.0)), sizes).astype(np.int64)
+        return np.asarray(np.minimum(np.ceil(np.maximum(b, 1.0)), sizes), np.int64)
 
     def _released(self, seen: Array, fixed: Array, rows: Array, logits: Array, draw: Draw) -> Kept:
         """Return what the public code keeps: see Notes of the class."""

@@ -21,7 +21,7 @@ DERIVED = "derived: see the chapter on training-free methods"
 
 
 def _angles(q: Array, k: Array) -> Array:
-    return np.arccos(np.clip(q @ k.T, -1.0, 1.0))
+    return np.asarray(np.arccos(np.clip(q @ k.T, -1.0, 1.0)))
 
 
 @without_floating_errors

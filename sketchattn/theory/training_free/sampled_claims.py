@@ -5,7 +5,11 @@ To check another implementation, hand it in as ``sketch``.  It is called as
 ``sketch("vattention", r, n_k, rng, problem=problem, **parameters)`` with the parameters of
 `VAttention`, and returns what a row keeps over the exact denominator, (n_q, n_k):
 ``e^{L_ij} w_ij/D_i`` with the weight w_ij, zero for keys that are not kept, so that its mean is A
-where it is unbiased.  ``sketch("draws", b, n, rng)`` draws b of n keys with replacement,
+where it is unbiased.
+
+``sketch("part", t, n_k, rng, problem=problem, row=i, bits=bits, tables=L)`` returns ``sum_j A_ij^2
+(1/u_ij - 1)`` where t tables must agree, ``sketch("draws", b, n, rng)`` b of n keys with
+replacement,
 ``sketch("budget", 0, n, rng, deviation=sigma, total=D, eps=eps, delta=delta, replace=replace)``
 returns a number of draws, and ``sketch("ratio", 0, n, rng, numerator=N, denominator=D)`` N/D.
 """
@@ -17,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ...operators.filled import SparseOrMean
 from ...problem import AttentionProblem
 from ...zoo.magicpig import Choices, MagicPIG, code_probability, collision_probability, hashed
 from ...zoo.vattention import VAttention, clt_budget
@@ -105,17 +110,19 @@ def library(
     **options: Any,
 ) -> Array:
     """Return what the library keeps, as it is asked of an implementation that is handed in."""
-    if kind == "magicpig":
-        method: MagicPIG | VAttention = MagicPIG(1, tables=r, **options)
-    else:
-        method = VAttention(r, **options)
+    if kind == "vattention":
+        # The output of values that are an identity is Ahat.
+        unit = AttentionProblem(problem.q, problem.k, np.eye(n), scale=problem.scale)
+        dense, lse = VAttention(r, **options).attend_with_lse(unit, rng)
+        return np.asarray(dense * np.exp(lse - problem.logsumexp)[:, None])
+    method = MagicPIG(1, tables=r, **options)
     draw = method.draw(problem, rng)
     ahat = method.approximate(problem, draw=draw)
+    assert isinstance(ahat, SparseOrMean)  # of this method
     _, lse = method.attend_with_lse(problem, draw=draw)
-    dense = np.asarray(ahat.to_dense(), np.float64)
-    dense *= np.exp(lse - problem.logsumexp)[:, None]
-    dense[getattr(ahat, "empty", np.empty(0, np.int64))] = 0.0  # their mean of V stands for no key
-    return dense
+    made = np.asarray(ahat.to_dense() * np.exp(lse - problem.logsumexp)[:, None], np.float64)
+    made[ahat.empty] = 0.0  # their mean of V stands for no key
+    return made
 
 
 def _unbiased(problem: AttentionProblem, made: list[Array], r: int) -> Observations:
@@ -213,7 +220,7 @@ def _joint(
     kind="equality",
     observes="(Dhat_i - D_i)^2 over its exact mean, averaged over four rows",
     assumptions=ON,
-    recorded=EVERYWHERE,
+    recorded={"gaussian-64": "holds", "clusters": "not applicable"},
 )
 def _magicpig_variance(context: Context, *, bits: int = 2, tables: int = 4) -> Observations:
     _random_kept(context, bits)
@@ -308,7 +315,7 @@ def _magicpig_floor_unbiased(
     observes="<A V, Ohat> over |A V|_F^2, eight tables, two must agree; must have the mean one",
     assumptions=WITH_VALUES,
     recorded={"gaussian-64": "violated", "clusters": "holds"},
-    effects={"gaussian-64": 0.8},
+    effects={"gaussian-64": 0.6},
 )
 def _magicpig_ratio_unbiased(
     context: Context, *, bits: int = 4, tables: int = 8, least: int = 2
@@ -339,20 +346,20 @@ def _magicpig_ratio_unbiased(
 def _magicpig_two_tables(context: Context, *, bits: int = 4, tables: int = 16) -> Observations:
     _random_kept(context, bits)
     problem = _few_rows(context, 4)
+    given = {"bits": bits, "tables": tables}
     values, notes = [], []
     for i in range(problem.n_q):
-        one, two = (
-            magicpig_variance(problem, i, bits=bits, tables=tables, least=least) for least in (1, 2)
-        )
+        made = [magicpig_variance(problem, i, **given, least=least) for least in (1, 2)]
+        parts = [part for _, part in made]
         if not is_default(context):
             rng = np.random.default_rng(context.entropy)
-            one, two = (
-                (0.0, float(implemented(context, "part", x, rng, problem=problem, row=i)))
-                for x in (1, 2)
-            )
-        values.append(one[1] / two[1] if two[1] > 0 else 0.0)
-        notes.append(f"{math.sqrt(max(two[0], 0)):.3g}")
-    return Observations(values, 1.0, rank=tables, rounding=ROUNDING, notes="sd " + ", ".join(notes))
+            asked = {"problem": problem, "row": i, **given}
+            parts = [float(implemented(context, "part", x, rng, **asked)) for x in (1, 2)]
+        values.append(parts[0] / parts[1] if parts[1] > 0 else 0.0)
+        notes.append("/".join(f"{math.sqrt(max(x, 0)):.3g}" for x, _ in made))
+    return Observations(
+        values, 1.0, rank=tables, rounding=ROUNDING, notes=f"deviations {', '.join(notes)}"
+    )
 
 
 # --- vAttention -----------------------------------------------------------------------------------
@@ -411,7 +418,7 @@ def _misses(context: Context, problem: AttentionProblem, **parameters: Any) -> t
     recorded={"gaussian-64": "holds", "clusters": "holds", "heads": "holds"},
 )
 def _known_coverage(context: Context, *, eps: float = 0.1, delta: float = 0.1) -> Observations:
-    problem = _few_rows(context, 64)
+    problem = _few_rows(context, 32)
     missed, read = _misses(context, problem, budget="known", eps=eps, delta=delta)
     return Observations(missed.mean(axis=1), delta, notes=f"reads {read:.3g} of the keys")
 
@@ -433,7 +440,7 @@ def _known_coverage(context: Context, *, eps: float = 0.1, delta: float = 0.1) -
     recorded={"gaussian-64": "violated"},
 )
 def _pilot_coverage(context: Context, *, eps: float = 0.1, delta: float = 0.1) -> Observations:
-    problem = _few_rows(context, 64)
+    problem = _few_rows(context, 32)
     missed, read = _misses(context, problem, budget="clt", eps=eps, delta=delta)
     return Observations(missed.mean(axis=1), delta, notes=f"reads {read:.3g} of the keys")
 
@@ -519,7 +526,7 @@ def _merged_mean(context: Context) -> Observations:
     values = []
     for rng in context.generators():
         if is_default(context):
-            drawn = rng.integers(0, n, n)
+            drawn = np.asarray(rng.integers(0, n, n))
         else:
             drawn = implemented(context, "draws", n, rng).astype(np.int64)
         context.fingerprint(float(drawn @ np.arange(1, n + 1)) if n > 1 else float(rng.random()))
