@@ -64,6 +64,7 @@ from .zoo.linformer import Linformer as Linformer
 from .zoo.linformer import LinformerFit as LinformerFit
 from .zoo.linformer import fit_linformer as fit_linformer
 from .zoo.linformer import linformer_projections as linformer_projections
+from .zoo.magicpig import MagicPIG as MagicPIG
 from .zoo.nystromformer import Nystromformer as Nystromformer
 from .zoo.performer import Performer as Performer
 from .zoo.skeinformer import Skeinformer as Skeinformer
@@ -72,5 +73,6 @@ from .zoo.sorted_blocks import HyperAttention as HyperAttention
 from .zoo.sorted_blocks import KDEformer as KDEformer
 from .zoo.stream_halving import StreamHalving as StreamHalving
 from .zoo.thinformer import Thinformer as Thinformer
+from .zoo.vattention import VAttention as VAttention
 
 __version__: str

@@ -79,6 +79,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"law": "uniform", "normalizer": "sampled"},
         {"law": "value_norm"},
     ],
+    "magicpig": [
+        {"preset": "hub", "bits": 4},
+        {"least": 1, "bits": 5, "center": False},
+        {"least": 3, "floor": 1e-4, "bits": 3},
+    ],
     "nystromformer": [
         {"landmarks": "kmeans"},
         {"landmarks": "random", "iterations": None, "ridge": 1e-3},
@@ -110,6 +115,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"preset": "sklearn_nystroem"},
         {"pivots": "plain", "bins": 2},
         {"pivots": "uniform", "sinks": 1, "window": 2},
+
+
+    "vattention": [
+        {"top": 2, "sinks": 1, "window": 2, "replace": True},
+        {"budget": "clt", "eps": 0.3, "delta": 0.3},
+        {"preset": "paper"},
     ],
 }
 

@@ -990,3 +990,85 @@ def naive_halving(
         second = i > 0 and (2 * uniforms[i] - 1) * a <= alpha
         signs.append(-1 if second else 1)
     return [sign < 0 for sign in signs]
+
+
+def naive_hashed_keys(
+    q: Array,
+    k: Array,
+    planes: Array,
+    *,
+    scale: float,
+    bits: int,
+    least: int,
+    floor: float = 0.0,
+    center: bool = True,
+    sinks: int = 0,
+    window: int = 0,
+    causal: bool = False,
+    key_mask: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return the weights (n_q, n_k) of MagicPIG, zero where no key is kept, and log-sum-exps.
+
+    Every pair is looked at: its codes table by table, its angle, its chance as a binomial sum.
+    """
+    tables = planes.shape[1] // bits
+    exists = np.ones(len(k), bool) if key_mask is None else key_mask
+    mean = np.zeros(k.shape[1])
+    if center and not causal:
+        mean = np.mean([k[j] for j in range(len(k)) if exists[j]], axis=0)
+    weights, lse = np.zeros((len(q), len(k))), np.full(len(q), -math.inf)
+    for i in range(len(q)):
+        seen = [j for j in range(len(k)) if exists[j] and (not causal or j <= i)]
+        kept: dict[int, float] = {}
+        for place, j in enumerate(seen):
+            y = k[j] - mean
+            sides = [(float(q[i] @ w) > 0) == (float(y @ w) > 0) for w in planes.T]
+            agree = sum(all(sides[t * bits : (t + 1) * bits]) for t in range(tables))
+            logit = scale * float(q[i] @ k[j])
+            if place < sinks or place >= len(seen) - window:
+                kept[j] = logit
+            elif agree >= least:
+                size = float(np.linalg.norm(q[i]) * np.linalg.norm(y))
+                angle = math.acos(min(1.0, max(-1.0, float(q[i] @ y) / size)))
+                p = (1 - angle / math.pi) ** bits
+                chance = 1 - sum(
+                    math.comb(tables, m) * p**m * (1 - p) ** (tables - m) for m in range(least)
+                )
+                kept[j] = logit - math.log(chance + floor)
+        if kept:
+            top = max(kept.values())
+            total = sum(math.exp(x - top) for x in kept.values())
+            lse[i] = top + math.log(total)
+            for j, x in kept.items():
+                weights[i, j] = math.exp(x - top) / total
+    return weights, lse
+
+
+def naive_budget_sample(
+    logits: Array, order: Array, *, top: int, b: int, sinks: int = 0, window: int = 0
+) -> tuple[Array, Array]:
+    """Return the weights (n_q, n_k) of a fixed budget, and log-sum-exps.
+
+    ``logits`` are -inf where hidden; a row keeps sinks, window, its ``top`` largest other logits,
+    and the first b remaining keys of its ``order``.
+    """
+    weights, lse = np.zeros(logits.shape), np.full(len(logits), -math.inf)
+    for i, row in enumerate(logits):
+        seen = [j for j in range(len(row)) if row[j] > -math.inf]
+        fixed = seen[:sinks] + [
+            j for j in seen[max(0, len(seen) - window) :] if j not in seen[:sinks]
+        ]
+        others = sorted((j for j in seen if j not in fixed), key=lambda j: -row[j])
+        fixed += others[:top]
+        rest = [int(j) for j in order[i] if j in seen and j not in fixed]
+        total_rest = len(seen) - len(fixed)
+        drawn = rest[: min(b, total_rest)]
+        kept = {j: float(row[j]) for j in fixed}
+        kept |= {j: float(row[j]) + math.log(total_rest / len(drawn)) for j in drawn}
+        if kept:
+            high = max(kept.values())
+            total = sum(math.exp(x - high) for x in kept.values())
+            lse[i] = high + math.log(total)
+            for j, x in kept.items():
+                weights[i, j] = math.exp(x - high) / total
+    return weights, lse

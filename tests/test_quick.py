@@ -27,6 +27,7 @@ import test_operators
 import test_partitions
 import test_performer
 import test_problem
+import test_sampled
 import test_sampling
 import test_skeinformer
 import test_sketches
@@ -46,6 +47,7 @@ Check = Callable[[], object]
 
 # The file of sketchattn/kernels: a check whose answer is computed there.
 KERNELS: dict[str, Check] = {
+    "collisions": lambda: test_sampled.test_the_kept_keys_are_those_of_the_loops(2, "plain"),
     "gradients": lambda: test_vjp.test_gradients_are_those_of_loops(
         next(iter(test_vjp.CASES)), None
     ),

@@ -43,3 +43,12 @@ from . import thinning_claims as thinning_claims
 from .thinning import SignedSum as SignedSum
 from .thinning import denominator_bound as denominator_bound
 from .thinning import signed_sum as signed_sum
+
+
+from . import sampled_claims as sampled_claims
+from .sampled import composed_error as composed_error
+from .sampled import floor_mean as floor_mean
+from .sampled import joint_probability as joint_probability
+from .sampled import magicpig_variance as magicpig_variance
+from .sampled import merged_mean as merged_mean
+from .sampled import row_statistics as row_statistics
