@@ -30,7 +30,7 @@ from ..operators.pullback import (
 from ..operators.softmax import SoftmaxAttention, entries
 from ..operators.steep import is_steep
 from ..problem import AttentionProblem
-from ..sampling.landmarks import kmeans
+from ..sampling.clustering import check_sample, kmeans
 from ..sketches.base import streams
 from .base import InFloat64, Method, Traits, register
 
@@ -424,15 +424,15 @@ class Clustered(Method):
     top_keys : int, optional
         Of the improved form, 32 by default; all keys where there are fewer.  One is the plain form.
     clustering : {"kmeans", "lsh"}
-        k-means++ and Lloyd steps on the queries, or on the signs of random projections of them in
-        Hamming distance, which is the published one.
+        `sketchattn.sampling.kmeans` on the queries, or steps of Lloyd on the signs of random
+        projections of them in Hamming distance, which is the published one.
     steps : int, optional
         Steps of Lloyd: 8 for "kmeans", 10 for "lsh" by default.
     bits : int, optional
         Signs a query, for "lsh" only: 32 by default, 1024 at most.
-    sample : int, optional
-        For "kmeans": find the centres on so many queries drawn without replacement, then assign
-        all of them; None: on all.
+    sample : "auto", int or None
+        For "kmeans": the queries on which centres are found before all of them are assigned, as for
+        `sketchattn.sampling.kmeans`; None is all.
 
     Raises
     ------
@@ -476,7 +476,7 @@ class Clustered(Method):
         clustering: str = "kmeans",
         steps: int | None = None,
         bits: int | None = None,
-        sample: int | None = None,
+        sample: int | str | None = "auto",
     ) -> None:
         self.rank = rank
         self.improved = improved
@@ -510,13 +510,15 @@ class Clustered(Method):
             ("sample", self.clustering == "kmeans", int(self.rank), None, "clustering='lsh'"),
         ):
             given = getattr(self, label)
-            if given is None:
+            if given is None or (label == "sample" and isinstance(given, str) and given == "auto"):
                 continue
             if not useful:
                 raise ValueError(
                     f"{label} must be None with {why}, which has no use for it, got {given!r}; "
                     f"drop it"
                 )
+            if isinstance(given, str) and label == "sample":
+                check_sample(given, least)
             check_integer(given, label, least, f"change {label}", high=most, limit="the largest")
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
@@ -544,8 +546,7 @@ class Clustered(Method):
         if self.clustering == "lsh":
             bits = BITS if self.bits is None else int(self.bits)
             return Draw(labels=hamming_labels(problem.q, r, rng, bits=bits, steps=steps))
-        sample = None if self.sample is None else int(self.sample)
-        found = kmeans(problem.q, r, int(rng.integers(2**31)), steps=steps, sample=sample)
+        found = kmeans(problem.q, r, int(rng.integers(2**31)), steps=steps, sample=self.sample)
         return Draw(labels=found.labels)
 
     def _plain(self, problem: AttentionProblem, labels: Array, m: int) -> FactoredAttention:
