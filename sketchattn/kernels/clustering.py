@@ -1,4 +1,4 @@
-"""Clustering of rows: seeds that are spread, the nearest centre of each row, means of clusters.
+"""Clustering of rows, and attention of clusters: seeds, nearest centres, means, largest logits.
 
 Rows are looked at about a point near their middle, so that rounding is relative to their spread.
 The nearest centre c of row x is that with the largest ``x . c - |c|^2 / 2``, the first of equals;
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ._jit import kernel
 from ._threads import blas_single_thread, map_pieces
+from .softmax import LOG2E, exp2, row_maximum
 
 Array = NDArray[Any]
 
@@ -21,6 +22,8 @@ Array = NDArray[Any]
 ROWS, CENTERS = 256, 128
 # Multiply-adds of a piece of rows: a fraction of a millisecond, which a thread is worth.
 PIECE = 1 << 24
+# Logits whose largest is found before any of them is looked at.
+BLOCK = 64
 
 
 @kernel()
@@ -159,6 +162,118 @@ def _spread(gram: Array, norms: Array, distance: Array, u: Array, chosen: Array)
         distance[pick] = zero
 
 
+@kernel()
+def _largest(logits: Array, chosen: Array, lse: Array) -> None:
+    """Fill ``chosen (m, t)`` with the positions of the t largest of each row, in no order.
+
+    ``lse (m,)``, float64, is the logarithm of a row's sum of exponentials.
+    """
+    m, n = logits.shape
+    t = chosen.shape[1]
+    kept = np.empty(t, logits.dtype)
+    log2e = logits.dtype.type(LOG2E)
+    for i in range(m):
+        row = logits[i]
+        for j in range(t):
+            chosen[i, j] = j
+            kept[j] = row[j]
+        place = np.argmin(kept)
+        top = logits.dtype.type(-np.inf)
+        for j0 in range(0, n, BLOCK):
+            block = row[j0 : min(j0 + BLOCK, n)]
+            high = row_maximum(block)
+            top = high if high > top else top
+            if high > kept[place]:
+                for j in range(max(t - j0, 0), block.size):
+                    if block[j] > kept[place]:
+                        kept[place] = block[j]
+                        chosen[i, place] = j0 + j
+                        place = np.argmin(kept)
+        total = 0.0
+        for j0 in range(0, n, BLOCK):
+            part = logits.dtype.type(0.0)
+            for j in range(j0, min(j0 + BLOCK, n)):
+                part += exp2(logits.dtype.type(log2e * (row[j] - top)))
+            total += np.float64(part)
+        lse[i] = np.float64(top) + np.log(total)
+
+
+@kernel()
+def _own_weights(
+    q: Array,
+    k: Array,
+    ends: Array,
+    top: Array,
+    mass: Array,
+    first: int,
+    last: int,
+    weights: Array,
+) -> None:
+    """Fill the ``weights (n, t)`` of queries on the keys of their cluster, each row of sum mass_c.
+
+    Clusters first..last - 1; ``q (n, d)``, times the scale, lie in the order of clusters, which end
+    before ``ends (m,)``.  ``top (m, t)`` are rows of ``k``.
+    """
+    t, d = top.shape[1], q.shape[1]
+    keys = np.empty((t, d), q.dtype)
+    log2e = q.dtype.type(LOG2E)
+    zero = q.dtype.type(0.0)
+    for c in range(first, last):
+        start = ends[c - 1] if c > 0 else 0
+        for j in range(t):
+            keys[j] = k[top[c, j]]
+        np.dot(q[start : ends[c]], keys.T, weights[start : ends[c]])
+        for i in range(start, ends[c]):
+            row = weights[i]
+            high = row_maximum(row)
+            total = zero
+            for j in range(t):
+                e = exp2(q.dtype.type(log2e * (row[j] - high)))
+                row[j] = e
+                total += e
+            share = mass[c] / total
+            for j in range(t):
+                row[j] *= share
+
+
+@kernel()
+def _own_product(
+    weights: Array,
+    shared: Array,
+    ends: Array,
+    order: Array,
+    top: Array,
+    x: Array,
+    coarse: Array,
+    first: int,
+    last: int,
+    out: Array,
+) -> None:
+    """Fill rows of ``out (n, w)``: what a cluster's row gives beside its keys T, and on T its own.
+
+    ``out_i = coarse_c - sum_T shared_c x_T + sum_T weights_i x_T``; ``coarse (m, w)`` and
+    ``shared (m, t)`` are a row of a cluster, ``weights (n, t)`` lie in the order of clusters.
+    """
+    t, width = top.shape[1], x.shape[1]
+    rows = np.empty((t, width), x.dtype)
+    rest = np.empty(width, x.dtype)
+    part = np.empty((ROWS, width), x.dtype)
+    for c in range(first, last):
+        rest[:] = coarse[c]
+        for j in range(t):
+            share = shared[c, j]
+            for w in range(width):
+                value = x[top[c, j], w]
+                rows[j, w] = value
+                rest[w] -= share * value
+        for start in range(ends[c - 1] if c > 0 else 0, ends[c], ROWS):
+            count = min(ROWS, ends[c] - start)
+            np.dot(weights[start : start + count], rows, part[:count])
+            for i in range(count):
+                for w in range(width):
+                    out[order[start + i], w] = rest[w] + part[i, w]
+
+
 def nearest_centers(x: Array, middle: Array, centers: Array) -> tuple[Array, Array]:
     """Return the nearest of ``centers (m, d)`` for each row of ``x - middle``.
 
@@ -203,3 +318,49 @@ def spread_rows(y: Array, distance: Array, u: Array) -> Array:
         gram = y @ np.ascontiguousarray(y.T)
     _spread(gram, np.ascontiguousarray(np.diag(gram)), distance, u, chosen)
     return chosen
+
+
+def largest_logits(logits: Array, count: int) -> tuple[Array, Array]:
+    """Return the positions of the ``count`` largest of each row, and the row's log-sum-exp.
+
+    ``logits (m, n)`` writable and contiguous, without NaN, n at least ``count``.
+    """
+    chosen, lse = np.empty((len(logits), count), np.int64), np.empty(len(logits))
+    _largest(logits, chosen, lse)
+    return chosen, lse
+
+
+def _pieces(ends: Array, each: int) -> list[slice]:
+    """Return slices of clusters with so many rows that a thread is worth it."""
+    n = int(ends[-1])
+    inside = np.searchsorted(ends, np.arange(each, n, each))
+    bounds = np.unique(np.concatenate([[0], inside, [len(ends)]])).tolist()
+    return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def own_weights(q: Array, k: Array, ends: Array, top: Array, mass: Array) -> Array:
+    """Return the weights (n, t) that ``_own_weights`` fills; all in one precision."""
+    weights = np.empty((len(q), top.shape[1]), q.dtype)
+
+    def work(piece: slice) -> None:
+        _own_weights(q, k, ends, top, mass, piece.start, piece.stop, weights)
+
+    for _ in map_pieces(work, _pieces(ends, PIECE // max(1, top.shape[1] * q.shape[1]) + 1)):
+        pass
+    return weights
+
+
+def own_product(
+    weights: Array, shared: Array, ends: Array, order: Array, top: Array, x: Array, coarse: Array
+) -> Array:
+    """Return the product (n, w) that ``_own_product`` fills; all in one precision."""
+    out = np.empty((len(weights), x.shape[1]), x.dtype)
+
+    def work(piece: slice) -> None:
+        _own_product(
+            weights, shared, ends, order, top, x, coarse, piece.start, piece.stop, out
+        )
+
+    for _ in map_pieces(work, _pieces(ends, PIECE // max(1, top.shape[1] * x.shape[1]) + 1)):
+        pass
+    return out
