@@ -163,6 +163,24 @@ def _spread(gram: Array, norms: Array, distance: Array, u: Array, chosen: Array)
 
 
 @kernel()
+def _sink(kept: Array, places: Array, i: int) -> None:
+    """Let entry i of a heap, whose smallest comes first, sink to where it belongs."""
+    t = kept.size
+    value, place = kept[i], places[i]
+    while True:
+        child = 2 * i + 1
+        if child >= t:
+            break
+        if child + 1 < t and kept[child + 1] < kept[child]:
+            child += 1
+        if not kept[child] < value:
+            break
+        kept[i], places[i] = kept[child], places[child]
+        i = child
+    kept[i], places[i] = value, place
+
+
+@kernel()
 def _largest(logits: Array, chosen: Array, lse: Array) -> None:
     """Fill ``chosen (m, t)`` with the positions of the t largest of each row, in no order.
 
@@ -177,18 +195,20 @@ def _largest(logits: Array, chosen: Array, lse: Array) -> None:
         for j in range(t):
             chosen[i, j] = j
             kept[j] = row[j]
-        place = np.argmin(kept)
+        places = chosen[i]
+        for back in range(t // 2):
+            _sink(kept, places, t // 2 - 1 - back)
         top = logits.dtype.type(-np.inf)
         for j0 in range(0, n, BLOCK):
             block = row[j0 : min(j0 + BLOCK, n)]
             high = row_maximum(block)
             top = high if high > top else top
-            if high > kept[place]:
+            if high > kept[0]:
                 for j in range(max(t - j0, 0), block.size):
-                    if block[j] > kept[place]:
-                        kept[place] = block[j]
-                        chosen[i, place] = j0 + j
-                        place = np.argmin(kept)
+                    if block[j] > kept[0]:
+                        kept[0] = block[j]
+                        places[0] = j0 + j
+                        _sink(kept, places, 0)
         total = 0.0
         for j0 in range(0, n, BLOCK):
             part = logits.dtype.type(0.0)
