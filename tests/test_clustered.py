@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import sketchattn as sa
 from sketchattn.errors.perturbation import compression_eta, tv_bound
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.sampling.landmarks import kmeans
+from sketchattn.sampling import kmeans
 from sketchattn.sketches.base import streams
 from sketchattn.zoo import clustered
 from sketchattn.zoo.clustered import (

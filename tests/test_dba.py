@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.sampling.landmarks import around, kmeans, segment_labels, segment_means
+from sketchattn.sampling import around, kmeans, segment_labels, segment_means
+from sketchattn.sampling.clustering import FIRST
 from sketchattn.sketches.compression import apply_compression, compress_problem, fit_compression
 from sketchattn.zoo.dba.choices import LANDMARKS, MEANINGFUL, PRESETS
-from sketchattn.zoo.dba.method import SAMPLE_ROWS
 
 Array = NDArray[Any]
 COMBINATIONS = sorted(MEANINGFUL - {x for x in MEANINGFUL if x[1] == "softmax_nocount"})
@@ -364,7 +364,7 @@ def test_centres_from_a_sample_stand_for_all_rows() -> None:
         near = np.linalg.norm(q - draw["landmarks"][draw["labels"]], axis=1)
         assert near.max() <= 0.1
     assert not np.array_equal(draws["auto"]["landmarks"], draws[None]["landmarks"])
-    few = sa.AttentionProblem(q[:SAMPLE_ROWS], q[:500])
+    few = sa.AttentionProblem(q[: FIRST[0]], q[:500])
     first, second = (sa.DBA(12, sample=x).draw(few, rng=0)["landmarks"] for x in ("auto", None))
     assert np.array_equal(first, second)
 

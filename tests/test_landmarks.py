@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sketchattn.kernels._threads import limit_threads
-from sketchattn.sampling.landmarks import (
+from sketchattn.sampling import (
     chosen_rows,
     kmeans,
     nearest,

@@ -1,5 +1,9 @@
 """Sampling of columns: the laws, the draws with their exact weights, and leverage scores."""
 
+from .clustering import Clusters as Clusters
+from .clustering import around as around
+from .clustering import kmeans as kmeans
+from .clustering import nearest as nearest
 from .draws import ColumnDraw as ColumnDraw
 from .draws import check_probabilities as check_probabilities
 from .draws import inclusion_probabilities as inclusion_probabilities
@@ -9,11 +13,7 @@ from .draws import sample_poisson as sample_poisson
 from .draws import sample_uniform as sample_uniform
 from .draws import sample_with_replacement as sample_with_replacement
 from .draws import self_normalize as self_normalize
-from .landmarks import Clusters as Clusters
-from .landmarks import around as around
 from .landmarks import chosen_rows as chosen_rows
-from .landmarks import kmeans as kmeans
-from .landmarks import nearest as nearest
 from .landmarks import pivoted_rows as pivoted_rows
 from .landmarks import segment_labels as segment_labels
 from .landmarks import segment_means as segment_means

@@ -30,7 +30,7 @@ from ..operators.pullback import (
 from ..operators.softmax import SoftmaxAttention, entries
 from ..operators.steep import is_steep
 from ..problem import AttentionProblem
-from ..sampling.landmarks import kmeans
+from ..sampling.clustering import check_sample, kmeans
 from ..sketches.base import streams
 from .base import InFloat64, Method, Traits, register
 
@@ -62,8 +62,8 @@ FLOOR_CLAIMS = ("lowrank_baselines.rank_floor", "dba.matrix_floor", "dba.output_
 
 # Queries, and clusters, that are one piece of work; entries of a gathered array at most.
 _QUERIES, _CLUSTERS, _GATHERED = 1024, 32, 1 << 22
-# Keys whose largest logit is found before the others are looked at.
-_BLOCK = 64
+# Logits of clusters that are held at a time, and top keys up to which these are scanned for them.
+_LOGITS, _SCANNED = 1 << 19, 64
 
 
 # --- clusters -----------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def _without_gaps(labels: Array) -> tuple[Array, int]:
 def largest_positions(logits: Array, count: int) -> Array:
     """Return the positions of the ``count`` largest entries of each row, in no order.
 
-    They lie in the ``count`` blocks with the largest maxima: only these are partitioned.
+    Blocks without one that is larger than those found so far are not looked into.
 
     Parameters
     ----------
@@ -169,37 +169,39 @@ def largest_positions(logits: Array, count: int) -> Array:
     >>> sorted(largest_positions(np.array([[3.0, 9.0, 1.0, 7.0]]), 2)[0].tolist())
     [1, 3]
     """
-    m, n = logits.shape
-    blocks = n // _BLOCK
-    if blocks <= 2 * count:
-        return np.argpartition(logits, n - count, axis=1)[:, n - count :].astype(np.int64)
-    whole = blocks * _BLOCK
-    split = logits[:, :whole].reshape(m, blocks, _BLOCK)
-    top = np.argpartition(split.max(axis=2), blocks - count, axis=1)[:, blocks - count :]
-    inside = np.take_along_axis(split, top[:, :, None], axis=1).reshape(m, count * _BLOCK)
-    candidates = np.concatenate([inside, logits[:, whole:]], axis=1)
-    last = candidates.shape[1] - count
-    chosen = np.argpartition(candidates, last, axis=1)[:, last:]
-    block, place = np.divmod(chosen, _BLOCK)
-    found = np.take_along_axis(top, np.minimum(block, count - 1), axis=1) * _BLOCK + place
-    beyond = chosen - count * _BLOCK
-    return np.where(beyond >= 0, whole + beyond, found).astype(np.int64)
+    return _largest(logits, count)[0]
 
 
-def _top_keys(problem: Head, count: int) -> Array:
-    """Return for each query its ``count`` largest logits among the keys that are not masked."""
+def _largest(logits: Array, count: int) -> tuple[Array, Array | None]:
+    """Return the same, and where it comes with them the log-sum-exp of each row."""
+    from ..kernels.clustering import largest_logits
+
+    n = logits.shape[1]
+    if count > _SCANNED:
+        return np.argpartition(logits, n - count, axis=1)[:, n - count :].astype(np.int64), None
+    return largest_logits(np.require(logits, requirements=["C", "W"]), count)
+
+
+def _top_keys(problem: Head, count: int) -> tuple[Array, Array | None]:
+    """Return for each query its ``count`` largest logits among the keys that are not masked.
+
+    And the log-sum-exp of its logits, where it comes with them.
+    """
     from ..kernels._threads import map_pieces
 
     keep = problem.kept_keys
     keys = problem.k if problem.key_mask is None else problem.k[keep]
     scale = problem.dtype.type(problem.scale)
 
-    def work(piece: slice) -> Array:
-        return keep[largest_positions((scale * problem.q[piece]) @ keys.T, count)]
+    def work(piece: slice) -> tuple[Array, Array | None]:
+        return _largest((scale * problem.q[piece]) @ keys.T, count)
 
-    m = problem.n_q
-    pieces = [slice(start, min(start + _CLUSTERS, m)) for start in range(0, m, _CLUSTERS)]
-    return np.concatenate(list(map_pieces(work, pieces)))
+    # Rows of logits that stay in the caches.
+    m, step = problem.n_q, max(8, min(128, _LOGITS // max(1, len(keep))))
+    pieces = [slice(start, min(start + step, m)) for start in range(0, m, step)]
+    found = list(map_pieces(work, pieces))
+    lses = [lse for _, lse in found if lse is not None]
+    return keep[np.concatenate([top for top, _ in found])], np.concatenate(lses) if lses else None
 
 
 class ImprovedClusteredAttention(AttentionOperator):
@@ -213,6 +215,8 @@ class ImprovedClusteredAttention(AttentionOperator):
         The queries, in the precision of ``base``.
     top : int array (m, t)
         Distinct keys T of each cluster, none of them masked.
+    lse : array (m,), optional
+        Log-sum-exp of the logits of each cluster; computed in float64 where it is None.
 
     Notes
     -----
@@ -228,7 +232,11 @@ class ImprovedClusteredAttention(AttentionOperator):
     ((3, 2), 3)
     """
 
-    def __init__(self, base: FactoredAttention, q: Array, top: Array) -> None:
+    def __init__(
+        self, base: FactoredAttention, q: Array, top: Array, lse: Array | None = None
+    ) -> None:
+        from ..kernels.clustering import own_weights
+
         super().__init__((base.shape[0], base.shape[1]), base.dtype, base.effective_rank)
         self.base = base
         self.q = q
@@ -237,25 +245,24 @@ class ImprovedClusteredAttention(AttentionOperator):
         counts = np.bincount(labels, minlength=len(top))
         self.order = np.argsort(labels, kind="stable")
         self.ends = np.cumsum(counts)
-        scale = self.dtype.type(centers.scale)
-        keys = centers.k[top]
         # Weights of the centroids on their top keys, from the normaliser of the whole row.
-        wide = entries(centers, top)
+        if lse is None or is_steep(centers):
+            wide = entries(centers, top)
+        else:
+            logits = centers.k[top].astype(np.float64) @ centers.q[:, :, None].astype(np.float64)
+            wide = np.exp(centers.scale * logits[:, :, 0] - lse[:, None])
         self.shared: Array = wide.astype(self.dtype)
-        mass = wide.sum(axis=1).astype(self.dtype)
-        self.weights = np.empty((len(q), top.shape[1]), self.dtype)  # in the order of clusters
-        sorted_q = scale * q[self.order]
-        if is_steep(Head.adopt(q, centers.k[top].reshape(-1, q.shape[1]), scale=centers.scale)):
-            sorted_q, keys = centers.scale * q[self.order].astype(np.float64), keys.astype(float)
-
-        def work(c: int, rows: slice) -> None:
-            logits = sorted_q[rows] @ keys[c].T
-            logits -= logits.max(axis=1, keepdims=True)
-            np.exp(logits, out=logits)
-            logits *= mass[c] / logits.sum(axis=1, keepdims=True)
-            self.weights[rows] = logits
-
-        self._each(work)
+        # In the order of clusters, in float64 where logits of a query need it.
+        used = np.zeros(centers.n_k, bool)
+        used[top.ravel()] = True
+        steep = is_steep(Head.adopt(q, centers.k[used], scale=centers.scale))
+        dtype = np.dtype(np.float64) if steep else self.dtype
+        sorted_q = dtype.type(centers.scale) * q[self.order].astype(dtype, copy=False)
+        keys = np.require(centers.k, dtype, ["C", "W"])
+        mass = wide.sum(axis=1).astype(dtype)
+        self.weights: Array = own_weights(sorted_q, keys, self.ends, top, mass).astype(
+            self.dtype, copy=False
+        )
 
     @property
     def _labels(self) -> Array:
@@ -300,27 +307,11 @@ class ImprovedClusteredAttention(AttentionOperator):
         return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
     def _matmat(self, x: Array) -> Array:
-        x = self._cast(x)
-        coarse = np.asarray(self.base.p @ x)
-        out = np.empty((self.shape[0], x.shape[1]), self.dtype)
-        for columns in self._widths(x.shape[1]):
-            gathered = x[self.top, columns]  # (m, t, columns)
-            coarse[:, columns] -= (self.shared[:, None, :] @ gathered)[:, 0]
-            part = np.empty((len(out), gathered.shape[2]), self.dtype)
+        from ..kernels.clustering import own_product
 
-            def work(
-                c: int,
-                rows: slice,
-                part: Array = part,
-                gathered: Array = gathered,
-                columns: slice = columns,
-            ) -> None:
-                np.matmul(self.weights[rows], gathered[c], out=part[rows])
-                part[rows] += coarse[c, columns]
-
-            self._each(work)
-            out[self.order, columns] = part
-        return out
+        x = np.require(self._cast(x), requirements=["C", "W"])
+        coarse = np.require(self.base.p @ x, requirements=["C", "W"])
+        return own_product(self.weights, self.shared, self.ends, self.order, self.top, x, coarse)
 
     def _rmatmat(self, y: Array) -> Array:
         y = self._cast(y)
@@ -424,15 +415,15 @@ class Clustered(Method):
     top_keys : int, optional
         Of the improved form, 32 by default; all keys where there are fewer.  One is the plain form.
     clustering : {"kmeans", "lsh"}
-        k-means++ and Lloyd steps on the queries, or on the signs of random projections of them in
-        Hamming distance, which is the published one.
+        `sketchattn.sampling.kmeans` on the queries, or steps of Lloyd on the signs of random
+        projections of them in Hamming distance, which is the published one.
     steps : int, optional
         Steps of Lloyd: 8 for "kmeans", 10 for "lsh" by default.
     bits : int, optional
         Signs a query, for "lsh" only: 32 by default, 1024 at most.
-    sample : int, optional
-        For "kmeans": find the centres on so many queries drawn without replacement, then assign
-        all of them; None: on all.
+    sample : "auto", int or None
+        For "kmeans": the queries on which centres are found before all of them are assigned, as for
+        `sketchattn.sampling.kmeans`; None is all.
 
     Raises
     ------
@@ -476,7 +467,7 @@ class Clustered(Method):
         clustering: str = "kmeans",
         steps: int | None = None,
         bits: int | None = None,
-        sample: int | None = None,
+        sample: int | str | None = "auto",
     ) -> None:
         self.rank = rank
         self.improved = improved
@@ -510,13 +501,15 @@ class Clustered(Method):
             ("sample", self.clustering == "kmeans", int(self.rank), None, "clustering='lsh'"),
         ):
             given = getattr(self, label)
-            if given is None:
+            if given is None or (label == "sample" and isinstance(given, str) and given == "auto"):
                 continue
             if not useful:
                 raise ValueError(
                     f"{label} must be None with {why}, which has no use for it, got {given!r}; "
                     f"drop it"
                 )
+            if isinstance(given, str) and label == "sample":
+                check_sample(given, least)
             check_integer(given, label, least, f"change {label}", high=most, limit="the largest")
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
@@ -544,8 +537,7 @@ class Clustered(Method):
         if self.clustering == "lsh":
             bits = BITS if self.bits is None else int(self.bits)
             return Draw(labels=hamming_labels(problem.q, r, rng, bits=bits, steps=steps))
-        sample = None if self.sample is None else int(self.sample)
-        found = kmeans(problem.q, r, int(rng.integers(2**31)), steps=steps, sample=sample)
+        found = kmeans(problem.q, r, int(rng.integers(2**31)), steps=steps, sample=self.sample)
         return Draw(labels=found.labels)
 
     def _plain(self, problem: AttentionProblem, labels: Array, m: int) -> FactoredAttention:
@@ -575,7 +567,7 @@ class Clustered(Method):
             return base
         count = min(TOP_KEYS if self.top_keys is None else int(self.top_keys), keys)
         right = cast(SoftmaxAttention, base.p).problem
-        return ImprovedClusteredAttention(base, problem.arrays.q, _top_keys(right, count))
+        return ImprovedClusteredAttention(base, problem.arrays.q, *_top_keys(right, count))
 
     def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
         if problem.n_q == 0 or not len(problem.kept_keys):

@@ -21,7 +21,7 @@ from ...errors.perturbation import (
     tv_bound,
 )
 from ...problem import AttentionProblem
-from ...sampling.landmarks import Clusters, kmeans
+from ...sampling.clustering import Clusters, kmeans
 from ...zoo.base import methods
 from ...zoo.compressed import Compressed
 from ...zoo.dba.method import DBA

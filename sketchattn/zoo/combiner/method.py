@@ -486,7 +486,7 @@ class Combiner(Method):
 
     def _cluster(self, problem: AttentionProblem, rng: np.random.Generator) -> Array:
         """Return the cluster of each key; a masked one has that of the kept key before it."""
-        from ...sampling.landmarks import kmeans
+        from ...sampling.clustering import kmeans
 
         kept = problem.kept_keys
         seed = int(rng.integers(2**31))
@@ -494,8 +494,9 @@ class Combiner(Method):
         if not len(kept):
             return labels
         count = round(np.sqrt(problem.n_k)) if self.rank is None else int(self.rank)
-        keys = np.asarray(problem.k[kept], np.float64)
+        keys = problem.k if problem.key_mask is None else problem.k[kept]
         if self.metric == "query":
+            keys = keys.astype(np.float64)
             queries = problem.q.astype(np.float64)
             queries = queries - queries.mean(axis=0)
             covariance = product(queries.T, queries) / len(queries)

@@ -30,15 +30,8 @@ from ...operators.factored import Assignment, FactoredAttention, zero_attention
 from ...operators.pullback import Gradient, zero_gradient
 from ...operators.softmax import SoftmaxAttention
 from ...problem import AttentionProblem
-from ...sampling.landmarks import (
-    Clusters,
-    around,
-    chosen_rows,
-    kmeans,
-    pivoted_rows,
-    segment_labels,
-    segment_means,
-)
+from ...sampling.clustering import Clusters, around, kmeans
+from ...sampling.landmarks import chosen_rows, pivoted_rows, segment_labels, segment_means
 from ...sketches.base import streams
 from ...sketches.compression import (
     KINDS,
@@ -69,8 +62,6 @@ from .gradient import Numbers, Parts, Side, gradient
 Array = NDArray[Any]
 
 
-# Rows of Q or K that k-means looks at by default, at least, and for each centre.
-SAMPLE_ROWS, SAMPLE_RATIO = 1024, 4
 # Columns of A that least squares look at for each landmark, and what they are damped with.
 LSQ_COLUMNS, LSQ_RIDGE = 4, 1e-3
 
@@ -108,8 +99,8 @@ class DBA(Method):
     steps : int, default 8
         Steps of Lloyd of ``landmarks="kmeans"``.
     sample : "auto", int or None
-        Rows on which k-means finds the centres before all rows are assigned: by default
-        ``max(4 r, 1024)``; None is all.
+        Rows on which k-means finds the centres before all rows are assigned, as for
+        `sketchattn.sampling.kmeans`; None is all.
     iterations : int or None, default 6
         Of ``core="pinv"``, as for `Nystromformer`; None is the exact pseudo-inverse.
     ridge : float, optional
@@ -403,16 +394,8 @@ class DBA(Method):
         """Return landmarks of the rows of x, with their labels if they are wanted."""
         law = self.choices.landmarks
         if law == "kmeans":
-            sample = self.sample
-            if sample == "auto":
-                sample = max(SAMPLE_ROWS, SAMPLE_RATIO * r)
-            found = kmeans(
-                x,
-                r,
-                int(rng.integers(2**31)),
-                steps=int(self.steps),
-                sample=None if sample is None else int(sample),
-            )
+            seed = int(rng.integers(2**31))
+            found = kmeans(x, r, seed, steps=int(self.steps), sample=self.sample)
             if self.choices.core != "pinv":
                 return found
             # An inverse needs as many queries as keys: of equal rows there are fewer.

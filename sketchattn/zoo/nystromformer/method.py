@@ -27,7 +27,8 @@ from ...operators.base import AttentionOperator
 from ...operators.factored import FactoredAttention, zero_attention
 from ...operators.pullback import Gradient, zero_gradient
 from ...problem import AttentionProblem
-from ...sampling.landmarks import chosen_rows, kmeans, segment_means
+from ...sampling.clustering import kmeans
+from ...sampling.landmarks import chosen_rows, segment_means
 from ...sketches.base import streams
 from ..base import InFloat64, Method, Traits, check_preset, in_force, register
 from .choices import (
