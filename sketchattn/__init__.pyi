@@ -68,11 +68,11 @@ from .zoo.magicpig import MagicPIG as MagicPIG
 from .zoo.nystromformer import Nystromformer as Nystromformer
 from .zoo.performer import Performer as Performer
 from .zoo.skeinformer import Skeinformer as Skeinformer
-from .zoo.wildcat import WildCat as WildCat
 from .zoo.sorted_blocks import HyperAttention as HyperAttention
 from .zoo.sorted_blocks import KDEformer as KDEformer
 from .zoo.stream_halving import StreamHalving as StreamHalving
 from .zoo.thinformer import Thinformer as Thinformer
 from .zoo.vattention import VAttention as VAttention
+from .zoo.wildcat import WildCat as WildCat
 
 __version__: str

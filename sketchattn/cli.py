@@ -722,7 +722,11 @@ def _bench(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Time this library beside what it competes with."""
+    """Time this library beside what it competes with, on all threads and on one.
+
+    What other programs use meanwhile is measured: rounds that they disturb are done again, and
+    marked where that does not help.
+    """
     from .base.machine import machine
     from .bench import runner
 
@@ -733,11 +737,13 @@ def _bench(
         else:
             typer.echo(_table(("name", "description"), listed, left=1))
         return
+    before = runner.measure_load()
     rows = runner.run(names or None, quick=quick, rounds=rounds)
+    around = {"before": before, "after": runner.measure_load()}
     if as_json:
-        _print_json({"rows": rows, "machine": machine()})
+        _print_json({"rows": rows, "load": around, "machine": machine()})
     else:
-        typer.echo(runner.render(rows))
+        typer.echo(runner.render(rows, around))
 
 
 @app.command("conformance")

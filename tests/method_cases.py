@@ -115,8 +115,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"preset": "sklearn_nystroem"},
         {"pivots": "plain", "bins": 2},
         {"pivots": "uniform", "sinks": 1, "window": 2},
-
-
+    ],
     "vattention": [
         {"top": 2, "sinks": 1, "window": 2, "replace": True},
         {"budget": "clt", "eps": 0.3, "delta": 0.3},

@@ -718,9 +718,12 @@ def test_bench_runs_what_is_named(say: Any, monkeypatch: pytest.MonkeyPatch) -> 
     said = say("bench", "tiny", "--rounds", 2)
     assert (said.code, said.err) == (0, "")
     assert "nothing" in said.out
+    for when in ("before", "after"):
+        assert re.search(rf"^CPUs kept busy by other programs {when}: [\d.]+$", said.out, re.M)
     found = json.loads(say("bench", "tiny", "--quick", "--json").out)
     assert [row["case"] for row in found["rows"]] == ["nothing"]
     assert "cpu" in found["machine"]
+    assert found["load"].keys() == {"before", "after"}
     assert asked == [(False, 2), (True, 3)]
 
 

@@ -19,6 +19,7 @@ from sketchattn.kernels import partitioned as kernels
 from sketchattn.kernels import softmax
 from sketchattn.kernels._threads import limit_threads
 from sketchattn.operators.partitioned import layouts as partitioned
+from sketchattn.operators.partitioned import passes
 from sketchattn.operators.partitioned.operator import MixtureAttention
 from sketchattn.operators.partitioned.records import Record
 from sketchattn.operators.partitioned.summaries import Reference, Rule
@@ -500,6 +501,85 @@ def test_the_heaviest_regions_are_direct(causal: bool, own: bool, global_random_
     assert np.abs(ahat.T @ problem.values - ahat.to_dense().T @ problem.values).max() <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_heaviest_regions_are_those_of_a_sort(causal: bool, dtype: Any) -> None:
+    # Whole numbers below 2^24: every logit is exact, many are equal, and the lower region comes.
+    rng = np.random.default_rng(3)
+    n, count, most = 150, 21, 4
+    scale = 1 / float(kernels.LOG2E)
+    assert dtype(scale * kernels.LOG2E) == 1
+    f, keys = (rng.integers(-2, 3, (x, 5)).astype(dtype) for x in (n, count))
+    bias = rng.integers(-2, 3, count).astype(dtype)
+    bias[[2, 11]] = -np.inf
+    limit = np.sort(rng.integers(0, count + 1, n)) if causal else np.zeros(0, np.int64)
+    skip = rng.integers(-1, count, (n, 2))
+    logits = (f @ keys.T + bias).astype(dtype)
+    for i in range(n):
+        logits[i, skip[i][skip[i] >= 0]] = -np.inf
+        if causal:
+            logits[i, limit[i] :] = -np.inf
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, :most]
+    expected[np.take_along_axis(logits, expected, axis=1) == -np.inf] = -1
+    assert (expected >= 0).any(axis=1).mean() > 0.5
+    assert (expected < 0).any() == causal  # some rows see fewer than four
+    for row_tile, key_tile, threads in ((128, 512, 1), (16, 7, 2), (150, 20, 3)):
+        chosen = np.full((n, most), 99)
+        kernels.heaviest(
+            f, keys, bias, limit, skip, scale, row_tile, key_tile, threads, chosen
+        )  # fmt: skip
+        assert np.array_equal(chosen, expected)
+    chosen = np.full((n, count), 99)  # more than there are
+    kernels.heaviest(f, keys, bias, limit, skip, scale, 128, 512, 1, chosen)
+    assert np.array_equal(chosen[:, :most], expected)
+    assert (chosen[:, -1] == -1).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_several_tiles_share_several_tiles_of_keys(causal: bool) -> None:
+    # Regions of 600 keys are two tiles of keys, those who read them are several of rows.
+    n, block = 1300, 600
+    assert n - block > 2 * kernels.WHOLE_TILE
+    assert block > kernels.KEY_TILE
+    problem = gaussian(n, 1, causal=causal)
+    ahat = made(problem, block=block, direct="own+top_mass(1)")
+    v = problem.values
+    dense = ahat.rows(slice(None))  # by another kernel, row by row
+    assert np.abs(dense.sum(axis=1) - 1).max() <= 1e-12
+    # Both sum up to 1300 products of weights with |v| <= 5 in float64, and their logits are below
+    # 64: 1300 x 2^-53 x 5, twice, and weights that are off by 64 x 2^-53.
+    assert np.abs(ahat @ v - dense @ v).max() <= 4e-12
+    assert np.abs(ahat.T @ v - dense.T @ v).max() <= 4e-12 * dense.sum(axis=0).max()
+    assert np.abs(v).max() <= 5
+    # Not since all is direct: something is summarised.
+    exact = problem.exact @ v
+    assert np.abs(ahat @ v - exact).max() > 1e-3
+
+
+def test_tiles_of_rows_are_those_of_a_sort(global_random_seed: int) -> None:
+    rng = np.random.default_rng(global_random_seed)
+    for count in (1, 5, 70_000):  # those above 2^16 are sorted in another way
+        region = rng.integers(-1, count, 2000)
+        region[:600] = 0
+        for ends, tile in ((passes.EMPTY, kernels.WHOLE_TILE), (region, kernels.ROW_TILE)):
+            near = passes.near_of(region, ends)
+            assert np.array_equal(
+                near.order, np.argsort(region, kind="stable")[(region < 0).sum() :]
+            )
+            sizes = near.last - near.first
+            assert sizes.sum() == len(near.order)
+            assert sizes.min() > 0
+            assert sizes.max() == tile
+            assert np.array_equal(near.first[1:], near.last[:-1])
+            assert np.array_equal(np.repeat(near.region, sizes), region[near.order])
+            names = near.region[near.groups[:-1]]
+            assert np.array_equal(names, np.unique(region[region >= 0]))
+            assert near.groups[-1] == len(near.region)
+    empty = passes.near_of(np.full(3, -1))
+    assert [len(x) for x in empty[:4]] == [0] * 4
+    assert empty.groups.tolist() == [0]
+
+
 def test_direct_sets_of_other_patterns() -> None:
     problem = gaussian(30, 2)
     for pattern in ("axial_vertical", "logsparse", "labels"):
@@ -702,9 +782,7 @@ def test_invariances(plan: dict[str, Any], global_random_seed: int) -> None:
     rotation = np.linalg.qr(rng.standard_normal((d, d)))[0]
     turned = sa.AttentionProblem(q @ rotation, k @ rotation)
     for reference in ("zero", "region_mean", "global_mean", "mass_weighted"):
-        pair = [
-            made(x, **plan, block=4, reference=reference).to_dense() for x in (problem, turned)
-        ]
+        pair = [made(x, **plan, block=4, reference=reference).to_dense() for x in (problem, turned)]
         assert np.abs(pair[0] - pair[1]).max() <= 1e-9
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..functional.batched import attention
 from ..problem import AttentionProblem
-from .harness import Row, benchmark, make_row, memory_row, normal, rounding_row, time_interleaved
+from .harness import Row, benchmark, compare, memory_row, normal, rounding_row, time_both
 
 
 @benchmark("combiner", "combiner against exact attention: time, growth to 1M, memory, error")
@@ -23,22 +23,24 @@ def _combiner(quick: bool, rounds: int) -> Iterator[Row]:
         "logsparse": partial(attention, *longer, "combiner", pattern="logsparse"),
         "exact": partial(attention, q, k, v),
     }
-    seconds = time_interleaved(calls, rounds)
+    seconds = time_both(calls, rounds)
     size = f"fixed, 1 head, n={n}, d=64, block={block}"
-    yield make_row(
+    yield compare(
         "combiner",
         size,
-        seconds["fixed"],
-        against="exact",
-        theirs=seconds["exact"],
+        seconds,
+        "fixed",
+        "exact",
         target=1 / 8,
     )
-    yield make_row(
+    yield compare(
         "combiner",
         f"logsparse, 1 head, n={4 * n}, d=64",
-        seconds["logsparse"],
+        seconds,
+        "logsparse",
+        "exact",
         against="16 x exact, n/4",
-        theirs=[16 * x for x in seconds["exact"]],
+        factor=16,
         target=1 / 40,
     )
     yield rounding_row("combiner", size, Combiner(block=block), AttentionProblem(q, k, v))
@@ -51,14 +53,15 @@ def _combiner(quick: bool, rounds: int) -> Iterator[Row]:
             "long": partial(attention, *long, "combiner", **options[1]),
             "short": partial(attention, *short, "combiner", **options[0]),
         }
-        seconds = time_interleaved(calls, min(rounds, 5))
+        seconds = time_both(calls, min(rounds, 5))
         name = pattern if pattern == "logsparse" else f"{pattern}, block={blocks[1]}"
-        yield make_row(
+        yield compare(
             "combiner",
             f"{name}, causal, 1 head, n={4 * m}, d=64",
-            seconds["long"],
+            seconds,
+            "long",
+            "short",
             against=f"n={m}",
-            theirs=seconds["short"],
             target=target,
         )
         yield memory_row(

@@ -12,6 +12,7 @@ from ..functional.batched import attention
 from .harness import (
     Row,
     benchmark,
+    compare,
     gemm_rate,
     import_torch,
     make_row,
@@ -20,7 +21,7 @@ from .harness import (
     plain_numpy,
     relative_error,
     sdpa,
-    time_interleaved,
+    time_both,
 )
 
 
@@ -42,7 +43,7 @@ def _exact(quick: bool, rounds: int) -> Iterator[Row]:
         if not causal:
             calls["plain NumPy"] = partial(plain_numpy, q, k, v)
         repeats = rounds if length > 1024 else 10 * rounds
-        seconds = time_interleaved(calls, repeats)
+        seconds = time_both(calls, repeats)
         flops = 4.0 * heads * length**2 * 64 * (0.5 if causal else 1.0)
         rate = flops / float(np.median(seconds["ours"])) / 1e9
         rows = np.random.default_rng(1).choice(length, min(256, length), replace=False)
@@ -54,12 +55,12 @@ def _exact(quick: bool, rounds: int) -> Iterator[Row]:
                     relative_error(x[0], q[0], k[0], v[0], rows) for x in (calls["ours"](), theirs)
                 ]
                 extra |= {"error": errors[0], "their_error": errors[1]}
-            yield make_row(
+            yield compare(
                 "exact",
                 case,
-                seconds["ours"],
-                against=name,
-                theirs=seconds[name],
+                seconds,
+                "ours",
+                name,
                 target=target if name == "torch SDPA" else None,
                 **extra,
             )

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..functional.batched import attention
-from ..kernels._threads import thread_count
+from ..kernels._threads import limit_threads, thread_count
 from ..problem import AttentionProblem
+from . import load
 
 Array = NDArray[Any]
 Row = dict[str, Any]
@@ -43,33 +45,173 @@ def benchmark(
 BRIEF = 0.05  # seconds; shorter calls are repeated untimed for so long before the timed one
 
 
-def time_interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+class Timings(dict[str, list[float]]):
+    """Seconds of each call by its name, a number a round, and what is known of the rounds.
+
+    Attributes
+    ----------
+    one_thread : dict
+        The same on one thread, empty where that was not measured.
+    others : list of float
+        How many CPUs other programs kept busy in each round, NaN where unknown.
+    repeated : int
+        Rounds that were disturbed and done again.
+    """
+
+    def __init__(self, seconds: Mapping[str, list[float]], others: list[float], repeated: int):
+        super().__init__(seconds)
+        self.one_thread: dict[str, list[float]] = {}
+        self.others = others
+        self.repeated = repeated
+
+    @property
+    def disturbed(self) -> int:
+        """How many of the rounds that count were disturbed."""
+        return sum(x > load.DISTURBED for x in self.others)
+
+
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    within: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
+) -> Timings:
     """Time each call once a round, in turn: slow moments of the machine hit all alike.
 
     A pause before each lets the threads of the other library, which spin for a while after their
     work, go to sleep.  Waking up can cost more than a brief call (a scheduler may keep both threads
     on one core at first), and which call pays depends on what ran before it: each round starts
     with another call, and a brief one is repeated untimed until its threads are awake.
+
+    A round in which other programs used the machine is done again, up to as many times as there
+    are rounds; if that does not help, the least disturbed ones count, and say so.  A call runs
+    inside the context ``within(name)``, whose entering and leaving are not timed.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
     brief = {}
     for name, call in calls.items():
-        call()
-        start = time.perf_counter()
-        call()
-        brief[name] = time.perf_counter() - start < BRIEF
+        with within(name):
+            call()
+            start = time.perf_counter()
+            call()
+            brief[name] = time.perf_counter() - start < BRIEF
     order = list(calls)
-    for _ in range(rounds):
+    found: list[tuple[float, dict[str, float]]] = []
+    while len(found) < rounds or (
+        len(found) < 2 * rounds and sum(not x[0] > load.DISTURBED for x in found) < rounds
+    ):
+        before, seconds = load.reading(), {}
         for name in order:
             time.sleep(0.05)
-            awake = time.perf_counter() + BRIEF
-            while brief[name] and time.perf_counter() < awake:
+            with within(name):
+                awake = time.perf_counter() + BRIEF
+                while brief[name] and time.perf_counter() < awake:
+                    calls[name]()
+                start = time.perf_counter()
                 calls[name]()
-            start = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - start)
+                seconds[name] = time.perf_counter() - start
+        found.append((load.others(before, load.reading()), seconds))
         order.append(order.pop(0))
-    return seconds
+    # Unknown loads are NaN: as good as quiet ones.  Of equal ones the first stay.
+    calmest = sorted(range(len(found)), key=lambda i: (found[i][0] > load.DISTURBED, found[i][0]))
+    kept = [found[i] for i in sorted(calmest[:rounds])]
+    return Timings(
+        {name: [x[1][name] for x in kept] for name in calls},
+        [x[0] for x in kept],
+        len(found) - rounds,
+    )
+
+
+def time_both(calls: Mapping[str, Callable[[], object]], rounds: int) -> Timings:
+    """Time each call on all threads and on one, all of them interleaved in one run."""
+    every = library_threads()
+    if every == 1:
+        alone = time_interleaved(calls, rounds)
+        alone.one_thread = dict(alone)
+        return alone
+    both = {f"{name}, {count}": call for name, call in calls.items() for count in (every, 1)}
+
+    def within(name: str) -> AbstractContextManager[object]:
+        return on_threads(1) if name.endswith(", 1") else nullcontext()
+
+    seconds = time_interleaved(both, rounds, within)
+    made = Timings(
+        {name: seconds[f"{name}, {every}"] for name in calls}, seconds.others, seconds.repeated
+    )
+    made.one_thread = {name: seconds[f"{name}, 1"] for name in calls}
+    return made
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Run this library on ``count`` threads while inside, and torch, if it is loaded."""
+    torch: Any = sys.modules.get("torch")
+    before = count if torch is None else torch.get_num_threads()
+    if before != count:
+        torch.set_num_threads(count)
+    try:
+        with limit_threads(count):
+            yield
+    finally:
+        if before != count:
+            torch.set_num_threads(before)
+
+
+def compare(
+    benchmark: str,
+    case: str,
+    seconds: Timings,
+    ours: str,
+    theirs: str,
+    *,
+    against: str | None = None,
+    factor: float = 1.0,
+    target: float | None = None,
+    one_target: float | None = None,
+    **extra: Any,
+) -> Row:
+    """Return the line of two calls that were timed together, with all threads and with one.
+
+    ``factor`` multiplies their seconds, where the other call did a part of the work; ``one_target``
+    is the largest ratio allowed on one thread.
+    """
+    shown = theirs if against is None else against
+    row = make_row(
+        benchmark,
+        case,
+        seconds[ours],
+        against=shown,
+        theirs=[factor * x for x in seconds[theirs]],
+        target=target,
+        others=known(float(np.median(seconds.others))),
+        disturbed=seconds.disturbed,
+        repeated=seconds.repeated,
+        **extra,
+    )
+    one = seconds.one_thread
+    if one:
+        scaled = [factor * x for x in one[theirs]]
+        row["one_thread"] = statistics(one[ours], scaled, one_target)
+    return row
+
+
+def known(value: float) -> float | None:
+    """Return a number for JSON: None for NaN."""
+    return None if math.isnan(value) else value
+
+
+def statistics(ours: list[float], theirs: list[float], target: float | None) -> Row:
+    """Return medians, quartiles, and the median of the paired ratios beside its target."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratio = float(np.median(ratios))
+    return {
+        "ours": float(np.median(ours)),
+        "ours_quartiles": [float(x) for x in np.percentile(ours, [25, 75])],
+        "theirs": float(np.median(theirs)),
+        "theirs_quartiles": [float(x) for x in np.percentile(theirs, [25, 75])],
+        "ratio": ratio,
+        "ratio_quartiles": [float(x) for x in np.percentile(ratios, [25, 75])],
+        "target": target,
+        "met": None if target is None else bool(ratio <= target),
+    }
 
 
 def make_row(
@@ -84,22 +226,14 @@ def make_row(
     **extra: Any,
 ) -> Row:
     """Return one line of the table: medians, quartiles, and the median of the paired ratios."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    ratio = float(np.median(ratios))
     return {
         "benchmark": benchmark,
         "case": case,
-        "ours": float(np.median(ours)),
-        "ours_quartiles": [float(x) for x in np.percentile(ours, [25, 75])],
         "against": against,
-        "theirs": float(np.median(theirs)),
-        "theirs_quartiles": [float(x) for x in np.percentile(theirs, [25, 75])],
         "unit": unit,
-        "ratio": ratio,
-        "ratio_quartiles": [float(x) for x in np.percentile(ratios, [25, 75])],
-        "target": target,
-        "met": None if target is None else bool(ratio <= target),
+        **statistics(ours, theirs, target),
         "rounds": len(ours),
+        "one_thread": None,
         **extra,
     }
 
@@ -194,14 +328,13 @@ def many_heads_row(benchmark: str, method: Any, rounds: int) -> Row:
         "together": partial(attention, q, k, v, method, rng=0),
         "apart": one_at_a_time,
     }
-    seconds = time_interleaved(calls, rounds)
-    return make_row(
+    return compare(
         benchmark,
         "12 heads in one call, n=512, d=64, r=64",
-        seconds["together"],
+        time_both(calls, rounds),
+        "together",
+        "apart",
         against="12 calls",
-        theirs=seconds["apart"],
-        target=None,
     )
 
 

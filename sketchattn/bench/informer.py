@@ -10,11 +10,11 @@ from ..problem import AttentionProblem
 from .harness import (
     Row,
     benchmark,
-    make_row,
+    compare,
     many_heads_row,
     normal,
     rounding_row,
-    time_interleaved,
+    time_both,
 )
 
 
@@ -31,13 +31,13 @@ def _informer(quick: bool, rounds: int) -> Iterator[Row]:
             "ours": partial(attention, q, k, v, method, rng=0),
             "exact": partial(attention, q, k, v),
         }
-        seconds = time_interleaved(calls, rounds)
-        yield make_row(
+        seconds = time_both(calls, rounds)
+        yield compare(
             "informer",
             f"{size}, {sampling}",
-            seconds["ours"],
-            against="exact",
-            theirs=seconds["exact"],
+            seconds,
+            "ours",
+            "exact",
             target=1 / 8 if sampling == "per_query" else None,
         )
     method = Informer(rank=r, samples=u)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,17 +12,16 @@ from numpy.typing import NDArray
 
 from ..functional.batched import attention
 from ..functional.vjp import attention_vjp
-from ..kernels._threads import limit_threads
 from .harness import (
     Row,
     benchmark,
     child,
+    compare,
     import_torch,
-    library_threads,
     make_row,
     normal,
     sdpa,
-    time_interleaved,
+    time_both,
 )
 
 Array = NDArray[Any]
@@ -57,11 +55,9 @@ def _integrations(quick: bool, rounds: int) -> Iterator[Row]:
     module: Any = importlib.import_module("sketchattn.integrations.torch")
     function = module.scaled_dot_product_attention
     n = 512 if quick else 4096
-    for count in sorted({1, library_threads()}):
-        for heads in (1, 8):
-            case = f"{heads} head{'s' * (heads > 1)}, n={n}, d=64, threads={count}"
-            with _threads(torch, count):
-                yield from _rows(torch, function, case, normal(heads, n, 64), rounds)
+    for heads in (1, 8):
+        case = f"{heads} head{'s' * (heads > 1)}, n={n}, d=64"
+        yield from _rows(torch, function, case, normal(heads, n, 64), rounds)
     yield _error_row(torch, function, 256 if quick else 1024)
     yield make_row(
         "integrations",
@@ -74,20 +70,6 @@ def _integrations(quick: bool, rounds: int) -> Iterator[Row]:
     )
 
 
-@contextmanager
-def _threads(torch: Any, count: int) -> Iterator[None]:
-    """Run both libraries on ``count`` threads."""
-    before = torch.get_num_threads()
-    if before != count:
-        torch.set_num_threads(count)
-    try:
-        with limit_threads(count):
-            yield
-    finally:
-        if before != count:
-            torch.set_num_threads(before)
-
-
 def _rows(
     torch: Any, function: Callable[..., Any], case: str, arrays: Sequence[Array], rounds: int
 ) -> Iterator[Row]:
@@ -97,29 +79,33 @@ def _rows(
         "arrays": partial(attention, *(x[None] for x in arrays)),
         "torch": sdpa(torch, arrays),
     }
-    seconds = time_interleaved(forward, rounds)
+    seconds = time_both(forward, rounds)
     for name, target in (("arrays", 1.05), ("torch", None)):
-        yield make_row(
+        yield compare(
             "integrations",
             f"forward, {case}",
-            seconds["tensors"],
+            seconds,
+            "tensors",
+            name,
             against={"arrays": "ours on arrays", "torch": "torch SDPA"}[name],
-            theirs=seconds[name],
             target=target,
+            one_target=target,
         )
     own = torch.nn.functional.scaled_dot_product_attention
     both: dict[str, Callable[[], object]] = {
         "ours": partial(_gradients, torch, function, arrays),
         "torch": partial(_gradients, torch, own, arrays),
     }
-    seconds = time_interleaved(both, rounds)
-    yield make_row(
+    seconds = time_both(both, rounds)
+    yield compare(
         "integrations",
         f"forward + backward, {case}",
-        seconds["ours"],
+        seconds,
+        "ours",
+        "torch",
         against="torch SDPA",
-        theirs=seconds["torch"],
         target=1.5,
+        one_target=1.5,
     )
 
 

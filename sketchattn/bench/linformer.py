@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..functional.batched import attention
-from .harness import Row, benchmark, make_row, normal, time_interleaved
+from .harness import Row, benchmark, compare, normal, time_both
 
 Array = NDArray[Any]
 
@@ -28,15 +28,16 @@ def _linformer(quick: bool, rounds: int) -> Iterator[Row]:
         return out
 
     options: Any = {"rank": r, "projection": "given", "E": e, "F": f}
-    seconds = time_interleaved(
+    seconds = time_both(
         {"ours": partial(attention, q, k, v, "linformer", **options), "products": products},
         3 * rounds,
     )
-    yield make_row(
+    yield compare(
         "linformer",
         f"given E and F, 1 head, n={n}, d=64, r={r}",
-        seconds["ours"],
+        seconds,
+        "ours",
+        "products",
         against="its products",
-        theirs=seconds["products"],
         target=1.6,
     )

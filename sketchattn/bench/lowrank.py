@@ -8,7 +8,7 @@ from typing import Any
 
 from ..functional.batched import attention
 from ..problem import AttentionProblem
-from .harness import Row, benchmark, make_row, normal, rounding_row, time_interleaved
+from .harness import Row, benchmark, compare, normal, rounding_row, time_both
 
 
 @benchmark("nystromformer", "nystromformer against exact attention: time, and error of float32")
@@ -45,14 +45,14 @@ def _against_exact(
         "ours": partial(attention, q, k, v, method, rng=0, causal=causal),
         "exact": partial(attention, q, k, v, causal=causal),
     }
-    seconds = time_interleaved(calls, rounds)
+    seconds = time_both(calls, rounds)
     size = f"1 head, n={n}, d=64, r={method.rank}{', causal' if causal else ''}"
-    yield make_row(
+    yield compare(
         benchmark,
         size,
-        seconds["ours"],
-        against="exact",
-        theirs=seconds["exact"],
+        seconds,
+        "ours",
+        "exact",
         target=target,
     )
     problem = AttentionProblem(q, k, v, causal=causal)

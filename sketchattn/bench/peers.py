@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..functional.batched import attention
-from .harness import Row, benchmark, import_torch, make_row, normal, time_interleaved
+from .harness import Row, benchmark, compare, import_torch, normal, time_both
 
 Array = NDArray[Any]
 
@@ -109,14 +109,15 @@ def _peers(quick: bool, rounds: int) -> Iterator[Row]:
     for package, method, draw, theirs in _peer_calls(torch, q, k, v, r):
         ours = partial(attention, q, k, v, method, draw=draw)
         difference = float(np.linalg.norm(ours() - theirs()) / np.linalg.norm(theirs()))
-        seconds = time_interleaved({"ours": ours, "theirs": theirs}, 3 * rounds)
+        seconds = time_both({"ours": ours, "theirs": theirs}, 3 * rounds)
         preset = f", {method.preset}" if getattr(method, "preset", None) else ""
-        yield make_row(
+        yield compare(
             "peers",
             f"{method.name}{preset}, 1 head, n={n}, d=64, r={r}",
-            seconds["ours"],
+            seconds,
+            "ours",
+            "theirs",
             against=package,
-            theirs=seconds["theirs"],
             target=1 / 1.5,
             difference=difference,
         )

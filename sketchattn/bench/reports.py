@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from ..problem import AttentionProblem
-from .harness import Row, benchmark, make_row, normal, time_interleaved
+from .harness import Row, benchmark, compare, normal, time_both
 
 
 @benchmark("report", "error_report by streaming, against one exact product")
@@ -29,19 +29,20 @@ def _report(quick: bool, rounds: int) -> Iterator[Row]:
     ahat = UniformColumns(rank=256).approximate(fresh(), rng=0)
     for spectral, target in ((False, 6.0), (True, 40.0)):
         # A new problem each time: nothing exact is known before.
-        seconds = time_interleaved(
+        seconds = time_both(
             {
                 "report": partial(report, spectral),
                 "exact": lambda: fresh().output,
             },
             rounds,
         )
-        yield make_row(
+        yield compare(
             "report",
             f"1 head, n={n}, d=64, {'with' if spectral else 'without'} spectral fields",
-            seconds["report"],
+            seconds,
+            "report",
+            "exact",
             against="one exact product",
-            theirs=seconds["exact"],
             target=target,
         )
 
@@ -54,18 +55,19 @@ def _certify(quick: bool, rounds: int) -> Iterator[Row]:
     q, k, v = normal(1, n, 64)
     problem = AttentionProblem(q[0], k[0], v[0])
     output = problem.output + np.float32(1e-3)
-    seconds = time_interleaved(
+    seconds = time_both(
         {
             "certify": lambda: certify(problem, output, rows=256, rng=0),
             "exact": lambda: AttentionProblem(q[0], k[0], v[0]).output,
         },
         rounds,
     )
-    yield make_row(
+    yield compare(
         "certify",
         f"1 head, n={n}, d=64, rows=256",
-        seconds["certify"],
+        seconds,
+        "certify",
+        "exact",
         against="one exact product",
-        theirs=seconds["exact"],
         target=0.1,
     )

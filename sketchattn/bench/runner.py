@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..base.arguments import closest
 from ..base.machine import machine
@@ -12,14 +12,16 @@ from . import (
     informer,
     integrations,
     linformer,
+    load,
     lowrank,
     peers,
     reports,
     skeinformer,
     sketching,
+    small,
     startup,
 )
-from .harness import Benchmark, Row
+from .harness import Benchmark, Row, known
 
 # In the order in which they are listed and run.
 _FAMILIES = (
@@ -31,6 +33,7 @@ _FAMILIES = (
     combiner,
     informer,
     lowrank,
+    small,
     peers,
     integrations,
     startup,
@@ -61,7 +64,11 @@ def run(
     -------
     list of dict
         ``ours`` and ``theirs`` are medians, ``ratio`` is the median of the paired ratios,
-        ``target`` the largest ratio allowed (None: informative), ``met`` whether it is.
+        ``target`` the largest ratio allowed (None: informative), ``met`` whether it is: all with
+        as many threads as kernels use.  ``one_thread`` has the same on one thread, timed in the
+        same rounds (None where that has no meaning).  ``others`` is the median over the rounds of
+        the CPUs that other programs kept busy, ``disturbed`` how many of the ``rounds`` had more
+        than 0.2, ``repeated`` how many such rounds were done again.
 
     Raises
     ------
@@ -84,28 +91,59 @@ def _figure(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def render(rows: Sequence[Row]) -> str:
-    """Return the results as a table with the machine below."""
-    lines = [
-        f"{'benchmark':<15}{'case':<58}{'ours':>11}  {'against':<18}{'theirs':>11}{'ratio':>8}"
-        f"{'  [quartiles]':<16}{'target':>7}"
-    ]
+def _verdict(found: Row) -> str:
+    """Return what a ratio may be at most, and whether it is more."""
+    goal = "" if found["target"] is None else f"{found['target']:.3g}"
+    return goal + {None: "", True: " met", False: " MISSED"}[found["met"]]
+
+
+def render(rows: Sequence[Row], around: Mapping[str, float | None] | None = None) -> str:
+    """Return the results as a table with the machine below.
+
+    ``around`` has the load before and after, as `measure_load` gives it.
+    """
+    form = "{:<14}{:<58}{:>10}  {:<18}{:>10}{:>9}  {:<15}{:<16}{:>10}{:>9}  {}"
+    titles = ["benchmark", "case", "ours", "against", "theirs", "ratio", "[quartiles]", "target"]
+    lines = [form.format(*titles, "1 thread", "ratio", "target").rstrip()]
     for row in rows:
         low, high = row["ratio_quartiles"]
-        goal = "" if row["target"] is None else f"{row['target']:g}"
-        verdict = {None: "", True: " met", False: " MISSED"}[row["met"]]
+        one, unit = row["one_thread"], row["unit"]
+        alone = ("", "") if one is None else (_figure(one["ours"], unit), f"{one['ratio']:.3f}")
+        remarks = [] if one is None else [_verdict(one)]
+        if row.get("disturbed"):
+            remarks.append(f"~ {row['disturbed']} of {row['rounds']} rounds")
         lines.append(
-            f"{row['benchmark']:<15}{row['case']:<58}{_figure(row['ours'], row['unit']):>11}  "
-            f"{row['against']:<18}{_figure(row['theirs'], row['unit']):>11}{row['ratio']:>8.3f}"
-            f"  [{low:.2f}, {high:.2f}]".ljust(129)
-            + f"{goal:>6}{verdict}"
+            form.format(
+                row["benchmark"],
+                row["case"],
+                _figure(row["ours"], unit),
+                row["against"],
+                _figure(row["theirs"], unit),
+                f"{row['ratio']:.3f}",
+                f"[{low:.2f}, {high:.2f}]",
+                _verdict(row),
+                *alone,
+                " ".join(remarks).strip(),
+            ).rstrip()
         )
         if "gflops" in row:
             lines.append(
-                f"{'':<15}{row['gflops']:.0f} GFLOP/s, {100 * row['share_of_gemm']:.0f} % of a "
+                f"{'':<14}{row['gflops']:.0f} GFLOP/s, {100 * row['share_of_gemm']:.0f} % of a "
                 f"float32 GEMM ({row['gemm_gflops']:.0f} GFLOP/s)"
             )
-    facts = machine()
     lines.append("")
-    lines += [f"{name}: {value}" for name, value in facts.items()]
+    if any(row.get("disturbed") for row in rows):
+        lines.append(
+            f"~: rounds that count though other programs kept more than {load.DISTURBED:g} CPUs "
+            "busy; do not quote them"
+        )
+    for when, value in ({} if around is None else around).items():
+        said = "unknown" if value is None else f"{value:.2f}"
+        lines.append(f"CPUs kept busy by other programs {when}: {said}")
+    lines += [f"{name}: {value}" for name, value in machine().items()]
     return "\n".join(lines)
+
+
+def measure_load() -> float | None:
+    """Return how many CPUs other programs keep busy now, None where that is not told."""
+    return known(load.measure())

@@ -10,12 +10,12 @@ from ..problem import AttentionProblem
 from .harness import (
     Row,
     benchmark,
-    make_row,
+    compare,
     many_heads_row,
     memory_row,
     normal,
     rounding_row,
-    time_interleaved,
+    time_both,
 )
 
 
@@ -29,14 +29,14 @@ def _skeinformer(quick: bool, rounds: int) -> Iterator[Row]:
         "ours": partial(attention, q, k, v, "skeinformer", rank=r, rng=0),
         "exact": partial(attention, q, k, v),
     }
-    seconds = time_interleaved(calls, rounds)
+    seconds = time_both(calls, rounds)
     size = f"1 head, n={n}, d=64, r={r}"
-    yield make_row(
+    yield compare(
         "skeinformer",
         size,
-        seconds["ours"],
-        against="exact",
-        theirs=seconds["exact"],
+        seconds,
+        "ours",
+        "exact",
         target=1 / 12,
     )
     longer = [x[0] for x in normal(1, 8 * n, 64)]
@@ -44,13 +44,14 @@ def _skeinformer(quick: bool, rounds: int) -> Iterator[Row]:
         "long": partial(attention, *longer, "skeinformer", rank=r, rng=0),
         "short": partial(attention, q, k, v, "skeinformer", rank=r, rng=0),
     }
-    seconds = time_interleaved(calls, rounds)
-    yield make_row(
+    seconds = time_both(calls, rounds)
+    yield compare(
         "skeinformer",
         f"1 head, n={8 * n}, d=64, r={r}",
-        seconds["long"],
+        seconds,
+        "long",
+        "short",
         against=f"n={n}",
-        theirs=seconds["short"],
         target=9.0,
     )
     yield memory_row(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .harness import Row, benchmark, make_row, time_interleaved
+from .harness import Row, benchmark, compare, time_both
 
 
 @benchmark("sketch", "applying sketches, against a dense product, SciPy and scikit-learn")
@@ -64,13 +64,14 @@ def _sketch(quick: bool, rounds: int) -> Iterator[Row]:
         ),
     ]
     for case, ours, against, theirs, target in cases:
-        seconds = time_interleaved({"ours": ours, "theirs": theirs}, 3 * rounds)
-        yield make_row(
+        seconds = time_both({"ours": ours, "theirs": theirs}, 3 * rounds)
+        yield compare(
             "sketch",
             case,
-            seconds["ours"],
+            seconds,
+            "ours",
+            "theirs",
             against=against,
-            theirs=seconds["theirs"],
             target=target,
         )
 
@@ -88,13 +89,14 @@ def _leverage(quick: bool, rounds: int) -> Iterator[Row]:
     # "gram" does matrix products only: at this width a sketch saves too little to beat it, which
     # `leverage_scores_fast` explains.
     calls |= {name: partial(leverage_scores, x, method=name) for name in ("gram", "svd", "qr")}
-    seconds = time_interleaved(calls, rounds)
+    seconds = time_both(calls, rounds)
     for name in list(calls)[1:]:
-        yield make_row(
+        yield compare(
             "leverage",
             f"{n} x {d}, largest error {100 * error:.0f} %",
-            seconds["fast"],
+            seconds,
+            "fast",
+            name,
             against=f"exact, {name}",
-            theirs=seconds[name],
             target=None if name == "gram" else 1.0,
         )

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, prange
-from ._threads import kernel_threads
+from ._jit import kernel, take
+from ._threads import deal
 
 Array = NDArray[Any]
 
 # A count that no number of tables reaches: of keys that are kept whatever their codes.
 KEPT = 1 << 24
-# Work that is worth a second thread, in looked-up buckets and in kept pairs.
-LEAST_BUCKETS, LEAST_PAIRS = 1 << 14, 1 << 12
+# Rows of an item.
+ROWS = 64
+# Steps of work (see `_threads.PRODUCT`): of a bucket that is looked up, of a pair that is kept.
+BUCKET, PAIR = 20, 80
 
 
 @kernel()
@@ -49,10 +51,11 @@ def _log_tail(p: float, tables: int, least: int) -> float:
     return first + math.log(total)
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def _collide(
+    turn: Array,
     codes: Array, starts: Array, order: Array, ends: Array, least: int, sinks: int, window: int,
-    first: int, threads: int, begins: Array, counts: Array, columns: Array,
+    first: int, begins: Array, counts: Array, columns: Array,
 ) -> None:  # fmt: skip
     """Count the keys of each row, or write them: ``columns`` from ``begins[i]`` on.
 
@@ -62,10 +65,13 @@ def _collide(
     """
     rows = counts.shape[0]
     tables, n_k = order.shape
-    chunk = (rows + threads - 1) // threads
-    for worker in prange(threads):
-        found = np.zeros(n_k, np.int32)
-        for i in range(worker * chunk, min((worker + 1) * chunk, rows)):
+    tiles = (rows + ROWS - 1) // ROWS
+    found = np.zeros(n_k, np.int32)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for i in range(item * ROWS, min((item + 1) * ROWS, rows)):
             end = ends[first + i]
             at = begins[i]
             kept = 0
@@ -92,18 +98,22 @@ def _collide(
             counts[i] = kept
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def _weigh(
+    turn: Array,
     q: Array, k: Array, v: Array, q_unit: Array, k_unit: Array, ends: Array, begins: Array,
     columns: Array, bits: int, tables: int, least: int, floor: float, sinks: int, window: int,
-    scale: float, first: int, threads: int, weights: Array, out: Array, lse: Array,
+    scale: float, first: int, weights: Array, out: Array, lse: Array,
 ) -> None:  # fmt: skip
     """Turn the keys of each row into weights, output and log-sum-exp; -inf for a row without."""
     rows = lse.shape[0]
-    chunk = (rows + threads - 1) // threads
+    tiles = (rows + ROWS - 1) // ROWS
     d, width, m = q.shape[1], q_unit.shape[1], v.shape[1]
-    for worker in prange(threads):
-        for i in range(worker * chunk, min((worker + 1) * chunk, rows)):
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        for i in range(item * ROWS, min((item + 1) * ROWS, rows)):
             end = ends[first + i]
             high = -np.inf
             for t in range(begins[i], begins[i + 1]):
@@ -202,22 +212,15 @@ def fill_buckets(codes: Array, bits: int) -> Buckets:
     return Buckets(starts, order)
 
 
-def _workers(threads: int, work: int, least: int) -> int:
-    return max(1, min(threads, work // least))
-
-
 def count_keys(codes: Array, buckets: Buckets, ends: Array, how: Hashing) -> Array:
     """Return the number of keys that each row keeps, int64 (n_q,), for its codes (n_q, L).
 
     Row i sees the keys below ``ends[i]``, int64 (n_q,).
     """
     counts = np.zeros(len(codes), np.int64)
-    with kernel_threads() as threads:
-        _collide(
-            codes, *buckets, ends, how.least, how.sinks, how.window, 0,
-            _workers(threads, codes.size, LEAST_BUCKETS), np.zeros(len(codes), np.int64), counts,
-            np.empty(0, np.int64),
-        )  # fmt: skip
+    nowhere, nothing = np.zeros(len(codes), np.int64), np.empty(0, np.int64)
+    arguments = (codes, *buckets, ends, how.least, how.sinks, how.window, 0)
+    deal(_collide, *arguments, nowhere, counts, nothing, work=BUCKET * codes.size)
     return counts
 
 
@@ -232,11 +235,9 @@ def list_keys(
     if not len(columns):
         return columns
     counts = np.zeros(len(begins) - 1, np.int64)
-    with kernel_threads() as threads:
-        _collide(
-            codes, *buckets, ends, how.least, how.sinks, how.window, rows.start,
-            _workers(threads, len(counts) * codes.shape[1], LEAST_BUCKETS), begins, counts, columns,
-        )  # fmt: skip
+    arguments = (codes, *buckets, ends, how.least, how.sinks, how.window, rows.start)
+    work = BUCKET * len(counts) * codes.shape[1]
+    deal(_collide, *arguments, begins, counts, columns, work=work)
     return columns
 
 
@@ -260,10 +261,9 @@ def weigh_keys(
     weights = np.empty(len(columns))
     out = np.empty((count, arrays[2].shape[1]))
     lse = np.empty(count)
-    with kernel_threads() as threads:
-        _weigh(
-            *arrays, *units, ends, begins, columns, how.bits, how.tables, how.least, how.floor,
-            how.sinks, how.window, scale, rows.start, _workers(threads, len(columns), LEAST_PAIRS),
-            weights, out, lse,
-        )  # fmt: skip
+    deal(
+        _weigh, *arrays, *units, ends, begins, columns, how.bits, how.tables, how.least, how.floor,
+        how.sinks, how.window, scale, rows.start, weights, out, lse,
+        work=len(columns) * (PAIR + sum(x.shape[1] for x in arrays)),
+    )  # fmt: skip
     return weights, out, lse

@@ -13,21 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import kernel, prange
-from ._threads import kernel_threads
+from ._jit import kernel, take
+from ._threads import PRODUCT, deal
 from .softmax import LOG2E, exp2
 
 Array = NDArray[Any]
 
 # Pairs whose products with all earlier points a thread forms at a time.
 PAIRS = 16
-# Entries of the kernel below which a second thread costs more than it saves.
-SERIAL_ENTRIES = 1 << 17
 RULES = {"simple": 0, "kt": 1}
 
 
-@kernel(parallel=True)
+@kernel(dealt=True)
 def halve_buckets(
+    turn: Array,
     left: Array,
     right: Array,
     values: Array,
@@ -37,7 +36,6 @@ def halve_buckets(
     equal: Array,
     uniforms: Array,
     rule: int,
-    threads: int,
     odd: Array,
 ) -> None:
     """Fill ``odd (pairs,)``: whether the second point of a pair is kept.
@@ -51,58 +49,60 @@ def halve_buckets(
     for b in range(starts.size - 1):
         longest = max(longest, starts[b + 1] - starts[b])
     one = left.dtype.type(1.0)
-    for worker in prange(threads):
-        buffer = np.empty(2 * PAIRS * longest, left.dtype)
-        other = np.empty(2 * PAIRS * longest if width > 0 else 0, left.dtype)
-        sign = np.empty(longest, left.dtype)
-        for b in range(worker, starts.size - 1, threads):
-            p0 = starts[b]
-            pairs = (starts[b + 1] - p0) // 2
-            low = left.dtype.type(shift[b])
-            top, spread, first = 0.0, 0.0, True
-            for i0 in range(0, pairs, PAIRS):
-                i1 = min(i0 + PAIRS, pairs)
-                rows, columns = 2 * (i1 - i0), 2 * i1
-                s = buffer[: rows * columns].reshape((rows, columns))
-                np.dot(left[p0 + 2 * i0 : p0 + 2 * i1], right[p0 : p0 + columns].T, s)
-                w = other[: (rows * columns if width > 0 else 0)]
-                w = w.reshape((rows if width > 0 else 0, columns))
+    buffer = np.empty(2 * PAIRS * longest, left.dtype)
+    other = np.empty(2 * PAIRS * longest if width > 0 else 0, left.dtype)
+    sign = np.empty(longest, left.dtype)
+    for _ in range(starts.size - 1):
+        b = take(turn)
+        if b >= starts.size - 1:
+            break
+        p0 = starts[b]
+        pairs = (starts[b + 1] - p0) // 2
+        low = left.dtype.type(shift[b])
+        top, spread, first = 0.0, 0.0, True
+        for i0 in range(0, pairs, PAIRS):
+            i1 = min(i0 + PAIRS, pairs)
+            rows, columns = 2 * (i1 - i0), 2 * i1
+            s = buffer[: rows * columns].reshape((rows, columns))
+            np.dot(left[p0 + 2 * i0 : p0 + 2 * i1], right[p0 : p0 + columns].T, s)
+            w = other[: (rows * columns if width > 0 else 0)]
+            w = w.reshape((rows if width > 0 else 0, columns))
+            if width > 0:
+                np.dot(values[p0 + 2 * i0 : p0 + 2 * i1], values[p0 : p0 + columns].T, w)
+            for r in range(rows):
+                line = s[r]
+                for j in range(2 * (i0 + r // 2) + 2):
+                    line[j] = exp2(left.dtype.type(line[j] - low))
                 if width > 0:
-                    np.dot(values[p0 + 2 * i0 : p0 + 2 * i1], values[p0 : p0 + columns].T, w)
-                for r in range(rows):
-                    line = s[r]
                     for j in range(2 * (i0 + r // 2) + 2):
-                        line[j] = exp2(left.dtype.type(line[j] - low))
-                    if width > 0:
-                        for j in range(2 * (i0 + r // 2) + 2):
-                            line[j] *= w[r, j] + one
-                for i in range(i0, i1):
-                    pair = p0 // 2 + i
-                    upper, lower = s[2 * (i - i0)], s[2 * (i - i0) + 1]
-                    j = 2 * i
-                    sign[j] = 0.0
-                    sign[j + 1] = 0.0
-                    if not equal[pair]:
-                        continue
-                    square = np.float64(upper[j]) - 2 * np.float64(upper[j + 1]) + lower[j + 1]
-                    square = square if square > 0.0 else 0.0
-                    size = np.sqrt(square)
-                    top = size if size > top else top
-                    alpha = left.dtype.type(0.0)
-                    for t in range(j):
-                        alpha += sign[t] * (upper[t] - lower[t])
-                    if rule == 0:
-                        a = size * top * (0.5 + level[b])
-                    else:
-                        a = max(size * np.sqrt(2.0 * spread * level[b]), square)
-                        if a > 0.0:
-                            more = square * (1.0 + (square - 2.0 * a) * spread / (a * a))
-                            spread += more if more > 0.0 else 0.0
-                    kept = not first and (2.0 * uniforms[pair] - 1.0) * a <= alpha
-                    first = False
-                    odd[pair] = kept
-                    sign[j] = -one if kept else one
-                    sign[j + 1] = one if kept else -one
+                        line[j] *= w[r, j] + one
+            for i in range(i0, i1):
+                pair = p0 // 2 + i
+                upper, lower = s[2 * (i - i0)], s[2 * (i - i0) + 1]
+                j = 2 * i
+                sign[j] = 0.0
+                sign[j + 1] = 0.0
+                if not equal[pair]:
+                    continue
+                square = np.float64(upper[j]) - 2 * np.float64(upper[j + 1]) + lower[j + 1]
+                square = square if square > 0.0 else 0.0
+                size = np.sqrt(square)
+                top = size if size > top else top
+                alpha = left.dtype.type(0.0)
+                for t in range(j):
+                    alpha += sign[t] * (upper[t] - lower[t])
+                if rule == 0:
+                    a = size * top * (0.5 + level[b])
+                else:
+                    a = max(size * np.sqrt(2.0 * spread * level[b]), square)
+                    if a > 0.0:
+                        more = square * (1.0 + (square - 2.0 * a) * spread / (a * a))
+                        spread += more if more > 0.0 else 0.0
+                kept = not first and (2.0 * uniforms[pair] - 1.0) * a <= alpha
+                first = False
+                odd[pair] = kept
+                sign[j] = -one if kept else one
+                sign[j + 1] = one if kept else -one
 
 
 # --- drivers --------------------------------------------------------------------------------
@@ -145,19 +145,20 @@ def halved(
         squares = factor * np.einsum("ij,ij->i", keys, keys, dtype=np.float64)
     sizes = np.diff(starts)
     entries = float(np.sum(sizes.astype(np.float64) ** 2))
+    width = keys.shape[1] + (0 if values is None else values.shape[1])
     odd = np.zeros(n // 2, bool)
-    with kernel_threads() as threads:
-        halve_buckets(
-            left,
-            keys,
-            np.empty((n, 0), dtype) if values is None else values,
-            starts,
-            np.maximum.reduceat(squares, starts[:-1]),
-            np.log(2.0 * sizes / delta),
-            equal,
-            uniforms,
-            RULES[rule],
-            threads if entries > SERIAL_ENTRIES else 1,
-            odd,
-        )
+    deal(
+        halve_buckets,
+        left,
+        keys,
+        np.empty((n, 0), dtype) if values is None else values,
+        starts,
+        np.maximum.reduceat(squares, starts[:-1]),
+        np.log(2.0 * sizes / delta),
+        equal,
+        uniforms,
+        RULES[rule],
+        odd,
+        work=entries / 2 * (2 + PRODUCT * width),
+    )
     return odd

@@ -40,6 +40,10 @@ GIVEN, MEAN, MAXIMUM = 0, 1, 2
 KEYS = {"expected": 0, "mean": 1, "max": 2}
 
 ROW_TILE, KEY_TILE = 128, 512
+# Rows that share a region in full: BLAS is a fifth faster at this height than at half of it.  A
+# tile of rows that each see one key more than the last computes the half that they do not see, so
+# that such tiles stay lower.
+WHOLE_TILE = 256
 
 
 # --- summaries ----------------------------------------------------------------------------------
@@ -363,6 +367,33 @@ def _hide_slots(s: Array, rows: Array, j0: int, ends: Array, skip: Array) -> Non
                 s[r, u] = lowest
 
 
+@kernel()
+def _weigh(s: Array, rows: Array, top: Array, total: Array, shifts: Array) -> None:
+    """Turn a tile of logits into weights, and fold their sums into the rows that it belongs to.
+
+    ``m' = max(m, max_u s_u)``, ``l' = 2^(m - m') l + sum_u 2^(s_u - m')`` with m in ``top`` and l
+    in ``total (n_q,)``; ``shifts (rows,)`` get ``2^(m - m')``, by which sums of values shrink.
+    """
+    lowest = s.dtype.type(-np.inf)
+    zero = s.dtype.type(0.0)
+    for r in range(s.shape[0]):
+        i = rows[r]
+        high = row_maximum(s[r])
+        before = top[i]
+        shifts[r] = s.dtype.type(1.0)
+        if high > before:
+            shifts[r] = exp2(s.dtype.type(before - high))
+            top[i] = high
+        # A row without a visible key so far has no maximum: its weights are 2^(-inf - 0) = 0.
+        m = top[i] if top[i] != lowest else zero
+        part = zero
+        for u in range(s.shape[1]):
+            e = exp2(s.dtype.type(s[r, u] - m))
+            s[r, u] = e
+            part += e
+        total[i] = shifts[r] * total[i] + part
+
+
 @kernel(dealt=True)
 def near(
     turn: Array, q: Array, k: Array, x: Array, bias: Array, order: Array, first: Array, last: Array,
@@ -384,9 +415,8 @@ def near(
     logit_buffer = np.empty(row_tile * key_tile, q.dtype)
     key_buffer = np.empty((key_tile if gathered else 0) * d, q.dtype)
     value_buffer = np.empty((key_tile if gathered else 0) * width, q.dtype)
-    acc_buffer = np.empty(row_tile * width, q.dtype)
-    top_buffer = np.empty(row_tile, q.dtype)
-    total_buffer = np.empty(row_tile, q.dtype)
+    part_buffer = np.empty(row_tile * width, q.dtype)
+    shifts = np.empty(row_tile, q.dtype)
     for _ in range(first.size):
         p = take(turn)
         if p >= first.size:
@@ -403,17 +433,12 @@ def near(
         if stop <= start or rows <= 0:
             continue
         scaled = query_buffer[: rows * d].reshape((rows, d))
-        acc = acc_buffer[: rows * width].reshape((rows, width))
-        high = top_buffer[:rows]
-        sums = total_buffer[:rows]
+        part = part_buffer[: rows * width].reshape((rows, width))
+        mine = order[first[p] : last[p]]
         for r in range(rows):
-            i = order[first[p] + r]
-            high[r] = top[i]
-            sums[r] = total[i]
+            i = mine[r]
             for c in range(d):
                 scaled[r, c] = factor * q[i, c]
-            for c in range(width):
-                acc[r, c] = out[i, c]
         for j0 in range(start, stop, key_tile):
             j1 = min(j0 + key_tile, stop)
             cols = j1 - j0
@@ -435,16 +460,15 @@ def near(
                 for r in range(rows):
                     for y in range(cols):
                         s[r, y] += bias[j0 + y]
-            _hide_slots(s, order[first[p] : last[p]], j0, ends, skip)
-            online_softmax(s, high, sums, acc)
+            _hide_slots(s, mine, j0, ends, skip)
+            _weigh(s, mine, top, total, shifts)
             if width > 0:
-                add_product(s, values, acc)
-        for r in range(rows):
-            i = order[first[p] + r]
-            top[i] = high[r]
-            total[i] = sums[r]
-            for c in range(width):
-                out[i, c] = acc[r, c]
+                np.dot(s, values, part)
+                for r in range(rows):
+                    i = mine[r]
+                    shift = shifts[r]
+                    for c in range(width):
+                        out[i, c] = shift * out[i, c] + part[r, c]
 
 
 @kernel(dealt=True)
@@ -604,6 +628,74 @@ def far(
             online_softmax(s, top[i0:i1], total[i0:i1], out[i0:i1])
             if width > 0:
                 add_product(s, xhat[j0:j1], out[i0:i1])
+
+
+@kernel()
+def _is_any(values: Array, value: int) -> bool:
+    """Say whether a number is among a few."""
+    for z in range(values.size):  # noqa: SIM110  (no generators in kernels)
+        if values[z] == value:
+            return True
+    return False
+
+
+@kernel(dealt=True)
+def heaviest(
+    turn: Array,
+    f: Array, keys: Array, bias: Array, limit: Array, skip: Array, scale: float, row_tile: int,
+    key_tile: int, chosen: Array,
+) -> None:  # fmt: skip
+    """Write the regions of largest logit of each row, largest first; of equal ones the lower comes.
+
+    Rows and regions are those of `far`; ``chosen (n_q, t)`` gets -1 where a row sees fewer.
+    """
+    n_q, e = f.shape
+    count = keys.shape[0]
+    most = chosen.shape[1]
+    tiles = (n_q + row_tile - 1) // row_tile
+    factor = f.dtype.type(scale * LOG2E)
+    lowest = f.dtype.type(-np.inf)
+    query_buffer = np.empty(row_tile * e, f.dtype)
+    logit_buffer = np.empty(row_tile * key_tile, f.dtype)
+    best = np.empty((row_tile, most), f.dtype)
+    for _ in range(tiles):
+        item = take(turn)
+        if item >= tiles:
+            break
+        i0 = item * row_tile
+        i1 = min(i0 + row_tile, n_q)
+        rows = i1 - i0
+        scaled = query_buffer[: rows * e].reshape((rows, e))
+        for r in range(rows):
+            for c in range(e):
+                scaled[r, c] = factor * f[i0 + r, c]
+        best[:] = lowest
+        chosen[i0:i1] = -1
+        end = count
+        if limit.size > 0:
+            end = 0
+            for i in range(i0, i1):
+                end = max(end, limit[i])
+        for j0 in range(0, end, key_tile):
+            j1 = min(j0 + key_tile, end)
+            s = logit_buffer[: rows * (j1 - j0)].reshape((rows, j1 - j0))
+            np.dot(scaled, keys[j0:j1].T, s)
+            for r in range(rows):
+                i = i0 + r
+                last = best[r, most - 1]
+                stop = j1 if limit.size == 0 else min(j1, limit[i])
+                for t in range(j0, stop):
+                    g = s[r, t - j0] + bias[t]
+                    if not g > last or _is_any(skip[i], t):
+                        continue
+                    z = most - 1
+                    while z > 0 and g > best[r, z - 1]:
+                        best[r, z] = best[r, z - 1]
+                        chosen[i, z] = chosen[i, z - 1]
+                        z -= 1
+                    best[r, z] = g
+                    chosen[i, z] = t
+                    last = best[r, most - 1]
 
 
 @kernel(dealt=True)

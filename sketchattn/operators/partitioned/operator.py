@@ -21,7 +21,7 @@ from ..steep import is_steep
 from .explicit import Explicit
 from .layouts import CHUNK_SLOTS, Layout, weights_of
 from .passes import LOG2E, Data
-from .summaries import Reference, Rule, is_variational
+from .summaries import Reference, Rule, Summaries, is_variational
 
 Array = NDArray[Any]
 
@@ -48,6 +48,8 @@ class PartitionedAttention(AttentionOperator):
         What is known of the choices; see the attributes.
     remake : callable, optional
         Returns the same operator in float64.
+    summaries : Summaries, optional
+        What ``layout.summarize`` gave for these regions; computed by default.
 
     Attributes
     ----------
@@ -90,6 +92,7 @@ class PartitionedAttention(AttentionOperator):
         bilinear: bool | None = None,
         causal_safe: bool | None = None,
         remake: Callable[[], AttentionOperator] | None = None,
+        summaries: Summaries | None = None,
     ) -> None:
         super().__init__((problem.n_q, problem.n_k), problem.dtype, effective_rank)
         self.layout = Explicit(layout) if isinstance(layout, Plan) else layout
@@ -108,7 +111,9 @@ class PartitionedAttention(AttentionOperator):
             )
         self.problem, self.reference, self.rule = problem, reference, rule
         self.layout.dtype = problem.dtype
-        self.summaries = self.layout.summarize(problem, reference, rule)
+        if summaries is None:
+            summaries = self.layout.summarize(problem, reference, rule)
+        self.summaries = summaries
         exact_rule = is_variational(reference, rule)
         self.lower_bound = exact_rule if lower_bound is None else lower_bound
         self.bilinear = exact_rule if bilinear is None else bilinear

@@ -48,19 +48,28 @@ class RowRanges(NamedTuple):
 
 def near_of(region_of_row: Array, ends: Array = EMPTY, skip: Array = EMPTY) -> Near:
     """Return the tiles of rows with the same region; rows of region -1 have none."""
-    from ...kernels.partitioned import ROW_TILE
-
-    order = np.argsort(region_of_row, kind="stable")
-    order = order[np.searchsorted(region_of_row[order], 0) :]
-    names, starts = np.unique(region_of_row[order], return_index=True)
-    stops = np.append(starts, len(order))[1:]
-    tiles = -(-(stops - starts) // ROW_TILE)
+    tile = _tile(ends)
+    sizes = np.bincount(region_of_row + 1)
+    # NumPy sorts 16 bits by counting.
+    short = np.uint16 if len(sizes) <= 1 << 16 else np.int64
+    order = np.argsort((region_of_row + 1).astype(short), kind="stable")[sizes[0] :]
+    names = np.flatnonzero(sizes[1:])
+    stops = np.cumsum(sizes[1:][names])
+    starts = stops - sizes[1:][names]
+    tiles = -(-(stops - starts) // tile)
     groups = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
     within = np.arange(groups[-1]) - np.repeat(groups[:-1], tiles)
-    first = np.repeat(starts, tiles) + within * ROW_TILE
-    last = np.minimum(first + ROW_TILE, np.repeat(stops, tiles))
+    first = np.repeat(starts, tiles) + within * tile
+    last = np.minimum(first + tile, np.repeat(stops, tiles))
     region = np.repeat(names, tiles).astype(np.int64)
     return Near(order, first, last, region, groups, ends, skip)
+
+
+def _tile(ends: Array) -> int:
+    """Return how many rows are in a tile of a stage at most."""
+    from ...kernels.partitioned import ROW_TILE, WHOLE_TILE
+
+    return ROW_TILE if len(ends) else WHOLE_TILE
 
 
 class Totals:
@@ -86,11 +95,11 @@ class Totals:
     ) -> None:
         """Fold the slots of one stage into its rows."""
         from ...kernels._threads import deal
-        from ...kernels.partitioned import KEY_TILE, ROW_TILE, near
+        from ...kernels.partitioned import KEY_TILE, near
 
         deal(
             near, q, k, x, bias, stage.order, stage.first, stage.last, stage.region, ranges.lo,
-            ranges.hi, ranges.items, stage.ends, stage.skip, scale, ROW_TILE, KEY_TILE,
+            ranges.hi, ranges.items, stage.ends, stage.skip, scale, _tile(stage.ends), KEY_TILE,
             self.top, self.total, self.out, work=_work(stage, ranges, q, x),
         )  # fmt: skip
 
@@ -126,12 +135,12 @@ def fold_back(
 ) -> None:
     """Add what the rows of one stage give back to its slots."""
     from ...kernels._threads import deal
-    from ...kernels.partitioned import KEY_TILE, ROW_TILE, near_transposed
+    from ...kernels.partitioned import KEY_TILE, near_transposed
 
     deal(
         near_transposed, q, k, y, lse, bias, stage.order, stage.first, stage.last, stage.groups,
         stage.region, ranges.lo, ranges.hi, ranges.items, stage.ends, stage.skip, scale,
-        ROW_TILE, KEY_TILE, out, work=_work(stage, ranges, q, y),
+        _tile(stage.ends), KEY_TILE, out, work=_work(stage, ranges, q, y),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ...partitions.ragged import Ragged
 from .layouts import Layout, gather_layers
-from .passes import EMPTY, LOG2E, Data, Near, RowRanges, Totals, fold_back, near_of
+from .passes import EMPTY, Data, Near, RowRanges, Totals, fold_back, near_of
 
 Array = NDArray[Any]
 
@@ -148,28 +148,12 @@ class Shared(Layout):
 
     def heaviest(self, data: Data, count: int) -> Array:
         """Return the regions of largest mass of each row, int64 (n_q, count), -1 for none."""
-        from ...kernels._threads import map_pieces
+        from ...kernels._threads import deal
+        from ...kernels.partitioned import KEY_TILE, ROW_TILE, heaviest
 
-        count_all = self.count
-        take = min(count, count_all)
-
-        def work(rows: slice) -> Array:
-            g = data.scale * LOG2E * (data.f[rows] @ data.keys.T) + data.bits
-            if len(self.limit):
-                g[np.arange(count_all) >= self.limit[rows][:, None]] = -np.inf
-            place = np.arange(len(g))
-            for column in self.skip[rows].T:
-                g[place[column >= 0], column[column >= 0]] = -np.inf
-            best = np.empty((len(g), take), np.int64)
-            for z in range(take):
-                t = g.argmax(axis=1)
-                best[:, z] = np.where(g[place, t] > -np.inf, t, -1)
-                g[place, t] = -np.inf
-            return best
-
-        step = max(64, (1 << 20) // max(count_all, 1))
-        pieces = [slice(i, min(i + step, self.n_q)) for i in range(0, self.n_q, step)]
-        chosen = np.full((self.n_q, count), -1, np.int64)
-        for piece, best in zip(pieces, map_pieces(work, pieces), strict=True):
-            chosen[piece, :take] = best
+        chosen = np.empty((self.n_q, count), np.int64)
+        deal(
+            heaviest, data.f, data.keys, data.bits, self.limit, self.skip, data.scale, ROW_TILE,
+            KEY_TILE, chosen, work=self._work(data, data.f[:0]),
+        )  # fmt: skip
         return chosen

@@ -23,7 +23,8 @@ from ...operators.partitioned.dyadic import Dyadic
 from ...operators.partitioned.grid import Grid
 from ...operators.partitioned.layouts import Layout
 from ...operators.partitioned.operator import MixtureAttention, PartitionedAttention
-from ...operators.partitioned.summaries import Reference, Rule, is_variational
+from ...operators.partitioned.shared import Shared
+from ...operators.partitioned.summaries import Reference, Rule, Summaries, is_variational
 from ...operators.pullback import Gradient, zero_gradient
 from ...partitions.patterns import PATTERNS as POSITIONAL
 from ...partitions.patterns import (
@@ -569,7 +570,9 @@ class Combiner(Method):
         flags = self.flags
         budget = min(base.budget, len(problem.kept_keys))
 
-        def make(layout: Layout, reference: Reference) -> PartitionedAttention:
+        def make(
+            layout: Layout, reference: Reference, summaries: Summaries | None = None
+        ) -> PartitionedAttention:
             return PartitionedAttention(
                 problem,
                 layout,
@@ -580,6 +583,7 @@ class Combiner(Method):
                 bilinear=is_variational(reference, rule) and pattern != "axial_joint",
                 causal_safe=flags.causal_safe,
                 remake=InFloat64(self._part, problem, (pattern, draw)),
+                summaries=summaries,
             )
 
         layout, kept = base.layout, None
@@ -595,7 +599,9 @@ class Combiner(Method):
             layout, kept = promoted(layout, chosen)
             if reference.q0 is not None and not reference.shared and kept is not None:
                 reference = Reference("given", reference.q0[kept])
-            ahat = make(layout, reference)
+            # Where regions are shared, those that some rows read key by key stay what they were.
+            same = isinstance(layout, Shared)
+            ahat = make(layout, reference, ahat.summaries if same else None)
         return Made(ahat, tuple(before), start, base.old, kept, regions)
 
     def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
