@@ -8,6 +8,7 @@ from . import lowrank_baselines as lowrank_baselines
 from . import skeinformer as skeinformer
 from . import sketching as sketching
 from . import softmax as softmax
+from . import training_free as training_free
 from .engine.checking import bound as bound
 from .engine.checking import check as check
 from .engine.checking import default_factory as default_factory
