@@ -69,5 +69,7 @@ from .zoo.performer import Performer as Performer
 from .zoo.skeinformer import Skeinformer as Skeinformer
 from .zoo.sorted_blocks import HyperAttention as HyperAttention
 from .zoo.sorted_blocks import KDEformer as KDEformer
+from .zoo.stream_halving import StreamHalving as StreamHalving
+from .zoo.thinformer import Thinformer as Thinformer
 
 __version__: str

@@ -14,6 +14,8 @@ Array = NDArray[Any]
 
 # Parameters that change what a method promises or how it computes; the defaults are always run.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "thinformer": [{"rule": "kt"}, {"value_factor": False, "bucket": 4}],
+    "stream_halving": [{"block": 4}, {"block": 1, "rule": "kt", "value_factor": False}],
     "topk": [{"renormalize": False}],
     "uniform": [{"estimator": "horvitz-thompson"}],
     "informer": [

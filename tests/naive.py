@@ -892,3 +892,39 @@ def naive_weighted_blocks(
         for j, w in terms:
             weights[i, j] += math.exp(row[j] + w - normalizer[i])
     return weights, normalizer
+
+
+def naive_halving(
+    k: Array, v: Array, b: float, scale: float, uniforms: Array, delta: float, rule: str
+) -> list[bool]:
+    """Return for each pair of neighbours whether the second one stays, by sums over all points.
+
+    ``kappa(x, y) = e^(scale k_x.k_y) (v_x.v_y + b^2)``, ``f_i = kappa(x_2i, .) -
+    kappa(x_2i+1, .)``, ``psi = sum_t +-f_t``: the second one of pair i > 0 stays where
+    ``(2 u_i - 1) a_i <= <psi, f_i>``.
+    """
+    size, pairs = len(k), len(k) // 2
+    level = np.log(2 * size / delta)
+
+    def inner(i: int, t: int) -> float:
+        total = 0.0
+        for x, left in ((2 * i, 1), (2 * i + 1, -1)):
+            for y, right in ((2 * t, 1), (2 * t + 1, -1)):
+                kappa = np.exp(scale * k[x] @ k[y]) * (v[x] @ v[y] + b * b)
+                total += left * right * kappa
+        return total
+
+    signs: list[int] = []
+    largest = spread = 0.0
+    for i in range(pairs):
+        length = np.sqrt(inner(i, i))
+        largest = max(largest, length)
+        alpha = sum(sign * inner(t, i) for t, sign in enumerate(signs))
+        if rule == "simple":
+            a = length * largest * (0.5 + level)
+        else:
+            a = max(length * np.sqrt(spread) * np.sqrt(2 * level), length**2)
+            spread += max(0.0, length**2 * (1 + (length**2 - 2 * a) * spread / a**2))
+        second = i > 0 and (2 * uniforms[i] - 1) * a <= alpha
+        signs.append(-1 if second else 1)
+    return [sign < 0 for sign in signs]

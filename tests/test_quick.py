@@ -31,6 +31,7 @@ import test_sampling
 import test_skeinformer
 import test_sketches
 import test_study
+import test_thinformer
 import test_vjp
 from claim_cases import check_recorded, claims_of
 from method_cases import MethodCase
@@ -48,6 +49,7 @@ KERNELS: dict[str, Check] = {
         next(iter(test_vjp.CASES)), None
     ),
     "features": lambda: test_performer.test_the_formula_by_loops({}, True, True, np.float32),
+    "halving": lambda: test_thinformer.test_buckets_are_halved_as_by_loops("simple", np.float32),
     "partitioned": test_combiner.test_products_are_those_of_the_formula_for_small_lengths,
     "probsparse": lambda: test_informer.test_a_given_draw_gives_what_the_formulas_give(
         "causal m", np.float32

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..base.arguments import check_count
+from ..base.arguments import Causal, check_count
 from ..base.draws import Draw, Rng, check_draw
 from ..operators.base import AttentionOperator
 from ..operators.blocks import merged_blocks
@@ -154,12 +154,7 @@ class CausalTree(Method):
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
         super().check(problem)
-        if problem.causal and problem.n_q != problem.n_k and problem.offset <= 0:
-            raise ValueError(
-                f"causal must be 'bottom-right' with n_q <= n_k for method {self.name!r}, got "
-                f"{problem.causal!r} with n_q = {problem.n_q} and n_k = {problem.n_k}; drop keys "
-                f"that no query sees, or queries without a key"
-            )
+        check_alignment(self, problem)
         for node in self._nodes(problem):
             if not node.exact:
                 self._at(node).check(node.problem)
@@ -221,7 +216,7 @@ class CausalTree(Method):
         for node in self._nodes(problem):
             method, options = self._call(node, draw)
             ahat = method.approximate(node.problem, **options)
-            _, lse = method.attend_with_lse(_with_values(node.problem), **options)
+            _, lse = method.attend_with_lse(with_values(node.problem), **options)
             parts.append((node.rows, node.keys, ahat, lse))
             used = max(used, ahat.effective_rank or 0)
         return merged_blocks(problem, parts, used)
@@ -238,20 +233,30 @@ class CausalTree(Method):
         return out, lse.astype(problem.dtype)
 
 
+def check_alignment(method: Method, problem: AttentionProblem) -> None:
+    """Refuse causal problems whose queries are not the last tokens."""
+    if problem.causal and problem.n_q != problem.n_k and problem.offset <= 0:
+        raise ValueError(
+            f"causal must be 'bottom-right' with n_q <= n_k for method {method.name!r}, got "
+            f"{problem.causal!r} with n_q = {problem.n_q} and n_k = {problem.n_k}; drop keys "
+            f"that no query sees, or queries without a key"
+        )
+
+
 def _blocks(problem: AttentionProblem, leaf: int) -> Iterator[Node]:
     """Yield the blocks of a problem that have queries and keys."""
     everything = problem.kept_keys
     if not problem.causal:
         if problem.n_q and len(everything):
             rows = slice(0, problem.n_q)
-            yield Node("", rows, everything, _part(problem, rows, everything, False), False)
+            yield Node("", rows, everything, part_of(problem, rows, everything, False), False)
         return
     offset = problem.offset
     if offset and problem.n_q:
         keys = everything[everything < offset]
         rows = slice(0, problem.n_q)
         if len(keys):
-            yield Node("[prefix]", rows, keys, _part(problem, rows, keys, False), False)
+            yield Node("[prefix]", rows, keys, part_of(problem, rows, keys, False), False)
     for start, middle, stop in spans(offset, problem.n_k, leaf):
         exact = middle == start
         low, high = np.searchsorted(everything, (start, stop if exact else middle))
@@ -262,10 +267,12 @@ def _blocks(problem: AttentionProblem, leaf: int) -> Iterator[Node]:
         # Masked keys of a leaf stay, since positions decide what its rows see.
         columns = np.arange(start, stop) if exact else keys
         name = f"[{start}:{stop}]"
-        yield Node(name, rows, columns, _part(problem, rows, columns, exact), exact)
+        yield Node(name, rows, columns, part_of(problem, rows, columns, exact), exact)
 
 
-def _part(problem: AttentionProblem, rows: slice, keys: Array, causal: bool) -> AttentionProblem:
+def part_of(
+    problem: AttentionProblem, rows: slice, keys: Array, causal: Causal
+) -> AttentionProblem:
     """Return the problem of some queries and keys."""
     q, k, v = problem.arrays
     mask = None if problem.key_mask is None else problem.key_mask[keys]
@@ -280,7 +287,7 @@ def _part(problem: AttentionProblem, rows: slice, keys: Array, causal: bool) -> 
     )
 
 
-def _with_values(problem: AttentionProblem) -> AttentionProblem:
+def with_values(problem: AttentionProblem) -> AttentionProblem:
     """Return a problem with values, which do not change its normalisers."""
     if problem.arrays.v is not None:
         return problem
