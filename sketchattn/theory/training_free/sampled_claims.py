@@ -84,6 +84,16 @@ def _random_kept(context: Context, bits: int) -> None:
     context.require(float(p.min()) < 1 - 1e-6, "all keys are parallel to the queries")
 
 
+def _spread(problem: AttentionProblem, bits: int, tables: int, least: int, floor: float) -> float:
+    """Return the deviation of the mean of Dhat_i/D_i if keys and rows were independent.
+
+    Few trials may see no change at all, where a key that matters is nearly always kept.
+    """
+    u = collision_probability(code_probability(*hashed(problem, Choices()), bits), tables, least)
+    parts = (problem.exact.to_dense() / (u + floor)) ** 2 * u * (1 - u)
+    return math.sqrt(float(parts.sum())) / problem.n_q
+
+
 def _kept(
     context: Context,
     kind: str,
@@ -126,7 +136,9 @@ def library(
     return made
 
 
-def _unbiased(problem: AttentionProblem, made: list[Array], r: int) -> Observations:
+def _unbiased(
+    problem: AttentionProblem, made: list[Array], r: int, spread: float = 0.0
+) -> Observations:
     """Return that means of Dhat/D, and of the numerator along the output, are one."""
     values = problem.values
     values = np.concatenate([values, np.ones((problem.n_k, 1))], axis=1)
@@ -138,8 +150,11 @@ def _unbiased(problem: AttentionProblem, made: list[Array], r: int) -> Observati
         sums,
         1.0,
         rank=r,
+        spread=spread,
         rounding=ROUNDING * (1 + float(np.abs(problem.logsumexp).max())),
-        series=(Series("numerator and denominator along the exact ones", along, size),),
+        series=(
+            Series("numerator and denominator along the exact ones", along, size, spread * size),
+        ),
     )
 
 
@@ -168,7 +183,7 @@ def _magicpig_unbiased(
         _kept(context, "magicpig", tables, problem, rng, bits=bits, least=least, floor=0.0)
         for rng in context.generators()
     ]
-    return _unbiased(problem, made, tables)
+    return _unbiased(problem, made, tables, _spread(problem, bits, tables, least, 0.0))
 
 
 @claim(
@@ -281,7 +296,8 @@ def _magicpig_floor_bias(
     for rng in context.generators():
         found = _kept(context, "magicpig", tables, problem, rng, bits=bits, least=1, floor=floor)
         values.append(float(found.sum(axis=1).mean()) / target)
-    return Observations(values, 1.0, rank=tables, rounding=ROUNDING)
+    spread = _spread(problem, bits, tables, 1, floor) / target
+    return Observations(values, 1.0, rank=tables, rounding=ROUNDING, spread=spread)
 
 
 @claim(
