@@ -191,7 +191,7 @@ CONTROLS: list[tuple[str, str, Factory]] = [
     ("magicpig_floor_bias", "gaussian-64", changed(floor=0.0)),
     ("magicpig_two_tables", "gaussian-64", swapped),
     ("vattention_unbiased", "gaussian-64", unweighted),
-    ("vattention_unbiased", "clusters", longer),
+    ("vattention_unbiased", "gaussian-64", longer),
     ("vattention_known_coverage", "gaussian-64", changed(eps=0.3)),
     ("vattention_hoeffding_coverage", "gaussian-64", changed(budget="known", eps=1.0)),
     ("vattention_merged_mean", "gaussian-64", distinct),
