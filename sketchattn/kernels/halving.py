@@ -157,7 +157,7 @@ def halved(
             equal,
             uniforms,
             RULES[rule],
-            threads if entries > SERIAL_ENTRIES else 1,
+            min(threads, len(sizes)) if entries > SERIAL_ENTRIES else 1,
             odd,
         )
     return odd
