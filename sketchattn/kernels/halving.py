@@ -159,6 +159,7 @@ def halved(
         uniforms,
         RULES[rule],
         odd,
-        work=entries / 2 * (2 + PRODUCT * width),
+        # One bucket is one item.
+        work=entries / 2 * (2 + PRODUCT * width) if len(sizes) > 1 else 0,
     )
     return odd

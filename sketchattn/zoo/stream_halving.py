@@ -90,7 +90,7 @@ class StreamHalving(Method):
     >>> problem = sa.AttentionProblem(q, k, v, causal=True)
     >>> draw = sa.StreamHalving(rank=8, block=8).draw(problem, rng=0)
     >>> draw["starts"].tolist()
-    [0, 0, 4, 8, 12, 16]
+    [0, 0, 4, 8, 14, 18]
     >>> weights = np.exp(draw["log_weights"])
     >>> [round(float(x.sum()), 9) for x in np.split(weights, draw["starts"][2:-1])]
     [8.0, 16.0, 24.0, 32.0]
