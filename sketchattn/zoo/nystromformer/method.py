@@ -85,8 +85,8 @@ class Nystromformer(Method):
         which ``effective_rank`` says.
     landmarks : {"segment_means", "kmeans", "random", "leverage"} or array (2, r, d)
         Means of r segments of consecutive queries and keys; centroids of k-means (10 steps of
-        `sketchattn.sampling.kmeans`) on each; rows drawn without replacement, uniformly or by leverage scores of Q
-        and of K; or the landmark queries and keys themselves.
+        `sketchattn.sampling.kmeans`) on each; rows drawn without replacement, uniformly or by
+        leverage scores of Q and of K; or the landmark queries and keys themselves.
     iterations : int or None, default 6
         Steps of the published iteration, as `filter_inverse` evaluates them; None: the
         pseudo-inverse by singular values.
