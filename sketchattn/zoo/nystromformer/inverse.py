@@ -25,13 +25,15 @@ def small_softmax(queries: Array, keys: Array, scale: float, counts: Array | Non
     from ...kernels._threads import blas_single_thread
 
     with blas_single_thread(), np.errstate(over="ignore", invalid="ignore"):
-        logits = scale * (queries.astype(np.float64) @ keys.astype(np.float64).T)
+        logits = queries.astype(np.float64) @ keys.astype(np.float64).T
+        logits *= scale
     check_finite(logits, "scale * landmark queries @ landmark keys.T")
     if counts is not None:
         logits += np.log(counts)
     logits -= logits.max(axis=1, keepdims=True)
-    weights: Array = np.exp(logits)
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=1, keepdims=True)
+    return np.asarray(logits)
 
 
 def iterate_inverse(m: ArrayLike, iterations: int = 6) -> Array:

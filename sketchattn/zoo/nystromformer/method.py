@@ -84,9 +84,9 @@ class Nystromformer(Method):
         Number of landmarks r, in 1..n_k; where there are fewer queries or keys, as many as these,
         which ``effective_rank`` says.
     landmarks : {"segment_means", "kmeans", "random", "leverage"} or array (2, r, d)
-        Means of r segments of consecutive queries and keys; centroids of k-means (k-means++, 10
-        Lloyd steps) on each; rows drawn without replacement, uniformly or by leverage scores of Q
-        and of K; or the landmark queries and keys themselves.
+        Means of r segments of consecutive queries and keys; centroids of k-means (10 steps of
+        `sketchattn.sampling.kmeans`) on each; rows drawn without replacement, uniformly or by
+        leverage scores of Q and of K; or the landmark queries and keys themselves.
     iterations : int or None, default 6
         Steps of the published iteration, as `filter_inverse` evaluates them; None: the
         pseudo-inverse by singular values.
