@@ -507,8 +507,8 @@ def test_the_heaviest_regions_are_those_of_a_sort(causal: bool, dtype: Any) -> N
     # Whole numbers below 2^24: every logit is exact, many are equal, and the lower region comes.
     rng = np.random.default_rng(3)
     n, count, most = 150, 21, 4
-    scale = 1 / float(kernels.LOG2E)
-    assert dtype(scale * kernels.LOG2E) == 1
+    scale = 1 / float(softmax.LOG2E)
+    assert dtype(scale * softmax.LOG2E) == 1
     f, keys = (rng.integers(-2, 3, (x, 5)).astype(dtype) for x in (n, count))
     bias = rng.integers(-2, 3, count).astype(dtype)
     bias[[2, 11]] = -np.inf
