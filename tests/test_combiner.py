@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import sketchattn as sa
 from sketchattn.kernels import partitioned as kernels
 from sketchattn.kernels import softmax
-from sketchattn.kernels._threads import limit_threads
+from sketchattn.kernels._threads import deal, limit_threads
 from sketchattn.operators.partitioned import layouts as partitioned
 from sketchattn.operators.partitioned import passes
 from sketchattn.operators.partitioned.operator import MixtureAttention
@@ -507,8 +507,8 @@ def test_the_heaviest_regions_are_those_of_a_sort(causal: bool, dtype: Any) -> N
     # Whole numbers below 2^24: every logit is exact, many are equal, and the lower region comes.
     rng = np.random.default_rng(3)
     n, count, most = 150, 21, 4
-    scale = 1 / float(kernels.LOG2E)
-    assert dtype(scale * kernels.LOG2E) == 1
+    scale = 1 / float(softmax.LOG2E)
+    assert dtype(scale * softmax.LOG2E) == 1
     f, keys = (rng.integers(-2, 3, (x, 5)).astype(dtype) for x in (n, count))
     bias = rng.integers(-2, 3, count).astype(dtype)
     bias[[2, 11]] = -np.inf
@@ -523,14 +523,13 @@ def test_the_heaviest_regions_are_those_of_a_sort(causal: bool, dtype: Any) -> N
     expected[np.take_along_axis(logits, expected, axis=1) == -np.inf] = -1
     assert (expected >= 0).any(axis=1).mean() > 0.5
     assert (expected < 0).any() == causal  # some rows see fewer than four
-    for row_tile, key_tile, threads in ((128, 512, 1), (16, 7, 2), (150, 20, 3)):
+    given = (f, keys, bias, limit, skip, scale)
+    for row_tile, key_tile in ((128, 512), (16, 7), (150, 20)):
         chosen = np.full((n, most), 99)
-        kernels.heaviest(
-            f, keys, bias, limit, skip, scale, row_tile, key_tile, threads, chosen
-        )  # fmt: skip
+        deal(kernels.heaviest, *given, row_tile, key_tile, chosen, work=0)
         assert np.array_equal(chosen, expected)
     chosen = np.full((n, count), 99)  # more than there are
-    kernels.heaviest(f, keys, bias, limit, skip, scale, 128, 512, 1, chosen)
+    deal(kernels.heaviest, *given, 128, 512, chosen, work=0)
     assert np.array_equal(chosen[:, :most], expected)
     assert (chosen[:, -1] == -1).all()
 

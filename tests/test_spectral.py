@@ -23,6 +23,7 @@ from sketchattn.operators.spectra import (
     spectral_norm,
     truncated_svd,
 )
+from sketchattn.operators.wrapped import as_operator
 
 Array = NDArray[Any]
 U = 2.0**-53
@@ -273,3 +274,90 @@ def test_all_values_of_a_large_matrix_are_refused() -> None:
     # Only the smaller side counts: A = 11^T/n_k here.
     values = singular_values(sa.AttentionProblem(zeros[:3], zeros))
     assert np.allclose(values, [np.sqrt(3 / 2049), 0, 0], atol=1e-15)
+
+
+# --- both norms of a report ---------------------------------------------------------------------
+
+
+def _head(n: int = 400, dtype: Any = np.float32, size: float = 1.0, **options: Any) -> Any:
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((n, 8)) for _ in range(3))
+    arrays = (x.astype(dtype) for x in (size * q, size * k, v))
+    return sa.AttentionProblem(*arrays, **options)
+
+
+def _norms(problem: Any, other: Array) -> tuple[float, float]:
+    dense = problem.astype(np.float64).exact.to_dense()
+    return float(np.linalg.norm(other - dense, 2)), float(np.linalg.norm(dense, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": True}])
+def test_norms_of_a_difference_and_of_the_matrix(
+    options: dict[str, Any], dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spectral, "DENSE_LIMIT", 100)
+    if "mask" in options:
+        options = {"key_mask": np.random.default_rng(6).random(400) < 0.8}
+    asked: list[spectral.Asked] = []
+    multiply = spectral._Exact.multiply
+
+    def count(self: Any, x: spectral.Asked) -> Array:
+        asked.append(x)
+        return multiply(self, x)
+
+    monkeypatch.setattr(spectral._Exact, "multiply", count)
+    problem = _head(dtype=dtype, **options)
+    ahat = sa.UniformColumns(rank=40).approximate(problem, rng=0).wide()
+    found = spectral.difference_norm(problem, ahat)
+    expected = _norms(problem, ahat.to_dense())
+    # What single precision finds is a subspace: in the values it counts by its square.
+    assert found == pytest.approx(expected[0], rel=1e-8)
+    assert any(x.rough for x in asked)
+    shared = [x.block.shape[1] for x in asked]
+    assert max(shared) == 32  # columns of both at the same time
+    calls = len(asked)
+    assert spectral.exact_spectral_norm(problem) == pytest.approx(expected[1], rel=1e-8)
+    assert len(asked) == calls  # kept
+    # And beside a norm that is known, the difference alone.
+    asked.clear()
+    assert spectral.difference_norm(problem, ahat) == pytest.approx(expected[0], rel=1e-8)
+    assert max(x.block.shape[1] for x in asked) == 16
+    # Few products in float64: that is what the rest is for.
+    assert sum(not x.rough for x in asked) < sum(x.rough for x in asked)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-7, 1e-12])
+def test_norms_of_differences_that_single_precision_does_not_see(size: float) -> None:
+    problem = _head()
+    dense = problem.astype(np.float64).exact.to_dense()
+    other = dense + size * np.random.default_rng(7).standard_normal(dense.shape)
+    expected = np.linalg.norm(other - dense, 2)
+    # Rounding of the matrix in float64, |A| of about 1, is what is left at the smallest one.
+    found = spectral.difference_norm(problem, as_operator(other, problem))
+    assert abs(found - expected) <= 1e-8 * expected + 1e-14
+
+
+def test_a_useless_start_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _head()
+    ahat = sa.UniformColumns(rank=40).approximate(problem, rng=0).wide()
+    expected = spectral.difference_norm(problem, ahat)
+    rng = np.random.default_rng(8)
+    multiply = spectral._Exact.multiply
+
+    def noise(self: Any, x: spectral.Asked) -> Array:
+        made = multiply(self, x)
+        return rng.standard_normal(made.shape) if x.rough else made
+
+    monkeypatch.setattr(spectral._Exact, "multiply", noise)
+    assert spectral.difference_norm(problem, ahat) == pytest.approx(expected, rel=1e-8)
+    monkeypatch.setattr(spectral._Exact, "multiply", lambda *_: np.zeros((400, 16)))
+    assert spectral.difference_norm(problem, as_operator(np.zeros((400, 400)), problem)) == 0.0
+
+
+def test_logits_that_single_precision_cannot_hold_have_no_rough_products() -> None:
+    assert spectral._Exact(_head()).narrow is not None
+    assert spectral._Exact(_head(size=40.0)).narrow is None  # logits above 4096
+    # Norms of 1e-40 and 1e40, whose products are moderate.
+    q = np.full((4, 2), 1e-40)
+    assert spectral._Exact(sa.AttentionProblem(q, 1e40 * np.eye(4, 2))).narrow is None

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from ..base.arguments import as_array, check_finite, float_dtype
 from ..base.floating import without_floating_errors
 from ..kernels._threads import blas_single_thread
-from ..operators.base import AttentionOperator, Operator
-from ..operators.spectra import dense_spectral_norm, exact_spectral_norm, spectral_norm
+from ..operators.base import AttentionOperator
+from ..operators.spectra import dense_spectral_norm, difference_norm, exact_spectral_norm
 from ..operators.steep import steep_rows
 from ..operators.wrapped import as_operator
 from ..problem import AttentionProblem
@@ -24,8 +24,9 @@ Array = NDArray[Any]
 
 # Above this many entries the matrix is never formed: 2048 x 2048 in float64 is 32 MB.
 DENSE_ENTRIES = 1 << 22
-# Entries of the block of rows of Ahat that is compared in one piece.
-BLOCK_ENTRIES = 1 << 22
+# Entries of the block of rows of Ahat that is compared in one piece: larger ones leave the cache,
+# and are given back to the system and asked for again, page by page.
+BLOCK_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -147,23 +148,6 @@ def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
             key_mask=None if mask is None else mask[None].copy(),
         )
     return _Rows(out[:, 0], out[:, 1], 0.5 * out[:, 2], out[:, 3])
-
-
-class _Difference(Operator):
-    """Represent ``Ahat - A`` in float64 for the spectral norm."""
-
-    def __init__(self, exact: AttentionOperator, ahat: AttentionOperator) -> None:
-        super().__init__(np.dtype(np.float64), exact.shape)  # type: ignore[call-arg]  # stubs know __new__ only
-        self.exact = exact
-        self.ahat = ahat
-
-    def _matmat(self, x: Array) -> Array:
-        difference: Array = np.asarray(self.ahat @ x, np.float64) - self.exact @ x
-        return difference
-
-    def _rmatmat(self, y: Array) -> Array:
-        difference: Array = np.asarray(self.ahat.T @ y, np.float64) - self.exact.T @ y
-        return difference
 
 
 @blas_single_thread()
@@ -309,7 +293,6 @@ def error_report(
         difference = other - exact
     else:
         rows = _streamed_rows(wide, operator.wide())
-        difference = _Difference(wide.exact, operator.wide())
     spoilt = np.flatnonzero(~np.isfinite(rows.variation))
     if len(spoilt):
         raise ValueError(
@@ -322,7 +305,10 @@ def error_report(
 
     matrix_spec_rel = math.nan
     if spectral:
-        size = dense_spectral_norm(difference) if dense else spectral_norm(difference)
+        if dense:
+            size = dense_spectral_norm(difference)
+        else:
+            size = difference_norm(problem, operator.wide())
         matrix_spec_rel = _ratio(size, exact_spectral_norm(problem))
     values = dict.fromkeys(FIELDS, math.nan)
     if problem.v is not None:

@@ -16,11 +16,14 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import numba
-from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic, overload
 
-_caching: Any = importlib.import_module("numba.core.caching")  # without types
+# Without types.
+_caching: Any = importlib.import_module("numba.core.caching")
+cgutils: Any = importlib.import_module("numba.core.cgutils")
+ir: Any = importlib.import_module("llvmlite.ir")
+_intrinsic = cast(Callable[[Any], Callable[..., Any]], intrinsic)
 
 FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
 
@@ -190,7 +193,7 @@ def by_precision(generic: F, *, float32: Callable[..., Any], float64: Callable[.
 # --- items of work --------------------------------------------------------------------------------
 
 
-@intrinsic
+@_intrinsic
 def _fetch_and_add(context: Any, turn: Any) -> Any:
     """Add one to ``turn[0]`` in a single step of the processor and return what it was."""
 
@@ -228,7 +231,7 @@ def _compiled_take(turn: Any) -> Callable[[Any], Any]:
 # --- products in BLAS -----------------------------------------------------------------------------
 
 
-@intrinsic
+@_intrinsic
 def _gemm_added(context: Any, a: Any, b: Any, out: Any) -> Any:
     """``out += a b`` by the function of Numba that its own products call."""
     kinds = (a, b, out)

@@ -493,6 +493,7 @@ def compare(
     no_bias = np.empty((0, 1, 1), np.float64)
     query_buffer = np.empty(row_tile * d, np.float64)
     logit_buffer = np.empty(row_tile * key_tile, np.float64)
+    exact = np.empty(key_tile, np.float64)
     for _ in range(tiles):
         item = take(turn)
         if item >= tiles:
@@ -517,33 +518,39 @@ def compare(
             for i in range(rows):
                 row = start + i
                 b = lse[row] * LOG2E if lse[row] != -np.inf else 0.0
+                # Passes that do little each, so that all of them are vectorised.
+                for j in range(cols):
+                    s[i, j] -= b
+                    exact[j] = exp2(s[i, j])
                 square = 0.0
                 difference = 0.0
                 absolute = 0.0
-                missing = 0
                 for j in range(cols):
-                    a = exp2(s[i, j] - b)
+                    a = exact[j]
                     x = np.float64(other[b0 + i, j0 + j])
                     square += a * a
                     difference += (a - x) * (a - x)
                     absolute += abs(a - x)
-                    missing += 1 if (x <= 0.0 and a > 0.0) else 0
                 out[row, 0] += square
                 out[row, 1] += difference
                 out[row, 2] += absolute
+                if out[row, 3] == np.inf:
+                    continue
+                missing = 0
+                for j in range(cols):
+                    x = other[b0 + i, j0 + j]
+                    missing += 1 if (x <= 0.0 and exact[j] > 0.0) else 0
                 if missing > 0:
                     out[row, 3] = np.inf
-                elif out[row, 3] != np.inf:
-                    divergence = 0.0
-                    for j in range(cols):
-                        t = s[i, j] - b
-                        a = exp2(t)
-                        x = np.float64(other[b0 + i, j0 + j])
-                        # Where A is zero the term is zero, whatever the logarithms are.
-                        t = 0.0 if a == 0.0 else t
-                        x = np.float64(1.0 if a == 0.0 else x)
-                        divergence += a * (t - log2(x))
-                    out[row, 3] += divergence * LN2
+                    continue
+                divergence = 0.0
+                for j in range(cols):
+                    a = exact[j]
+                    # Where A is zero the term is zero, whatever the logarithms are.
+                    t = 0.0 if a == 0.0 else s[i, j]
+                    x = np.float64(1.0 if a == 0.0 else other[b0 + i, j0 + j])
+                    divergence += a * (t - log2(x))
+                out[row, 3] += divergence * LN2
 
 
 # --- drivers --------------------------------------------------------------------------------

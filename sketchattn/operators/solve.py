@@ -63,7 +63,7 @@ def solve_over(
     options: dict[str, Any] = {}
     if problem.causal and bias is None:
         options["mask"] = visible[None]
-    elif problem.causal:
+    elif problem.causal and bias is not None:
         options["mask"] = np.where(visible, bias, -np.inf).astype(problem.dtype)[None]
     elif bias is not None:
         options["mask"] = bias[None, None]

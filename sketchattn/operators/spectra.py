@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +12,11 @@ from numpy.typing import NDArray
 from ..base.head import Head
 from ..kernels._threads import blas_single_thread, product
 from .softmax import exact_of
+from .solve import normalizer, solve
+from .steep import is_steep
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 # Smaller sides up to this go to LAPACK: 2048 x 2048 takes seconds and 32 MB in float64.
 DENSE_LIMIT = 2048
@@ -93,32 +98,104 @@ def block_krylov(
     >>> block_krylov(aslinearoperator(np.diag([3.0, 2.0, 1.0])), 1)[1].round(6).tolist()
     [3.0]
     """
-    m, n = operator.shape
+    steps = _krylov(
+        operator.shape, rank, tolerance, block=block, max_iterations=max_iterations, seed=seed
+    )
+
+    def multiply(asked: list[Asked]) -> list[Array]:
+        (x,) = asked
+        return [np.asarray((operator.T if x.transposed else operator) @ x.block, np.float64)]
+
+    return _run([steps], multiply)[0]
+
+
+class Asked(NamedTuple):
+    """Ask for the product of a matrix, or of its transpose, with a block (n, w) or (m, w).
+
+    In single precision if ``rough``; ``of`` is the number of who asks.
+    """
+
+    block: Array
+    transposed: bool = False
+    rough: bool = False
+    of: int = 0
+
+
+# What asks for products, is sent them, and returns a result at the end.
+Steps = Generator[Asked, Array, T]
+
+
+def _run(started: Sequence[Steps[T]], multiply: Callable[[list[Asked]], list[Array]]) -> list[T]:
+    """Run several at the same time and return their results.
+
+    What they ask for that is alike is handed to ``multiply`` together; rough products come first,
+    so that who needs fewer of them waits for the others.
+    """
+    results: dict[int, T] = {}
+    waiting: dict[int, Asked] = {}
+
+    def go_on(which: int, given: Array | None) -> None:
+        try:
+            step = started[which]
+            waiting[which] = next(step) if given is None else step.send(given)
+        except StopIteration as stop:
+            results[which] = stop.value
+
+    for which in range(len(started)):
+        go_on(which, None)
+    while waiting:
+        kind = max((x.rough, not x.transposed) for x in waiting.values())
+        chosen = [i for i, x in waiting.items() if (x.rough, not x.transposed) == kind]
+        products = multiply([waiting.pop(i)._replace(of=i) for i in chosen])
+        for which, given in zip(chosen, products, strict=True):
+            go_on(which, given)
+    return [results[which] for which in range(len(started))]
+
+
+def _krylov(
+    shape: tuple[int, int],
+    rank: int,
+    tolerance: float,
+    *,
+    block: int | None = None,
+    max_iterations: int = 60,
+    seed: int = 0,
+    start: Array | None = None,
+    rough: bool = False,
+) -> Steps[tuple[Array, Array, Array]]:
+    """Take the steps of ``block_krylov``, from an orthonormal ``start`` (n, w) if it is given.
+
+    A rough run, of products in single precision, hands on as many triplets as its block has, and
+    what it has found when the iterations are over.
+    """
+    m, n = shape
     rank = min(rank, m, n)
     width = min(max(rank + 8, 16) if block is None else block, n)
     rng = np.random.default_rng(seed)
-    fresh = _orthonormal(rng.standard_normal((n, width)))
+    fresh = _orthonormal(rng.standard_normal((n, width))) if start is None else start
+    most = width if rough else rank
     basis = np.empty((n, 0))
     image = np.empty((m, 0))
     previous: Array | None = None
     change = np.inf
-    for _ in range(max_iterations):
+    for iteration in range(max_iterations):
         basis = np.concatenate([basis, fresh], axis=1)
-        image = np.concatenate([image, np.asarray(operator @ fresh, np.float64)], axis=1)
+        image = np.concatenate([image, (yield Asked(fresh, False, rough))], axis=1)
         # sigma(M W) from the small Gram matrix would lose half of the digits: take R of a QR.
         left, r = np.linalg.qr(image)
         u, s, wt = np.linalg.svd(r, full_matrices=False)
         top = s[:rank]
         if previous is not None and len(previous) == len(top) == rank:
             change = float(np.max(np.abs(top - previous), initial=0.0))
-        if change <= tolerance * max(float(s[0]), 1e-300) or basis.shape[1] >= n:
-            return left @ u[:, :rank], top, wt[:rank] @ basis.T
+        over = rough and iteration + 1 == max_iterations
+        if over or change <= tolerance * max(float(s[0]), 1e-300) or basis.shape[1] >= n:
+            return left @ u[:, :most], s[:most], wt[:most] @ basis.T
         previous = top
         last = image[:, -fresh.shape[1] :]
         last = last / max(float(np.max(np.abs(last))), 1e-300)  # its span is all that counts
-        fresh = _orthonormal(np.asarray(operator.T @ last, np.float64), basis)
+        fresh = _orthonormal((yield Asked(last, True, rough)), basis)
         if fresh.shape[1] == 0:  # the subspace is invariant: nothing can change any more
-            return left @ u[:, :rank], top, wt[:rank] @ basis.T
+            return left @ u[:, :most], s[:most], wt[:most] @ basis.T
     raise RuntimeError(
         f"singular values must settle within {max_iterations} iterations to {tolerance}, got a "
         f"last change of {change:.3g}; raise block or tolerance"
@@ -146,6 +223,120 @@ def spectral_norm(operator: Any, *, tolerance: float = 1e-8) -> float:
     return float(block_krylov(operator, 1, tolerance=tolerance)[1][0])
 
 
+# Where a rough run stops: products in single precision are right to about 1e-6 of the norm.
+ROUGH, ROUGH_ITERATIONS = 1e-6, 12
+
+
+def _largest(shape: tuple[int, int], tolerance: float, rough: bool) -> Steps[float]:
+    """Take the steps to the largest singular value, the first of them in single precision.
+
+    Those find a subspace only; singular values are those of the products with it in float64.
+    Vectors v and ``u = M v / sigma`` with the residual ``R = M^T U - V Sigma`` of the p largest
+    triplets leave an error of at most ``|R|^2 / (sigma_1 - sigma')`` in ``sigma_1``, with the
+    largest singular value outside of their span as sigma', here that of the next triplet: errors
+    of vectors count by their squares, so that 1e-6 of the first steps is 1e-12.  Where no p
+    shows that the tolerance is reached, iterations in float64 go on from there.
+    """
+    start = None
+    if rough:
+        found = yield from _krylov(shape, 1, ROUGH, max_iterations=ROUGH_ITERATIONS, rough=True)
+        basis = _orthonormal(found[2].T)
+        if basis.shape[1]:
+            left, r = np.linalg.qr((yield Asked(basis)))
+            u, s, wt = np.linalg.svd(r, full_matrices=False)
+            back = yield Asked(left @ u, True)
+            residual = back - basis @ (wt.T * s)
+            for p in range(1, len(s)):
+                error = dense_spectral_norm(residual[:, :p]) ** 2
+                if error <= tolerance * s[0] * (s[0] - s[p]):
+                    return float(s[0])
+            start = _orthonormal(back)
+            start = start if start.shape[1] else None
+    return float((yield from _krylov(shape, 1, tolerance, start=start))[1][0])
+
+
+class _Exact:
+    """Multiply the exact matrix, in float64 and, where that is of use, in float32."""
+
+    def __init__(self, problem: Head) -> None:
+        self.wide = exact_of(problem.astype(np.float64))
+        self.narrow: Head | None = None
+        if not is_steep(self.wide.problem):
+            with suppress(ValueError):  # beyond the range of float32
+                self.narrow = problem.astype(np.float32)
+
+    def multiply(self, asked: Asked) -> Array:
+        """Return ``A X`` or ``A^T Y``, float64."""
+        if not asked.rough or self.narrow is None:
+            return np.asarray((self.wide.T if asked.transposed else self.wide) @ asked.block)
+        block = np.ascontiguousarray(asked.block, np.float32)
+        if not asked.transposed:
+            return np.asarray(solve(self.narrow, block)[0], np.float64)
+        from ..kernels.softmax import transposed_product
+
+        mask, (q, k, _) = self.narrow.key_mask, self.narrow.arrays
+        out = transposed_product(
+            q,
+            k,
+            block,
+            normalizer(self.wide.problem).astype(np.float32),
+            scale=self.narrow.scale,
+            first=self.narrow.offset,
+            right=0 if self.narrow.causal else None,
+            key_mask=None if mask is None else mask[None].copy(),
+        )
+        return out.astype(np.float64)
+
+
+@blas_single_thread()
+def difference_norm(problem: Head, ahat: Any, *, tolerance: float = 1e-8) -> float:
+    """Return ``|Ahat - A|_2`` in float64, of an approximation that is never formed.
+
+    Unless it is known, ``|A|_2`` is computed beside it, and kept: one pass over A serves both.
+
+    Parameters
+    ----------
+    problem : Head
+    ahat : LinearOperator (n_q, n_k)
+    tolerance : float
+        Relative; see ``block_krylov``.
+    """
+    exact = _Exact(problem)
+    shape = exact.wide.shape
+    if min(shape) == 0:
+        return 0.0
+    rough = exact.narrow is not None
+
+    def multiply(asked: list[Asked]) -> list[Array]:
+        blocks = [x.block for x in asked]
+        whole = exact.multiply(asked[0]._replace(block=np.concatenate(blocks, axis=1)))
+        parts = np.split(whole, np.cumsum([x.shape[1] for x in blocks])[:-1], axis=1)
+        made = []
+        for x, part in zip(asked, parts, strict=True):
+            if x.of == 0:
+                mine = np.asarray((ahat.T if x.transposed else ahat) @ x.block, np.float64)
+                part = mine - part
+            made.append(part)
+        return made
+
+    found: list[float] = []
+
+    def both() -> float:
+        found.extend(_run([_largest(shape, tolerance, rough) for _ in range(2)], multiply))
+        return found[1]
+
+    if not is_small(shape):
+        problem.cached("spectral_norm", both)
+    if not found:
+        found = _run([_largest(shape, tolerance, rough)], multiply)
+    return found[0]
+
+
+def is_small(shape: tuple[int, int]) -> bool:
+    """Say whether a matrix goes to LAPACK."""
+    return min(shape) <= DENSE_LIMIT and shape[0] * shape[1] <= DENSE_LIMIT**2
+
+
 @blas_single_thread()
 def dense_spectral_norm(x: Array) -> float:
     """Return the largest singular value of a dense matrix from its smaller Gram matrix.
@@ -167,14 +358,17 @@ def dense_spectral_norm(x: Array) -> float:
     return size * float(np.sqrt(max(top[0], 0.0)))
 
 
+@blas_single_thread()
 def exact_spectral_norm(problem: Head) -> float:
     """Return ``|A|_2`` of a problem in float64, computed once."""
 
     def compute() -> float:
-        wide = exact_of(problem.astype(np.float64))
-        if min(wide.shape) <= DENSE_LIMIT and wide.shape[0] * wide.shape[1] <= DENSE_LIMIT**2:
-            return dense_spectral_norm(wide.to_dense())
-        return spectral_norm(wide)
+        exact = _Exact(problem)
+        shape = exact.wide.shape
+        if is_small(shape):
+            return dense_spectral_norm(exact.wide.to_dense())
+        rough = exact.narrow is not None
+        return _run([_largest(shape, 1e-8, rough)], lambda x: [exact.multiply(x[0])])[0]
 
     return problem.cached("spectral_norm", compute)
 

@@ -201,7 +201,7 @@ class Dyadic(Layout):
 
     def _work(self, data: Data, x: Array) -> float:
         """Return the steps of a pass over a region a level, for factors as wide as x."""
-        return len(data.q) * len(self.offsets) * (data.f.shape[1] + x.shape[1])
+        return float(len(data.q) * len(self.offsets) * (data.f.shape[1] + x.shape[1]))
 
     def transposed(
         self, data: Data, y: Array, lse: Array, *, only_far: bool = False

@@ -119,7 +119,7 @@ def _work(stage: Near, ranges: RowRanges, q: Array, x: Array) -> float:
 
     slots = (ranges.hi - ranges.lo)[stage.region]
     pairs = int((stage.last - stage.first) @ slots) if len(slots) else 0
-    return pairs * (1 + PRODUCT * (q.shape[1] + x.shape[1]))
+    return float(pairs * (1 + PRODUCT * (q.shape[1] + x.shape[1])))
 
 
 def fold_back(

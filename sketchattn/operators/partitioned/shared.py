@@ -122,7 +122,7 @@ class Shared(Layout):
         """Return the steps of a pass over all regions, for factors as wide as x."""
         from ...kernels._threads import PRODUCT
 
-        return len(data.f) * len(data.keys) * (1 + PRODUCT * (data.f.shape[1] + x.shape[1]))
+        return float(len(data.f) * len(data.keys) * (1 + PRODUCT * (data.f.shape[1] + x.shape[1])))
 
     def transposed(
         self, data: Data, y: Array, lse: Array, *, only_far: bool = False
