@@ -22,7 +22,7 @@ Array = NDArray[Any]
 # Pairs whose products with all earlier points a thread forms at a time.
 PAIRS = 16
 # Entries of the kernel below which a second thread costs more than it saves.
-SERIAL_ENTRIES = 1 << 17
+SERIAL_ENTRIES = 1 << 20
 RULES = {"simple": 0, "kt": 1}
 
 
