@@ -25,9 +25,15 @@ TOPICS = (
     "dba",
     "lowrank_baselines",
     "combiner",
+    "training_free",
 )
 # Scripts that take more than a few seconds.
-LONG = frozenset({"sketching", "linformer", "skeinformer", "dba", "lowrank_baselines", "combiner"})
+LONG = frozenset(
+    {
+        *("sketching", "linformer", "skeinformer", "dba", "lowrank_baselines", "combiner"),
+        "training_free",
+    }
+)
 # What is broken by default: one statement of each table, and tables of numbers that are quick.
 BROKEN = {
     "softmax": (
@@ -53,6 +59,12 @@ BROKEN = {
         *("dba.lossless_logits", "dba.circle", "dba.multiplicity", "dba.matrix_floor"),
         *("dba.logit_error", "dba.projector", "dba.skeleton", "dba.jl_logits"),
         *("line", "trap", "attained", "lemma", "enumeration"),
+    ),
+    "training_free": (
+        *("training_free.wildcat_row_sums", "training_free.wildcat_exact"),
+        *("training_free.block_sample_unbiased", "training_free.thinning_mass"),
+        *("training_free.tree_exact", "training_free.vattention_merged_mean"),
+        *("gray", "laws", "thinning_merge"),
     ),
     "lowrank_baselines": (
         *("lowrank_baselines.residual_recursion", "lowrank_baselines.queries_suffice"),
@@ -221,7 +233,8 @@ def test_every_chapter_has_its_script_and_its_figure() -> None:
 
 
 NAME = re.compile(
-    r"`((?:softmax|sketching|linformer|skeinformer|informer|dba|lowrank_baselines|combiner)"
+    r"`((?:softmax|sketching|linformer|skeinformer|informer|dba|lowrank_baselines|combiner|"
+    r"training_free)"
     r"\.[A-Za-z0-9_]+)`"
 )
 

@@ -84,7 +84,7 @@ class CausalTree(Method):
     ----------
     rank : int
         Budget of the inner method in each block, in 1..n_k; at most the keys of the block.
-    inner : str or Method, default "uniform"
+    inner : str or Method, default "wildcat"
         A method whose ``traits.logsumexp`` is True: a name, with its defaults, or an object with
         parameters of its own, whose rank, if it has one, is replaced by ``rank``.
     leaf : int, default 256
@@ -125,7 +125,7 @@ class CausalTree(Method):
     (16, 4)
     """
 
-    def __init__(self, rank: int, inner: str | Method = "uniform", leaf: int = 256) -> None:
+    def __init__(self, rank: int, inner: str | Method = "wildcat", leaf: int = 256) -> None:
         self.rank = rank
         self.inner = inner
         self.leaf = leaf
