@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,7 +121,8 @@ def as_array(x: object, name: str) -> Array:
     ``__dlpack__`` whose memory the CPU can read.  bfloat16 tensors without a NumPy equivalent
     are widened exactly to float32.
     """
-    if isinstance(x, np.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # nothing is a masked array before that is loaded
+    if masked is not None and isinstance(x, masked.MaskedArray):
         raise TypeError(
             f"{name} must be a plain array, got a masked array; pass its data and use key_mask"
         )

@@ -63,6 +63,7 @@ class Layout(ABC):
     hi: Array
     items: Array
     _lam: Array | None = None
+    _order: Array | None = None
     # Where all regions have one reference query: e_j of the keys, ln W_t of the regions.
     _logits: Array | None = None
     _log_weight: Array
@@ -87,11 +88,22 @@ class Layout(ABC):
         self.lo, self.hi, self.items = lo.astype(np.int64), hi.astype(np.int64), items
         sizes = np.maximum(self.hi - self.lo, 0)
         self.at = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(np.int64)
-        # By where their keys are, which a cache then still holds for the next region.
-        order = np.lexsort((-sizes, self.lo // CACHED_KEYS)).astype(np.int64)
-        self.order = order[sizes[order] <= CACHED_KEYS]
+        self._order = None
         self.pieces = _pieces(self.lo, self.hi, self.at)
         self.nonempty = sizes > 0
+
+    @property
+    def order(self) -> Array:
+        """Regions of up to ``CACHED_KEYS`` keys, in the order in which they are summarised.
+
+        By where their keys are, which a cache then still holds for the next region.  Regions that
+        are merged need none: a million of them are not sorted for nothing.
+        """
+        if self._order is None:
+            sizes = self.sizes
+            order = np.lexsort((-sizes, self.lo // CACHED_KEYS)).astype(np.int64)
+            self._order = order[sizes[order] <= CACHED_KEYS]
+        return self._order
 
     @property
     def sizes(self) -> Array:
