@@ -97,9 +97,7 @@ def table(frame: Any) -> str:
     """Return errors and times, a line a method and a pair of columns a rank."""
     lines = []
     ranks = sorted(set(frame["rank"]) - {1}) or [1]
-    lines.append(
-        f"{'method':<15}" + "".join(f"{f'r = {r}: error':>26}{'time':>8}" for r in ranks)
-    )
+    lines.append(f"{'method':<15}" + "".join(f"{f'r = {r}: error':>26}{'time':>8}" for r in ranks))
     for name, part in frame.groupby("method", sort=False):
         line = f"{name:<15}"
         for r in ranks:

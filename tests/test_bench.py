@@ -59,6 +59,7 @@ def test_every_family_is_loaded_by_what_runs_them() -> None:
         "small",
         "threads",
         "peers",
+        "peers_training_free",
         "integrations",
         "import",
     ]

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from method_cases import dense_attention
 from packaging_checks import ROOT
@@ -183,3 +184,26 @@ def test_the_code_of_the_page_on_combiner_runs(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 5
     assert printed[0].startswith("47 slots a row")
+
+
+def test_training_free_methods_are_compared(run: Run) -> None:
+    heads = str(some_heads(run.folder))
+    out = run("training_free", "--heads", heads, "--ranks", "4,8", "--seeds", "1", "--out", "made")
+    assert (run.folder / "made/errors.png").stat().st_size > 0
+    lines = {line.split()[0]: line for line in out.splitlines() if line[:1].isalpha()}
+    assert {"vmean", "topk", "wildcat", "hyperattention", "skeinformer"} <= set(lines)
+    assert all("-" not in line.split("[")[1] for line in (lines["wildcat"], lines["thinformer"]))
+    problem = sa.read_heads(heads)[0]
+    frame = pd.read_csv(run.folder / "made/errors.csv")
+    found = frame[(frame["method"] == "vmean") & (frame["head"] == problem.name)]["error"].iloc[0]
+    truth = dense_attention(problem) @ problem.values
+    wanted = np.linalg.norm(problem.values.mean(axis=0) - truth) / np.linalg.norm(truth)
+    assert abs(found - wanted) <= 1e-5
+
+
+def test_causal_heads_are_compared_by_causal_methods(run: Run) -> None:
+    heads = str(some_heads(run.folder, causal=True))
+    out = run("training_free", "--heads", heads, "--ranks", "4", "--seeds", "1", "--no-floors")
+    assert "causal_tree" in out
+    assert "wildcat" not in out.replace("causal_tree", "")
+    assert "svd" not in out

@@ -20,6 +20,7 @@ from . import (
     sketching,
     small,
     startup,
+    training_free,
 )
 from .harness import Benchmark, Row, known
 
@@ -35,6 +36,7 @@ _FAMILIES = (
     lowrank,
     small,
     peers,
+    training_free,
     integrations,
     startup,
 )
