@@ -36,7 +36,8 @@ def _training_free(quick: bool, rounds: int) -> Iterator[Row]:
         yield compare("peers_training_free", case, seconds, "ours", "exact", target=target)
     theirs = _goodpoints(k, r)
     if theirs is not None:
-        calls = {"ours": partial(attention, q, k, v, "thinformer", rank=r, rng=0), "theirs": theirs}
+        ours = partial(attention, q, k, v, "thinformer", rank=r, rng=0)
+        calls: dict[str, Callable[[], object]] = {"ours": ours, "theirs": theirs}
         yield compare(
             "peers_training_free",
             f"thinformer, against the choice of keys alone, n={n}, d=64",
