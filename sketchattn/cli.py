@@ -722,7 +722,9 @@ def _bench(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Time this library beside what it competes with, on all threads and on one.
+    """Time this library beside what it competes with.
+
+    Each line is measured on all threads and on one.
 
     What other programs use meanwhile is measured: rounds that they disturb are done again, and
     marked where that does not help.

@@ -161,21 +161,36 @@ def test_queries_at_the_end_of_the_keys(n_q: int) -> None:
     problem = sa.AttentionProblem(q[64 - n_q :], k, v, scale=0.5, causal="bottom-right")
     exact = sa.CausalTree(64, inner="exact", leaf=8).attend(problem)
     assert np.abs(exact - problem.output).max() <= 1e-12
-    method = sa.CausalTree(64, leaf=8)
+    method = sa.CausalTree(64, inner="uniform", leaf=8)
     assert np.abs(method.attend(problem, rng=0) - problem.output).max() <= 1e-12
     names = list(method.draw(problem, rng=0))
     assert (names[:1] == ["columns[prefix]"]) == (n_q < 64)
 
 
-def test_other_alignments_are_refused() -> None:
+@pytest.mark.parametrize("leaf", [1, 8, 50])
+@pytest.mark.parametrize("alignment", ["top-left", "bottom-right"])
+def test_every_alignment_is_exact_with_exact_blocks(alignment: Any, leaf: int) -> None:
     q, k, v = instance_g().arrays
     assert v is not None
-    for rows, alignment in ((40, "top-left"), (64, "bottom-right"), (64, "top-left")):
-        keys = 64 if rows == 40 else 30
-        aligned: Any = alignment
-        problem = sa.AttentionProblem(q[:rows], k[:keys], v[:keys], causal=aligned)
-        with pytest.raises(ValueError, match="causal must be 'bottom-right' with n_q <= n_k"):
-            sa.CausalTree(4).attend(problem, rng=0)
+    mask = np.arange(64) % 7 != 0
+    for rows, keys in ((40, 64), (64, 30), (64, 1), (1, 64)):
+        problem = sa.AttentionProblem(
+            q[:rows], k[:keys], v[:keys], causal=alignment, key_mask=mask[:keys]
+        )
+        seen = problem.logsumexp > -np.inf
+        for method in (
+            sa.CausalTree(keys, inner="exact", leaf=leaf),
+            sa.StreamHalving(keys, block=leaf),
+        ):
+            out, lse = method.attend_with_lse(problem, 0)
+            dense = method.approximate(problem, 0).to_dense()
+            assert np.abs(dense @ problem.values - out).max() <= 1e-12
+            assert np.abs(dense.sum(axis=1) - seen).max() <= 1e-12
+            assert not dense[~problem.visible()].any()
+            assert np.array_equal(lse > -np.inf, seen)
+            if isinstance(method, sa.CausalTree) or leaf == 1:  # larger blocks need room in a cache
+                assert np.abs(out - problem.output).max() <= 1e-12
+                assert np.abs(lse[seen] - problem.logsumexp[seen]).max(initial=0.0) <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -197,9 +212,9 @@ def test_leaf_must_be_positive() -> None:
 
 def test_draws_are_independent_of_their_neighbours() -> None:
     problem = instance_g()
-    draw = sa.CausalTree(4, leaf=8).draw(problem, rng=0)
+    draw = sa.CausalTree(4, inner="uniform", leaf=8).draw(problem, rng=0)
     assert len({tuple(x.tolist()) for x in draw.values()}) == len(draw) == 7
-    coarse = sa.CausalTree(4, leaf=32).draw(problem, rng=0)
+    coarse = sa.CausalTree(4, inner="uniform", leaf=32).draw(problem, rng=0)
     assert np.array_equal(coarse["columns[0:64]"], draw["columns[0:64]"])
 
 

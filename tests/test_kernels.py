@@ -10,11 +10,12 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from method_cases import CASES, IDS, MethodCase, make_problem, supports
 from naive import naive_attention, naive_compare, naive_transposed
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn.kernels import softmax
+from sketchattn.kernels import _threads, softmax
 from sketchattn.kernels._jit import FASTMATH, kernel
 from sketchattn.kernels._threads import deal
 from sketchattn.kernels.partitioned import line_means
@@ -221,6 +222,33 @@ def test_signatures_stay_within_two_precisions_of_contiguous_arrays() -> None:
                     assert argument.aligned, (name, argument)
                     floats |= {argument.dtype} - {numba.types.boolean, numba.types.int64}
             assert floats <= {numba.types.float32, numba.types.float64}, (name, signature)
+
+
+@pytest.mark.filterwarnings("ignore")  # of clusters with few distinct keys
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_kernels_of_every_method_see_arrays_of_one_layout(
+    case: MethodCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another one, or one that may not be written to, would be compiled once more.
+    shared, seen = _threads._shared, set()
+
+    def watched(work: Any, arguments: Any, threads: int) -> None:
+        for i, x in enumerate(arguments):
+            if isinstance(x, np.ndarray) and not (x.flags.c_contiguous and x.flags.writeable):
+                seen.add((getattr(work, "__name__", str(work)), i, x.dtype.name))
+        shared(work, arguments, threads)
+
+    monkeypatch.setattr(_threads, "_shared", watched)
+    for options in ({}, {"causal": True}, {"key_mask": np.arange(30) % 3 > 0}):
+        problem = make_problem(30, 30, np.float32, **options)
+        if supports(case, problem):
+            method = case(8)
+            method.attend(problem, 0)
+            ahat = method.approximate(problem, 0)
+            assert (ahat.T @ (ahat @ problem.values)).shape == problem.values.shape
+            if case.traits.logsumexp:
+                method.attend_with_lse(problem, 0)
+    assert seen == set()
 
 
 # --- products against loops ---------------------------------------------------------------------

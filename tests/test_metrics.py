@@ -102,6 +102,8 @@ def test_paths_agree(case: MethodCase, dtype: Any) -> None:
         if not supports(case, problem):
             continue  # it refuses, see methods
         ahat = case(8).approximate(problem, 0 if case.traits.randomized else None)
+        if ahat.path == "exact":  # errors are those of rounding, as those of "exact"
+            continue
         dense, streamed = (
             sa.error_report(problem, ahat, path=path).as_dict() for path in ("dense", "streaming")
         )

@@ -121,8 +121,9 @@ def as_array(x: object, name: str) -> Array:
     ``__dlpack__`` whose memory the CPU can read.  bfloat16 tensors without a NumPy equivalent
     are widened exactly to float32.
     """
-    masked = sys.modules.get("numpy.ma")  # nothing is a masked array before that is loaded
-    if masked is not None and isinstance(x, masked.MaskedArray):
+    # Nothing is a masked array before their module is loaded, which another thread may be doing.
+    masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+    if masked is not None and isinstance(x, masked):
         raise TypeError(
             f"{name} must be a plain array, got a masked array; pass its data and use key_mask"
         )
@@ -169,9 +170,10 @@ def as_arrays(*given: object) -> list[Array]:
 
 def float_dtype(x: Array, name: str) -> np.dtype[Any]:
     """Return the precision that ``x`` is computed in: float32 for halves, or its own."""
-    if x.dtype == np.float32 or x.dtype.name in ("float16", "bfloat16"):
+    # Comparing is quicker than asking for a name, which the other byte order has too.
+    if x.dtype == np.float32 or x.dtype.name in ("float16", "bfloat16", "float32"):
         return np.dtype(np.float32)
-    if x.dtype == np.float64:
+    if x.dtype == np.float64 or x.dtype.name == "float64":
         return np.dtype(np.float64)
     raise TypeError(
         f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..base.arguments import check_logits, stacked
+from ..base.arguments import check_logits, prepare, stacked
 from ..base.head import Head
 from ..kernels._threads import product
 from .steep import softmax_tiles, steep_rows, tiles_of
@@ -67,7 +67,7 @@ def solve_over(
         options["mask"] = np.where(visible, bias, -np.inf).astype(problem.dtype)[None]
     elif bias is not None:
         options["mask"] = bias[None, None]
-    x = np.ascontiguousarray(x, problem.dtype)
+    x = prepare(x, problem.dtype)
     made, lses = softmax_product(q[None], k[columns][None], x[None], scale=problem.scale, **options)
     out, lse = made[0], lses[0]
     steep = steep_rows(problem)

@@ -93,18 +93,20 @@ class CausalTree(Method):
     Raises
     ------
     TypeError, ValueError
-        For values out of range, an inner method without a normaliser or for square problems only,
-        and causal problems with ``n_q != n_k`` other than "bottom-right" with ``n_q <= n_k``.
+        For values out of range, and an inner method without a normaliser or for square problems
+        only.
 
     Notes
     -----
     Exact where ``leaf >= n_q``, and ``path`` says so.  With more keys than queries the keys before
-    the first query are one block more.  Masked keys are deleted from each block.  Problems without
-    a causal mask are one block: the inner method itself.
+    the first query are one block more, and so are queries after the last key, which see all keys.
+    Masked keys are deleted from each block.  Problems without a causal mask are one block: the
+    inner method itself.
 
     The draw has the arrays of the inner method once a block, with its tokens in the name:
     "columns[0:512]" for the top of 512 keys, "columns[prefix]" for the block of keys before the
-    first query.  Each block has a stream of its own.
+    first query, "columns[suffix]" for that of the queries after the last key.  Each block has a
+    stream of its own.
 
     Traits are those of the inner method: no row depends on later tokens, queries among them, if
     the inner method computes a row from its own query and the keys alone (``autoregressive``).
@@ -154,7 +156,6 @@ class CausalTree(Method):
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
         super().check(problem)
-        check_alignment(self, problem)
         for node in self._nodes(problem):
             if not node.exact:
                 self._at(node).check(node.problem)
@@ -233,16 +234,6 @@ class CausalTree(Method):
         return out, lse.astype(problem.dtype)
 
 
-def check_alignment(method: Method, problem: AttentionProblem) -> None:
-    """Refuse causal problems whose queries are not the last tokens."""
-    if problem.causal and problem.n_q != problem.n_k and problem.offset <= 0:
-        raise ValueError(
-            f"causal must be 'bottom-right' with n_q <= n_k for method {method.name!r}, got "
-            f"{problem.causal!r} with n_q = {problem.n_q} and n_k = {problem.n_k}; drop keys "
-            f"that no query sees, or queries without a key"
-        )
-
-
 def _blocks(problem: AttentionProblem, leaf: int) -> Iterator[Node]:
     """Yield the blocks of a problem that have queries and keys."""
     everything = problem.kept_keys
@@ -252,12 +243,16 @@ def _blocks(problem: AttentionProblem, leaf: int) -> Iterator[Node]:
             yield Node("", rows, everything, part_of(problem, rows, everything, False), False)
         return
     offset = problem.offset
-    if offset and problem.n_q:
-        keys = everything[everything < offset]
-        rows = slice(0, problem.n_q)
-        if len(keys):
-            yield Node("[prefix]", rows, keys, part_of(problem, rows, keys, False), False)
-    for start, middle, stop in spans(offset, problem.n_k, leaf):
+    # Tokens have a query and a key: those before the first are keys alone, which all queries see,
+    # or queries alone, which see nothing; those after the last are the other way round.
+    first, last = max(offset, 0), min(problem.n_k, problem.n_q + offset)
+    for name, rows, keys in (
+        ("[prefix]", slice(max(-offset, 0), last - offset), everything[everything < offset]),
+        ("[suffix]", slice(max(last, 0) - offset, problem.n_q), everything),
+    ):
+        if rows.start < rows.stop and len(keys):
+            yield Node(name, rows, keys, part_of(problem, rows, keys, False), False)
+    for start, middle, stop in spans(first, last, leaf) if first < last else ():
         exact = middle == start
         low, high = np.searchsorted(everything, (start, stop if exact else middle))
         keys = everything[low:high]

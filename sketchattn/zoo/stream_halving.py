@@ -23,7 +23,7 @@ from ..problem import AttentionProblem
 from ..sampling.halving import Weighted, halve
 from .base import Method, Traits, register
 from .baselines import Exact
-from .causal_tree import check_alignment, part_of, with_values
+from .causal_tree import part_of, with_values
 from .thinformer import check_halving, check_log_weights, kernel_of, weighted_solution
 
 Array = NDArray[Any]
@@ -67,8 +67,7 @@ class StreamHalving(Method):
     Raises
     ------
     TypeError, ValueError
-        For values out of range, problems without values unless ``value_factor`` is False, and
-        causal problems with ``n_q != n_k`` other than "bottom-right" with ``n_q <= n_k``.
+        For values out of range, and problems without values unless ``value_factor`` is False.
 
     Notes
     -----
@@ -129,7 +128,6 @@ class StreamHalving(Method):
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
         super().check(problem)
-        check_alignment(self, problem)
         if self.value_factor:
             _ = problem.values
 
@@ -143,11 +141,13 @@ class StreamHalving(Method):
         """Return what attends to each cache of a draw."""
         if not problem.causal:
             return [Part(slice(0, problem.n_q), 0, 0)]
-        offset, parts = problem.offset, []
-        for start in range(0, problem.n_k, int(self.block)):
-            stop = min(start + int(self.block), problem.n_k)
+        offset, end, parts = problem.offset, _end(problem), []
+        for start in range(0, end, int(self.block)):
+            stop = min(start + int(self.block), end)
             rows = slice(max(start - offset, 0), max(stop - offset, 0))
             parts.append(Part(rows, start, stop))
+        if end < problem.n_q + offset:  # queries after the last key
+            parts.append(Part(slice(end - offset, problem.n_q), end, end))
         return parts
 
     def _caches(self, problem: AttentionProblem, rng: np.random.Generator) -> Iterator[Weighted]:
@@ -156,7 +156,7 @@ class StreamHalving(Method):
         keys = problem.kept_keys
         # Tokens of a block are positions where a mask knows of them, otherwise keys that exist.
         places = keys if problem.causal else np.arange(len(keys))
-        end = problem.n_k if problem.causal else len(keys)
+        end = _end(problem) if problem.causal else len(keys)
         cache = Weighted(keys[:0], np.zeros(0))
         halvings = 0
         while _share(size, halvings) > s:
@@ -182,7 +182,7 @@ class StreamHalving(Method):
 
     def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
         caches = list(self._caches(problem, rng))
-        caches = caches[:-1] if problem.causal else caches[-1:]
+        caches = caches[: len(self._parts(problem))] if problem.causal else caches[-1:]
         starts = np.concatenate([[0], np.cumsum([len(x.positions) for x in caches])])
         none = Weighted(np.zeros(0, np.int64), np.zeros(0))
         return Draw(
@@ -262,6 +262,11 @@ def _attended(part: AttentionProblem, log_weights: Array | None) -> tuple[Array,
     if log_weights is None:
         return Exact().attend_with_lse(part)
     return weighted_solution(part, np.arange(part.n_k), part.values, log_weights)
+
+
+def _end(problem: AttentionProblem) -> int:
+    """Return the number of keys that some query of a causal problem sees."""
+    return max(0, min(problem.n_k, problem.n_q + problem.offset))
 
 
 def _share(block: int, halvings: int) -> int:

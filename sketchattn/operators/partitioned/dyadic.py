@@ -37,7 +37,7 @@ class Dyadic(Layout):
         levels = max((n - 1).bit_length(), 1)
         # Causal rows use even blocks only; a tree needs the others to merge.
         self.half = causal and not tree
-        self.mask = np.empty(0, bool) if mask is None else np.ascontiguousarray(mask)
+        self.mask = np.empty(0, bool) if mask is None else mask.copy()  # kernels want it writeable
         kept = np.arange(n) if mask is None else np.flatnonzero(mask)
         offsets, level, block = [0], [EMPTY], [EMPTY]
         total = 0
