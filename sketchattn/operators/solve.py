@@ -58,13 +58,12 @@ def solve_over(
     from ..kernels.softmax import softmax_product
 
     q, k, _ = problem.arrays
-    visible = columns[None, :] <= (np.arange(problem.n_q) + problem.offset)[:, None]
     bias = None if log_weights is None else log_weights.astype(problem.dtype)
     options: dict[str, Any] = {}
-    if problem.causal and bias is None:
-        options["mask"] = visible[None]
-    elif problem.causal and bias is not None:
-        options["mask"] = np.where(visible, bias, -np.inf).astype(problem.dtype)[None]
+    if problem.causal:
+        visible = columns[None, :] <= (np.arange(problem.n_q) + problem.offset)[:, None]
+        hidden = problem.dtype.type(-np.inf)
+        options["mask"] = (visible if bias is None else np.where(visible, bias, hidden))[None]
     elif bias is not None:
         options["mask"] = bias[None, None]
     x = prepare(x, problem.dtype)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..base.arguments import check_logits
+from ..base.arguments import check_logits, largest
 from ..base.head import Head
 from ..kernels._threads import product
 
@@ -41,7 +41,13 @@ def steep_rows(problem: Head) -> Array:
 
     Keys that a row does not see do not decide how it is computed.
     """
-    return problem.cached("steep_rows", lambda: np.flatnonzero(_bounds(problem) > STEEP))
+
+    def find() -> Array:
+        if _reach(problem) <= STEEP / 2:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(_bounds(problem) > STEEP)
+
+    return problem.cached("steep_rows", find)
 
 
 def check_overflow(problem: Head) -> None:
@@ -52,6 +58,8 @@ def check_overflow(problem: Head) -> None:
     most = float(np.finfo(problem.dtype).max) / 2
 
     def check() -> bool:
+        if _reach(problem) <= STEEP:
+            return True
         rows = np.flatnonzero(~(_bounds(problem) <= most))
         for positions, logits in tiles_of(problem, rows):
             wrong = ((np.abs(logits) > most) & problem.visible(rows[positions])).any(axis=1)
@@ -66,6 +74,16 @@ def _refuse(problem: Head, rows: Array) -> None:
     lse = np.zeros(problem.n_q, problem.dtype)
     lse[rows] = np.nan
     check_logits(lse)
+
+
+def _reach(problem: Head) -> float:
+    """Return ``|scale| d max |q| max |k|``, all keys, which no logit exceeds; NaN where one is."""
+
+    def find() -> float:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return abs(problem.scale) * problem.d * largest(problem.q) * largest(problem.k)
+
+    return problem.cached("reach", find)
 
 
 def _bounds(problem: Head) -> Array:
