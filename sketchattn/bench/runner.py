@@ -104,7 +104,7 @@ def render(rows: Sequence[Row], around: Mapping[str, float | None] | None = None
 
     ``around`` has the load before and after, as `measure_load` gives it.
     """
-    form = "{:<14}{:<58}{:>10}  {:<18}{:>10}{:>9}  {:<15}{:<16}{:>10}{:>9}  {}"
+    form = "{:<20}{:<58}{:>10}  {:<18}{:>10}{:>9}  {:<15}{:<16}{:>10}{:>9}  {}"
     titles = ["benchmark", "case", "ours", "against", "theirs", "ratio", "[quartiles]", "target"]
     lines = [form.format(*titles, "1 thread", "ratio", "target").rstrip()]
     for row in rows:
