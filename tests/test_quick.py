@@ -17,6 +17,7 @@ import pytest
 import test_attention
 import test_bench
 import test_cli
+import test_clustering
 import test_combiner
 import test_heads
 import test_informer
@@ -47,6 +48,7 @@ Check = Callable[[], object]
 
 # The file of sketchattn/kernels: a check whose answer is computed there.
 KERNELS: dict[str, Check] = {
+    "clustering": test_clustering.test_precisions_agree,
     "collisions": lambda: test_sampled.test_the_kept_keys_are_those_of_the_loops(2, "plain"),
     "gradients": lambda: test_vjp.test_gradients_are_those_of_loops(
         next(iter(test_vjp.CASES)), None

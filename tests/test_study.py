@@ -1022,6 +1022,9 @@ def test_what_is_in_a_folder_belongs_to_its_rows(tmp_path: Path) -> None:
 # --- other backends, and workers without a parent -----------------------------------------------
 
 
+# JAX, which another file of tests may have loaded, warns of every fork.
+@pytest.mark.filterwarnings("ignore:.*fork:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.parametrize("backend", ["loky", "threading", "sequential", "multiprocessing"])
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_backends_of_joblib_give_the_same_rows(backend: str, jobs: int) -> None:

@@ -495,7 +495,7 @@ def thinning_constants(checks: Checks) -> Table:
                 number(float(np.quantile(off, 0.95)), 2),
             )
         )
-    return Table(("head", "sigma^2/b_max^2", "median bound", "95 % of |Dhat/D - 1|"), rows)
+    return Table(("head", "sigma^2/b_max^2", "median bound", "95 % of abs(Dhat/D - 1)"), rows)
 
 
 @CHAPTER.table("thinning_pairs")

@@ -162,6 +162,9 @@ def as_methods(
         kept, left_out = [], {}
         for name in default_methods():
             variant = Variant.of(name, by_name(name, ranks[0]))
+            if variant.method.traits.causal_form and not any(p.causal for p in problems):
+                left_out[name] = "it makes another method causal, and no head is"
+                continue
             refused = _refusal(variant, problems, ranks)
             if refused is None:
                 kept.append(variant)

@@ -68,6 +68,8 @@ class Traits:
     differentiable : bool
         At a fixed draw the output has a derivative with respect to Q, K and V, which `Method.vjp`
         applies.
+    causal_form : bool
+        It makes another method causal, and is that method where there is no causal mask.
     logsumexp : bool
         The normaliser of every row is known on the scale of the exact logits, which
         `Method.attend_with_lse` gives: outputs over disjoint sets of keys can be merged by it.
@@ -88,6 +90,7 @@ class Traits:
     matrix: bool = True
     differentiable: bool = False
     logsumexp: bool = False
+    causal_form: bool = False
 
 
 def register(name: str) -> Callable[[M], M]:

@@ -149,6 +149,7 @@ class CausalTree(Method):
             uses_rank=True,
             differentiable=False,
             logsumexp=True,
+            causal_form=True,
         )
 
     # --- arguments --------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...base.floating import without_floating_errors
 from ...problem import AttentionProblem
 from ..engine.arguments import Array
 
@@ -34,6 +35,7 @@ class SignedSum(NamedTuple):
     log_size: float
 
 
+@without_floating_errors
 def signed_sum(problem: AttentionProblem, delta: float = 0.5) -> SignedSum:
     """Return the constants of one halving of all keys in one bucket.
 
@@ -67,6 +69,7 @@ def signed_sum(problem: AttentionProblem, delta: float = 0.5) -> SignedSum:
     return SignedSum(c, ratio, log_b + 0.5 * math.log(ratio))
 
 
+@without_floating_errors
 def denominator_bound(problem: AttentionProblem, failure: float, delta: float = 0.5) -> Array:
     """Return what ``|Dhat_i/D_i - 1|`` exceeds with probability ``failure + delta/2`` at most.
 

@@ -49,10 +49,10 @@ def trace_bound(eigenvalues: ArrayLike, rank: int) -> float:
 
     Examples
     --------
-    >>> trace_bound([0.5, 0.3, 0.1, 0.1], 3), trace_bound([0.5, 0.3, 0.2], 3)
-    (1.0, 0.0)
+    >>> round(trace_bound([0.5, 0.3, 0.1, 0.1], 3), 3), trace_bound([0.5, 0.3, 0.2], 3)
+    (0.558, 0.0)
     >>> round(trace_bound(0.5 ** np.arange(32), 16), 3)
-    0.263
+    0.097
     """
     r = int(whole(rank, "rank", 1))
     found = np.sort(np.atleast_1d(real(eigenvalues, "eigenvalues", 0, low_open=False)))[::-1]
