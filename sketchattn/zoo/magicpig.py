@@ -285,7 +285,12 @@ class MagicPIG(Method):
     # --- the draw ---
 
     def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
-        tables = self._tables(problem) if self.tables is None else int(self.tables)
+        choices = ("magicpig", int(self.rank), int(self.bits), self.choices)
+        tables = (
+            problem.cached(choices, lambda: self._tables(problem))
+            if self.tables is None
+            else int(self.tables)
+        )
         return Draw(planes=rng.standard_normal((self._width(problem), tables * int(self.bits))))
 
     def _width(self, problem: AttentionProblem) -> int:
