@@ -36,6 +36,14 @@ ONE_HEAD = (1, 1, 33, 48)
 WIDTH, VALUE_WIDTH, RANK = 16, 8, 8
 
 # Methods that need a parameter to honour an option, or are shown with others than the defaults.
+# For cases of some dozen keys: others would be exact, or hash with hundreds of tables.
+SMALL_PARAMETERS: dict[str, dict[str, Any]] = {
+    "causal_tree": {"leaf": 8},
+    "hyperattention": {"leaf": 8},
+    "kdeformer": {"leaf": 8},
+    "magicpig": {"bits": 4},
+    "stream_halving": {"block": 8},
+}
 CAUSAL_PARAMETERS: dict[str, dict[str, Any]] = {"skeinformer": {"causal_form": "corrected"}}
 
 
@@ -246,9 +254,10 @@ def exact_specs() -> list[Spec]:
 
 
 def golden_method(name: str, causal: bool = False) -> Method:
-    """Return a registered method with rank 8 and its other defaults."""
+    """Return a registered method with rank 8, parameters for few keys, and its other defaults."""
     known = inspect.signature(methods()[name]).parameters
     parameters: dict[str, Any] = {"rank": RANK} if "rank" in known else {}
+    parameters |= SMALL_PARAMETERS.get(name, {})
     if causal:
         parameters |= CAUSAL_PARAMETERS.get(name, {})
     return make_method(name, parameters)
@@ -257,7 +266,8 @@ def golden_method(name: str, causal: bool = False) -> Method:
 def method_specs(name: str) -> list[Spec]:
     """Return the cases of an approximate method: those that its traits allow."""
     method = golden_method(name)
-    given = {p: x for p, x in method.get_params(deep=False).items() if p == "rank"}
+    own = {"rank", *SMALL_PARAMETERS.get(name, {})}
+    given = {p: x for p, x in method.get_params(deep=False).items() if p in own}
     traits = method.traits
     sizes = ONE_HEAD if traits.rectangular else (1, 1, 48, 48)
     heads = (4, 2, 17, 24) if traits.rectangular else (4, 2, 24, 24)
