@@ -10,7 +10,7 @@ import numpy as np
 
 
 def machine() -> dict[str, Any]:
-    """Return what a number depends on: CPU, threads, thread layer, BLAS, versions."""
+    """Return what a number depends on: CPU, threads, BLAS, versions."""
     import numba
     import scipy
     from threadpoolctl import threadpool_info

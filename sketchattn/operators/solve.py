@@ -57,6 +57,10 @@ def solve_over(
     """
     from ..kernels.softmax import softmax_product
 
+    if log_weights is not None and len(log_weights) and (log_weights == log_weights[0]).all():
+        # Equal weights shift all logits of a row alike: nothing has to be added to each.
+        out, lse = solve_over(problem, columns, x)
+        return out, lse + problem.dtype.type(log_weights[0])
     q, k, _ = problem.arrays
     bias = None if log_weights is None else log_weights.astype(problem.dtype)
     options: dict[str, Any] = {}

@@ -18,13 +18,13 @@ from ..operators.base import AttentionOperator
 from ..operators.blocks import merged_blocks
 from ..operators.merging import merge_into
 from ..operators.sampled import SampledAttention
-from ..operators.solve import softmax_over
+from ..operators.solve import softmax_over, solve_over
 from ..problem import AttentionProblem
 from ..sampling.halving import Weighted, halve
 from .base import Method, Traits, register
 from .baselines import Exact
 from .causal_tree import part_of, with_values
-from .thinformer import check_halving, check_log_weights, kernel_of, weighted_solution
+from .thinformer import check_halving, check_log_weights, kernel_of
 
 Array = NDArray[Any]
 
@@ -261,7 +261,7 @@ def _attended(part: AttentionProblem, log_weights: Array | None) -> tuple[Array,
     """Return output and logsumexp of a block, or of a cache."""
     if log_weights is None:
         return Exact().attend_with_lse(part)
-    return weighted_solution(part, np.arange(part.n_k), part.values, log_weights)
+    return solve_over(part, np.arange(part.n_k), part.values, log_weights)
 
 
 def _end(problem: AttentionProblem) -> int:

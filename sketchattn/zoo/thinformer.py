@@ -272,7 +272,7 @@ class Thinformer(Method):
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         kept = draw["kept"]
-        return weighted_solution(problem, kept, problem.values[kept], draw["log_weights"])
+        return solve_over(problem, kept, problem.values[kept], draw["log_weights"])
 
     def _vjp(self, problem: AttentionProblem, draw: Draw, cotangent: Array) -> Gradient:
         return columns_pullback(problem, draw["kept"], cotangent, np.exp(draw["log_weights"]))
@@ -313,13 +313,3 @@ def check_log_weights(x: Array, length: int) -> Array:
     if not np.isfinite(x).all():
         raise ValueError("log_weights must be finite, got some that are not; drop those keys")
     return x.astype(np.float64)
-
-
-def weighted_solution(
-    problem: AttentionProblem, columns: Array, x: Array, log_weights: Array
-) -> tuple[Array, Array]:
-    """Return what `solve_over` does, sooner where all weights are equal."""
-    if len(log_weights) and (log_weights == log_weights[0]).all():
-        output, lse = solve_over(problem, columns, x)
-        return output, lse + problem.dtype.type(log_weights[0])
-    return solve_over(problem, columns, x, log_weights)
