@@ -409,6 +409,21 @@ def test_draws_that_repeat_or_are_scaled_are_noticed() -> None:
         assert reason in verdict.notes
 
 
+def test_equal_draws_are_noticed_where_chance_does_not_explain_them() -> None:
+    def observer(chance: float) -> Observer:
+        def inner(context: Context) -> Observations:
+            for _ in context.generators():
+                context.fingerprint(1.0, chance)
+            return Observations([0.0] * context.trials, 1.0, delta=0.05)
+
+        return inner
+
+    # 2^-20 is above the level of 5.7e-7, 2^-21 is below
+    for chance, trials, status in ((1.0, 400, "holds"), (0.5, 21, ""), (0.5, 22, "violated")):
+        verdict = run(entry("tail", observer(chance)), pair(), trials, 0.95, 0, {})
+        assert (verdict.status == "violated") == (status == "violated")
+
+
 def test_trials_have_streams_of_their_own() -> None:
     def first(claim_id: str, name: str, entropy: int) -> list[float]:
         seen: list[float] = []

@@ -177,17 +177,22 @@ def trials_for_size(found: Mean, size: float) -> int | None:
     return math.ceil(need) if math.isfinite(need) else None
 
 
-def audit(audits: Mapping[str, tuple[float, list[float]]], marks: Sequence[float]) -> str:
+def audit(
+    audits: Mapping[str, tuple[float, list[float]]], marks: Sequence[tuple[float, float]]
+) -> str:
     """Return what is wrong with the draws of a check, empty if nothing is.
 
     Parameters
     ----------
     audits : mapping from names to (target, values)
         Quantities whose mean must be the target.
-    marks : sequence of float
-        Numbers that two independent draws do not share.
+    marks : sequence of (float, float)
+        Numbers, and with which chance at most another independent draw has the same one.
     """
-    if len(marks) > 1 and len(set(marks)) == 1:
+    from scipy.stats import norm
+
+    shared = math.prod(chance for _, chance in marks[1:])
+    if len({mark for mark, _ in marks}) == 1 and shared < 2 * norm.sf(ALARM):
         return f"all {len(marks)} trials drew the same operator"
     for name, (target, values) in audits.items():
         seen = z_score(values, target)

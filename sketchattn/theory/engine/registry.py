@@ -64,7 +64,7 @@ class Context:
     key: tuple[int, ...]
     factory: OperatorFactory
     audits: dict[str, tuple[float, list[float]]] = field(default_factory=dict)
-    fingerprints: list[float] = field(default_factory=list)
+    fingerprints: list[tuple[float, float]] = field(default_factory=list)
 
     def generators(self) -> Iterator[np.random.Generator]:
         """Yield one independent generator for each trial, the same for the same seed."""
@@ -83,9 +83,9 @@ class Context:
         """Record one trial of a quantity whose mean is ``target`` for the operators meant."""
         self.audits.setdefault(name, (target, []))[1].append(value)
 
-    def fingerprint(self, value: float) -> None:
-        """Record a number that two independent draws do not share."""
-        self.fingerprints.append(value)
+    def fingerprint(self, value: float, chance: float = 0.0) -> None:
+        """Record a number that two independent draws share with at most this chance."""
+        self.fingerprints.append((value, chance))
 
     def require(self, condition: bool, reason: str) -> None:
         """End with "not applicable" unless a condition on problem and parameters holds."""

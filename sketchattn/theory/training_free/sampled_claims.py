@@ -102,15 +102,44 @@ def _kept(
     rng: np.random.Generator,
     **parameters: Any,
 ) -> Array:
-    """Return ``e^{L_ij} w_ij/D_i`` (n_q, n_k) of one draw; which they are tells draws apart."""
+    """Return ``e^{L_ij} w_ij/D_i`` (n_q, n_k) of one draw; which keys are kept tells draws apart.
+
+    A weight that underflows, or is sure to be kept, tells nothing.
+    """
     if not is_default(context):
         found = implemented(context, kind, r, rng, problem=problem, **parameters)
     else:
         found = library(kind, r, problem.n_k, rng, problem=problem, **parameters)
     kept = np.flatnonzero(found)
-    if len(kept) < found.size:
-        context.fingerprint(float(np.sum(np.sqrt(kept + 1.0))))
+    if kind == "magicpig":
+        chance = _alike(problem, r, **parameters)
+    else:
+        chance = _subset_chance(problem.exact.to_dense(), found)
+    context.fingerprint(float(np.sum(np.sqrt(kept + 1.0))), chance)
     return found
+
+
+def _alike(
+    problem: AttentionProblem, tables: int, *, bits: int, least: int, floor: float
+) -> float:
+    """Return with which chance at most two draws keep the same keys: not even one differs."""
+    u = collision_probability(code_probability(*hashed(problem, Choices()), bits), tables, least)
+    seen = u[problem.exact.to_dense() / (u + floor) > 0]
+    return float((seen**2 + (1 - seen) ** 2).min(initial=1.0))
+
+
+def _subset_chance(weights: Array, found: Array) -> float:
+    """Return the chance of the keys that a row has drawn, all subsets of one size being alike.
+
+    Keys that are sure to be kept have their own weight, and drawn ones a larger one.
+    """
+    from scipy.special import gammaln
+
+    drawn = found > weights * (1 + 1e-6)
+    sure = (found > 0) & ~drawn
+    n = np.count_nonzero((weights > 0) & ~sure, axis=1)
+    k = np.count_nonzero(drawn & (weights > 0), axis=1)
+    return float(np.exp(gammaln(k + 1) + gammaln(n - k + 1) - gammaln(n + 1)).min())
 
 
 def library(
