@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import sketchattn as sa
-from sketchattn import cli
 from sketchattn.bench import harness, runner, startup
 from sketchattn.cli import main, parse_heads, read_output
+from sketchattn.cli.application import print_json
 from sketchattn.errors.reports import FIELDS
 from sketchattn.studies import run
 
@@ -214,7 +214,7 @@ def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
 
 def test_infinities_are_strings_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"a": [float("inf"), float("nan"), np.float64(1.5)], "b": Path("x"), "c": np.int64(2)}
-    cli._print_json(values)
+    print_json(values)
     assert json.loads(capsys.readouterr().out) == {"a": ["inf", "nan", 1.5], "b": "x", "c": 2}
 
 

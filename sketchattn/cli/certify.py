@@ -1,0 +1,85 @@
+"""Certify outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .application import JSON_HELP, app, print_json, table
+from .inputs import HEADS_HELP, parse_heads, pick, read_output
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..heads.container import Heads
+
+
+@app.command("certify")
+def _certify(
+    heads: Annotated[str, typer.Argument(help=HEADS_HELP, metavar="HEADS")],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            help="Output of any implementation: .npy, .npz or .safetensors, shape (n_q, d_v) for "
+            "one head or (heads, n_q, d_v); the array named output, or the only one.",
+            metavar="OUTPUT",
+        ),
+    ],
+    head: Annotated[
+        str | None, typer.Option(help="Name or number (from 0) of one head.", metavar="NAME|INDEX")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Exact rows to compute.")] = 256,
+    confidence: Annotated[
+        float, typer.Option(help="Probability that the interval holds the error.")
+    ] = 0.95,
+    kind: Annotated[
+        str, typer.Option(help="finite-sample (always valid) or approximate (tight).")
+    ] = "finite-sample",
+    seed: Annotated[int, typer.Option(help="Seed of the sample of rows.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Bound the error of any output array from exact rows.
+
+    The rows are a random sample; the error is |Ohat - O|_F / |O|_F of each head, with the exact
+    output O of HEADS.  The width of an interval is high / low: 1 where all rows were computed.
+    """
+    from ..errors.certificates import certify
+
+    given = parse_heads(heads)
+    chosen = pick(given, head)
+    outputs = _per_head(read_output(output), given, chosen, head)
+    records = []
+    for i, array in zip(chosen, outputs, strict=True):
+        certificate = certify(given[i], array, rows, confidence, seed, kind=kind)
+        names = ("estimate", "low", "high", "width", "rows", "confidence", "kind")
+        records.append(
+            {"head": given.names[i]} | {name: getattr(certificate, name) for name in names}
+        )
+    if as_json:
+        print_json(records)
+        return
+    cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in r.values()] for r in records]
+    typer.echo(table(list(records[0]), cells, left=1))
+
+
+def _per_head(
+    array: NDArray[np.generic], heads: Heads, chosen: list[int], head: str | None
+) -> list[NDArray[np.generic]]:
+    """Return the output of each chosen head."""
+    one = (heads.n_q, heads.d_v)
+    if array.shape == (len(heads), *one):
+        return [array[i] for i in chosen]
+    if array.shape == one:
+        if len(chosen) == 1:
+            return [array]
+        raise ValueError(
+            f"head must be given for an output of one head, got {len(heads)} heads; "
+            f"add --head NAME or --head NUMBER"
+        )
+    raise ValueError(
+        f"output must have the shape {one} of one head or {(len(heads), *one)} of all, got "
+        f"{array.shape}; check that it belongs to these heads"
+    )
