@@ -29,7 +29,7 @@ import sketchattn as sa
 from sketchattn import AttentionProblem
 from sketchattn.operators.factored import FactoredAttention
 from sketchattn.operators.reference import merge, round_to
-from sketchattn.zoo.base import Deterministic, Method, Traits
+from sketchattn.zoo.base import Method, Traits
 
 Array = NDArray[Any]
 Result = tuple[Array, Array]
@@ -1610,7 +1610,7 @@ def test_the_exact_method_as_an_object() -> None:
     assert np.array_equal(attention(*given, sa.Exact(), causal=True, rng=3), want)
 
 
-class Plain(Deterministic):
+class Plain(Method):
     """A method that honours as little as a method can."""
 
     name = "plain"

@@ -199,9 +199,9 @@ def test_a_check_that_could_not_tell_is_not_passed() -> None:
     """Where the answer is the mean of V to rounding, a program that gives it is not seen."""
 
     class Dull(sa.UniformColumns):
-        def _attend(self, problem: Any, rng: Any, draw: Any) -> Array:
+        def _attend(self, problem: Any, draw: Any) -> Array:
             mean = np.asarray(problem.v).mean(axis=0, keepdims=True)
-            return np.asarray(mean + 1e-4 * super()._attend(problem, rng, draw))
+            return np.asarray(mean + 1e-4 * super()._attend(problem, draw))
 
     method = Dull(rank=8)
 

@@ -201,8 +201,8 @@ def test_a_result_that_last_bits_decide_is_left_out(monkeypatch: pytest.MonkeyPa
     class Steep(sa.UniformColumns):
         """Amplify whatever it is given."""
 
-        def _attend(self, problem: Any, rng: Any, draw: Any) -> Array:
-            return np.asarray(np.sin(1e9 * super()._attend(problem, rng, draw)))
+        def _attend(self, problem: Any, draw: Any) -> Array:
+            return np.asarray(np.sin(1e9 * super()._attend(problem, draw)))
 
     monkeypatch.setitem(base._REGISTRY, "steep", Steep)
     monkeypatch.setattr(Steep, "name", "steep")

@@ -2,47 +2,189 @@
 
 from __future__ import annotations
 
+import json
 import numbers
+import os
 from collections.abc import Mapping
+from io import BytesIO
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import as_array
+from .files import parse_safetensors, write_bytes
+from .head import Head
 
 Array = NDArray[Any]
 Rng = int | np.integer[Any] | np.random.Generator | None
 
 
+class Origin:
+    """Say what a draw was made by and for; compares the problem when it is asked to.
+
+    Attributes
+    ----------
+    method : str
+        The method with its parameters.
+    seed : int or None
+        What ``rng`` was, where it was a number.
+    problem : str
+        ``problem.digest``.
+    """
+
+    def __init__(self, method: str, seed: int | None, problem: str | Head) -> None:
+        self.method = method
+        self.seed = seed
+        self._problem = problem
+
+    @property
+    def problem(self) -> str:
+        """The digest of the problem."""
+        return self._problem if isinstance(self._problem, str) else self._problem.digest
+
+    def fits(self, problem: Head) -> bool:
+        """Say whether a problem is the one of the draw, in either precision."""
+        own = self._problem
+        if own is problem or self.problem == problem.digest:
+            return True
+        if problem.dtype == np.float64:
+            return problem.astype(np.float32).digest == self.problem
+        return not isinstance(own, str) and own.astype(problem.dtype).digest == problem.digest
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"method": self.method, "seed": self.seed, "_problem": self.problem}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return method, seed and the digest of the problem."""
+        return {"method": self.method, "seed": self.seed, "problem": self.problem}
+
+    def __repr__(self) -> str:
+        return f"Origin({self.method}, seed={self.seed}, problem={self.problem[:12]}...)"
+
+
 class Draw(dict[str, Array]):
     """Map names to the arrays that a method drew; can be saved and handed in again.
+
+    ``origin`` tells method, seed and problem of a draw that `Method.draw` made or a file holds.
+    A draw of another problem is refused where it is handed in; `detach` gives one that is not.
 
     Examples
     --------
     >>> import sketchattn as sa
-    >>> problem = sa.make_heads("gaussian", n=8, d=4, rng=0)[0]
+    >>> problem, other = (sa.make_heads("gaussian", n=8, d=4, rng=s)[0] for s in (0, 1))
     >>> method = sa.UniformColumns(rank=3)
     >>> draw = method.draw(problem, rng=0)
     >>> (method.approximate(problem, draw=draw) @ problem.v).shape
     (8, 4)
+    >>> draw.origin.seed
+    0
+    >>> (method.approximate(other, draw=draw.detach()) @ other.v).shape
+    (8, 4)
     """
 
+    origin: Origin | None = None
+
+    def detach(self) -> Draw:
+        """Return the same arrays without their origin, for use on any problem that they fit."""
+        return Draw(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_restored, (dict(self), self.origin))
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the arrays as safetensors; a file that exists is replaced in one step."""
+        """Write the arrays and their origin; a file that exists is replaced in one step.
+
+        Parameters
+        ----------
+        path : path
+            ``.safetensors`` (the origin is its metadata) or ``.npz`` (the origin is the entry
+            ``origin``, a JSON text).
+
+        Raises
+        ------
+        ValueError
+            For another ending.
+        """
+        suffix = _suffix(path)
+        arrays = {name: np.ascontiguousarray(x) for name, x in self.items()}
+        made = {} if self.origin is None else self.origin.as_dict()
+        if suffix == ".npz":
+            buffer = BytesIO()
+            if made:
+                arrays[_ORIGIN] = np.array(json.dumps(made))
+            np.savez(buffer, **arrays)  # type: ignore[arg-type]  # any name is one of an array
+            write_bytes(path, buffer.getvalue())
+            return
         from safetensors.numpy import save
 
-        from .files import write_bytes
-
-        write_bytes(path, save({name: np.ascontiguousarray(x) for name, x in self.items()}))
+        texts = {name: json.dumps(x) for name, x in made.items()}
+        write_bytes(path, save(arrays, metadata=texts or None))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Draw:
-        """Read the arrays that ``save`` wrote."""
-        from safetensors.numpy import load_file
+        """Read what `save` wrote.
 
-        return cls(load_file(str(path)))
+        Raises
+        ------
+        ValueError
+            For another ending, no such file, or one that `save` did not write.
+        """
+        source = Path(os.path.expanduser(path))
+        suffix = _suffix(source)
+        if not source.is_file():
+            raise ValueError(f"path must be an existing file, got {str(source)!r}; check its name")
+        raw = source.read_bytes()
+        try:
+            if suffix == ".npz":
+                with np.load(BytesIO(raw), allow_pickle=False) as archive:
+                    arrays = {name: archive[name] for name in archive.files}
+                made = json.loads(str(arrays.pop(_ORIGIN, np.array("{}"))))
+            else:
+                arrays, _, texts = parse_safetensors(raw)
+                made = {name: json.loads(x) for name, x in texts.items() if name in _FIELDS}
+            origin = Origin(made["method"], made["seed"], made["problem"]) if made else None
+        except Exception as error:  # the formats raise many kinds for damaged files
+            raise ValueError(
+                f"path must be a file that Draw.save wrote, got {str(source)!r}, which is not "
+                f"({' '.join(str(error).split()) or type(error).__name__}); save the draw again"
+            ) from error
+        return _restored(arrays, origin)
+
+
+_ORIGIN = "origin"
+_FIELDS = ("method", "seed", "problem")
+
+
+def _restored(arrays: Mapping[str, Array], origin: Origin | None) -> Draw:
+    draw = Draw(arrays)
+    if origin is not None:
+        draw.origin = origin
+    return draw
+
+
+def _suffix(path: str | PathLike[str]) -> str:
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path must be a string or a path, got {type(path).__name__}; name a file")
+    suffix = Path(path).suffix
+    if suffix not in (".safetensors", ".npz"):
+        raise ValueError(
+            f"path must end in .safetensors or .npz, got {str(path)!r}; choose one of these formats"
+        )
+    return suffix
+
+
+def check_origin(draw: object, problem: Head) -> None:
+    """Refuse a draw that was made for another problem."""
+    origin = getattr(draw, "origin", None)
+    if isinstance(origin, Origin) and not origin.fits(problem):
+        raise ValueError(
+            f"draw must be of this problem, got one that {origin.method} drew for another "
+            f"(digest {origin.problem[:12]}, here {problem.digest[:12]}); draw again, or use "
+            f"draw.detach() if it is meant"
+        )
 
 
 def as_generator(rng: Rng) -> np.random.Generator:

@@ -88,6 +88,13 @@ def split_words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
+def split_methods(text: str | None) -> list[str] | None:
+    """Return names of methods, ``name(parameter=value,...)`` among them, None for no text."""
+    from ..zoo.base import split_outside
+
+    return None if text is None else split_outside(text)
+
+
 def split_integers(text: str | None, name: str) -> list[int] | None:
     """Return the integers between commas, None for no text."""
     words = split_words(text)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .application import JSON_HELP, app, print_json
-from .inputs import HEADS_HELP, parse_heads, split_integers, split_words
+from .inputs import HEADS_HELP, parse_heads, split_integers, split_methods, split_words
 
 
 @app.command("study")
@@ -16,7 +16,11 @@ def _study(
     heads: Annotated[str, typer.Option(help=HEADS_HELP, metavar="HEADS")] = "minilm",
     methods: Annotated[
         str | None,
-        typer.Option(help="Names separated by commas; all that apply by default.", metavar="A,B"),
+        typer.Option(
+            help="Names separated by commas, with parameters in brackets: "
+            "'skeinformer(mix=0.5),jl'; all that apply by default.",
+            metavar="A,B",
+        ),
     ] = None,
     ranks: Annotated[
         str | None,
@@ -67,7 +71,7 @@ def _study(
 
     result = study(
         parse_heads(heads),
-        methods=split_words(methods),
+        methods=split_methods(methods),
         ranks=split_integers(ranks, "ranks"),
         seeds=seeds,
         jobs=cpu_count() if jobs is None else jobs,

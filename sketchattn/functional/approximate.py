@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_finite
-from ..base.draws import Rng, entropy_of, head_generator
+from ..base.draws import Draw, Rng, check_origin, entropy_of, head_generator
 from ..problem import AttentionProblem
 from .call import Call
 
@@ -22,7 +22,10 @@ Array = NDArray[Any]
 _HEADS_ENTRIES = 1 << 22
 
 
-def approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+Drawn = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+
+
+def approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> Array:
     """Return the output of a method for every head, in the layout and dtype of the call.
 
     Raises
@@ -40,15 +43,14 @@ def approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | 
         step = max(1, _HEADS_ENTRIES // max(numbers, 1))
         for start in range(0, len(out), step):
             heads = range(start, min(start + step, len(out)))
+            own = draw[start : heads.stop] if isinstance(draw, Sequence) else draw
             out[start : start + step] = method.attend_heads(
-                [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=draw
+                [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=own
             )
     return layout.output(out, call.q.dtype)
 
 
-def approximate_with_lse(
-    call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None
-) -> tuple[Array, Array]:
+def approximate_with_lse(call: Call, method: Method, rng: Rng, draw: Drawn) -> tuple[Array, Array]:
     """Return the same and the logsumexp that a method has for every row, as the exact one's."""
     check_approximate(call, method, rng, draw)
     layout = call.layout
@@ -57,12 +59,14 @@ def approximate_with_lse(
     lse = np.full((heads, layout.n_q), -np.inf, call.computing)
     if layout.n_q > 0 and layout.n_k > 0:
         problem_of, rng_of = _problems(call), _streams(call, rng, draw is not None)
+        draws = [] if draw is None else _shared(draw, heads)
         for flat in range(heads):
-            out[flat], lse[flat] = method.attend_with_lse(problem_of(flat), rng_of(flat), draw=draw)
+            own = draws[flat] if draws else None
+            out[flat], lse[flat] = method.attend_with_lse(problem_of(flat), rng_of(flat), draw=own)
     return call.shaped(out, lse)
 
 
-def check_approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None) -> None:
+def check_approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> None:
     """Refuse what ``approximate`` refuses, but for what the method says of each head."""
     for name, neutral, given in call.exact_only:
         raise ValueError(
@@ -79,6 +83,12 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, A
         check_finite(x if keys is None else layout.keep(x, keys), label)
     if draw is not None and rng is not None:
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
+    heads = layout.entries * layout.h
+    if isinstance(draw, Sequence) and len(draw) != heads:
+        raise ValueError(
+            f"draw must be one draw for all heads or a sequence of one for each of {heads}, got "
+            f"{len(draw)}; use method.draw_heads or return_draws=True"
+        )
     if call.causal and not method.traits.causal:
         if layout.n_q > 0 and layout.n_k > 0 and layout.entries * layout.h > 0:
             method.check(_problems(call)(0))  # a method says better why, and what to do
@@ -88,27 +98,36 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, A
         )
 
 
-def draws_of(
-    call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None
-) -> list[Mapping[str, Any]]:
+def draws_of(call: Call, method: Method, rng: Rng, draw: Drawn) -> list[Mapping[str, Any]]:
     """Return the draw that ``approximate`` uses for each head; the call is checked."""
-    heads = range(call.layout.entries * call.layout.h)
+    heads, empty = call.layout.entries * call.layout.h, call.layout.n_q == 0 or call.layout.n_k == 0
+    problem_of = _problems(call)
     if draw is not None:
-        return [draw for _ in heads]
-    if call.layout.n_q == 0 or call.layout.n_k == 0:
-        return [{} for _ in heads]
-    problem_of, rng_of = _problems(call), _streams(call, rng, drawn=False)
-    return [method.draw(problem_of(flat), rng_of(flat)) for flat in heads]
+        given = _shared(draw, heads)
+        for flat in range(0 if empty else heads):
+            check_origin(given[flat], problem_of(flat))
+        return given
+    if empty:
+        return [{} for _ in range(heads)]
+    rng_of = _streams(call, rng, drawn=False)
+    return [method.draw(problem_of(flat), rng_of(flat)) for flat in range(heads)]
+
+
+def _shared(draw: Mapping[str, Any] | Sequence[Mapping[str, Any]], heads: int) -> list[Any]:
+    """Return the draw of each head; one that all share is meant for all of them."""
+    if isinstance(draw, Sequence):
+        return list(draw)
+    return [draw.detach() if isinstance(draw, Draw) and heads > 1 else draw] * heads
 
 
 def attend_at(call: Call, method: Method, draws: Sequence[Mapping[str, Any]]) -> Array:
-    """Return what ``approximate`` returns where each head has this draw."""
+    """Return what ``approximate`` returns where each head has this draw, of ``draws_of``."""
     layout = call.layout
     out = np.zeros((len(draws), layout.n_q, layout.d_v), call.computing)
     if layout.n_q > 0 and layout.n_k > 0:
         problem_of = _problems(call)
         for flat, draw in enumerate(draws):
-            out[flat] = method.attend(problem_of(flat), draw=draw)
+            out[flat] = method.attend(problem_of(flat), draw=Draw(draw))
     return layout.output(out, call.q.dtype)
 
 
@@ -127,7 +146,7 @@ def approximate_vjp(
         for flat, draw in enumerate(draws):
             of = flat // layout.group
             if np.isfinite(g[flat]).all():
-                q[flat], keys, values = method.vjp(problem_of(flat), g[flat], draw=draw)
+                q[flat], keys, values = method.vjp(problem_of(flat), g[flat], draw=Draw(draw))
                 k[of] += keys
                 v[of] += values
             else:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import Causal
-from ..base.draws import Rng
+from ..base.arguments import Causal, check_flag
+from ..base.draws import Draw, Rng
 from ..base.floating import without_floating_errors
-from .approximate import approximate, approximate_with_lse
+from .approximate import approximate, approximate_with_lse, check_approximate, draws_of
 from .call import check_call
 from .checks import check_foreign
 from .exact import check_exact, exact, is_exact
@@ -26,10 +26,10 @@ def attention(
     q: object,
     k: object,
     v: object,
-    method: str | Method = ...,
+    method: str | type[Method] | Method = ...,
     *,
     rng: Rng = ...,
-    draw: Mapping[str, Any] | None = ...,
+    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = ...,
     scale: float | None = ...,
     causal: Causal = ...,
     offset: ArrayLike | None = ...,
@@ -41,6 +41,7 @@ def attention(
     enable_gqa: bool = ...,
     compute_dtype: Any = ...,
     return_lse: Literal[False] = ...,
+    return_draws: Literal[False] = ...,
     **parameters: Any,
 ) -> Array: ...
 
@@ -50,10 +51,10 @@ def attention(
     q: object,
     k: object,
     v: object,
-    method: str | Method = ...,
+    method: str | type[Method] | Method = ...,
     *,
     rng: Rng = ...,
-    draw: Mapping[str, Any] | None = ...,
+    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = ...,
     scale: float | None = ...,
     causal: Causal = ...,
     offset: ArrayLike | None = ...,
@@ -65,8 +66,34 @@ def attention(
     enable_gqa: bool = ...,
     compute_dtype: Any = ...,
     return_lse: Literal[True],
+    return_draws: Literal[False] = ...,
     **parameters: Any,
 ) -> tuple[Array, Array]: ...
+
+
+@overload
+def attention(
+    q: object,
+    k: object,
+    v: object,
+    method: str | type[Method] | Method = ...,
+    *,
+    rng: Rng = ...,
+    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = ...,
+    scale: float | None = ...,
+    causal: Causal = ...,
+    offset: ArrayLike | None = ...,
+    key_mask: ArrayLike | None = ...,
+    attn_mask: ArrayLike | None = ...,
+    softcap: float = ...,
+    window: tuple[int, int] = ...,
+    sink: ArrayLike | None = ...,
+    enable_gqa: bool = ...,
+    compute_dtype: Any = ...,
+    return_lse: bool = ...,
+    return_draws: Literal[True],
+    **parameters: Any,
+) -> tuple[Any, ...]: ...
 
 
 @without_floating_errors
@@ -74,10 +101,10 @@ def attention(
     q: object,
     k: object,
     v: object,
-    method: str | Method = "exact",
+    method: str | type[Method] | Method = "exact",
     *,
     rng: Rng = None,
-    draw: Mapping[str, Any] | None = None,
+    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     scale: float | None = None,
     causal: Causal = False,
     offset: ArrayLike | None = None,
@@ -89,8 +116,9 @@ def attention(
     enable_gqa: bool = False,
     compute_dtype: Any = None,
     return_lse: bool = False,
+    return_draws: bool = False,
     **parameters: Any,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Any, ...]:
     """Compute attention, exact or approximate, for any number of heads.
 
     ``L = scale Q K^T``; ``L = softcap tanh(L / softcap)``; ``L += bias``; hidden entries are
@@ -104,14 +132,15 @@ def attention(
         Keys, of the dtype of ``q``.
     v : array (..., h_kv, n_k, d_v)
         Values, of the dtype of ``q``.
-    method : str or Method, default "exact"
-        A registered name, whose parameters follow as keywords (``rank=64``), or an object.
+    method : str, class or Method, default "exact"
+        A registered name or a class, whose parameters follow as keywords (``rank=64``), or an
+        object.
     rng : None, int or numpy.random.Generator
         Randomness of the method.  For (n_q, d) it is handed to the method; otherwise each
         (batch, head) has a stream of its own, which depends on neither the number of heads nor
         the number of threads.
-    draw : mapping, optional
-        One draw used for every head instead of ``rng``.
+    draw : mapping or sequence of mappings, optional
+        Instead of ``rng``: one draw used for every head, or one for each (batch, head) in order.
     scale : float, optional
         ``None`` is ``1/sqrt(d)``; 0 is legal.
     causal : bool or {"top-left", "bottom-right"}
@@ -140,6 +169,8 @@ def attention(
     return_lse : bool
         Return the logsumexp of each row too; of a method that approximates, its own, where
         ``traits.logsumexp`` says that it has one.
+    return_draws : bool
+        Return the draws of the heads too, last.
     **parameters
         Parameters of the method.
 
@@ -150,6 +181,8 @@ def attention(
         that see no key are zero.
     lse : ndarray (..., h, n_q)
         Only with ``return_lse``: in the computing precision, -inf for a row that sees no key.
+    draws : list of Draw
+        Only with ``return_draws``: one for each (batch, head) in order, empty for "exact".
 
     Raises
     ------
@@ -175,6 +208,7 @@ def attention(
     (2, 3, 5, 4)
     """
     check_foreign(parameters)
+    return_draws = check_flag(return_draws, "return_draws", "give True or False")
     call = check_call(
         q,
         k,
@@ -193,8 +227,18 @@ def attention(
     )
     if is_exact(method):
         check_exact(method, parameters, rng, draw)
-        return call.finish(*exact(call))
+        found = call.finish(*exact(call))
+        if not return_draws:
+            return found
+        heads = call.layout.entries * call.layout.h
+        return (*(found if return_lse else (found,)), [Draw() for _ in range(heads)])
     from ..zoo.base import make_method  # loads scikit-learn, which exact attention does without
 
     chosen = make_method(method, parameters)
-    return (approximate_with_lse if return_lse else approximate)(call, chosen, rng, draw)
+    run = approximate_with_lse if return_lse else approximate
+    if not return_draws:
+        return run(call, chosen, rng, draw)
+    check_approximate(call, chosen, rng, draw)
+    draws = draws_of(call, chosen, rng, draw)
+    found = run(call, chosen, None, [Draw(x) for x in draws])
+    return (*(found if return_lse else (found,)), draws)

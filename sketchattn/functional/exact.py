@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,12 +24,17 @@ Array = NDArray[Any]
 def is_exact(method: object) -> bool:
     """Say whether a method, by name or as an object, is the exact one."""
     if isinstance(method, str):
-        return method == "exact"
+        return method in ("exact", "Exact")
+    if isinstance(method, type):
+        return method.__name__ == "Exact" and getattr(method, "name", None) == "exact"
     return type(method).__name__ == "Exact" and getattr(method, "name", None) == "exact"
 
 
 def check_exact(
-    method: str | Method, parameters: Mapping[str, Any], rng: Rng, draw: Mapping[str, Any] | None
+    method: str | type[Method] | Method,
+    parameters: Mapping[str, Any],
+    rng: Rng,
+    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
 ) -> None:
     """Refuse what the exact method has no use for: parameters, a draw, and a wrong ``rng``."""
     if parameters:

@@ -470,6 +470,8 @@ class _Forward:
     def __call__(self, *tensors: Traced) -> tuple[Array, Array]:
         """Return (..., batch, n_q, h, d_v) and (..., batch, n_q, h)."""
         host = _Host.of(tensors)
+        out: Array
+        lse: Array
         if self.plan.method is None:
             out, lse = attention(host.q, host.k, host.v, **host.options(self.plan), return_lse=True)
         else:

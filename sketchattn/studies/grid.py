@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,8 +11,9 @@ from sklearn.base import clone
 
 from ..base.content import UnreadableError, content
 from ..problem import AttentionProblem
-from ..zoo.base import Method, make_method
+from ..zoo.base import Method, make_method, method_class, parse_method
 from ..zoo.base import methods as registered
+from ..zoo.function import Function
 from .summary import Key
 
 
@@ -25,6 +27,9 @@ def default_ranks(n_k: int) -> list[int]:
     """
     powers = [2**i for i in range(3, max(n_k // 2, 1).bit_length())]
     return powers or [max(1, n_k // 2)]
+
+
+_PROCESS = f"function.{uuid.uuid4().hex}"
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,23 @@ class Variant:
             self.at(rank).check(problem)
 
 
-def by_name(name: str, rank: int) -> Method:
-    """Return a registered method with its defaults, and with this rank if it has one."""
-    cls = registered().get(name)
-    takes_rank = cls is not None and "rank" in cls._get_param_names()
-    return make_method(name, {"rank": rank} if takes_rank else {})
+def by_name(given: str | type[Method], rank: int) -> Method:
+    """Return a method of a name, ``name(parameter=value)`` or class, at this rank if it has one."""
+    name, parameters = parse_method(given) if isinstance(given, str) else (given, {})
+    cls = method_class(name) if isinstance(name, str) else name
+    if issubclass(cls, Method) and "rank" in cls._get_param_names():
+        parameters = {"rank": rank} | parameters
+    return make_method(name, parameters)
+
+
+def as_method(given: object, rank: int) -> Method:
+    """Return a method that is given as an object, by name or class, or as a plain function."""
+    if isinstance(given, str | type):
+        return by_name(given, rank)
+    if callable(given) and not isinstance(given, Method):
+        made = Function(given)
+        return Function(given, rank) if made.traits.uses_rank else made
+    return make_method(given, {})  # type: ignore[arg-type]  # which refuses what is no method
 
 
 def default_methods() -> list[str]:
@@ -86,6 +103,15 @@ def default_methods() -> list[str]:
         if name != "exact" and traits.uses_rank and not traits.oracle:
             chosen.append(name)
     return chosen
+
+
+def label_of(given: object, method: Method) -> str:
+    """Return the label of a method for which none is given."""
+    if isinstance(given, str) and "(" in given:
+        return given
+    if isinstance(method, Function):
+        return method.title
+    return str(getattr(method, "name", type(method).__name__))
 
 
 class Cell(NamedTuple):
@@ -115,6 +141,9 @@ def describe_method(method: Method) -> str:
     'sketchattn.zoo.baselines.TopK(rank=4, renormalize=True)'
     """
     cls = type(method)
+    if isinstance(method, Function):
+        # What a function does cannot be read from it: its cells belong to this process.
+        return f"{_PROCESS}.{id(method.function)}.{method.title}(rank={method.rank})"
     pairs = sorted(method.get_params(deep=False).items())
     listed = ", ".join(f"{name}={_content_of(cls, name, value)}" for name, value in pairs)
     return f"{cls.__module__}.{cls.__qualname__}({listed})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,15 +18,25 @@ from ..base.files import as_folder
 from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
-from ..zoo.base import Method, make_method
-from .grid import Cell, Variant, by_name, default_methods, default_ranks, make_cells
+from ..zoo.base import Method
+from .grid import (
+    Cell,
+    Variant,
+    as_method,
+    by_name,
+    default_methods,
+    default_ranks,
+    label_of,
+    make_cells,
+)
 from .summary import BOUND_COLUMNS, REFERENCES
 
 if TYPE_CHECKING:
     from ..heads.container import Heads
     from ..theory.engine.curves import ErrorBound
 
-MethodLike = str | Method
+# By name, which may carry parameters, by class, or as an object; or a plain function.
+MethodLike = str | type[Method] | Method | Callable[..., Any]
 MethodsLike = (
     MethodLike | Mapping[str, MethodLike] | Sequence[MethodLike | tuple[str, MethodLike]] | None
 )
@@ -177,7 +187,7 @@ def as_methods(
                 f"methods must hold one that can honour all heads, got none by default: {reasons}"
             )
         return kept, left_out
-    if isinstance(methods, str | Method):
+    if isinstance(methods, str | Method) or callable(methods):
         methods = [methods]
     if isinstance(methods, Mapping):
         pairs = list(methods.items())
@@ -196,8 +206,8 @@ def as_methods(
                 f"entries; write ('label', method)"
             )
         label, given = pair
-        method = by_name(given, ranks[0]) if isinstance(given, str) else make_method(given, {})
-        label = getattr(method, "name", type(method).__name__) if label is None else label
+        method = as_method(given, ranks[0])
+        label = label_of(given, method) if label is None else label
         if not isinstance(label, str) or not label:
             raise TypeError(
                 f"methods must have labels that are strings, got {label!r}; name the variant"

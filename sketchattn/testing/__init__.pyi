@@ -1,6 +1,9 @@
 # The public names of the room, each once; see ``__init__.pyi`` of the package.
 
 from .attention_check import check_attention as check_attention
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
+from .comparison import rounding_floor as rounding_floor
 from .golden import GoldenRecord as GoldenRecord
 from .golden import GoldenReport as GoldenReport
 from .golden import check_golden as check_golden

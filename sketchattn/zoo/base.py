@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse.linalg import LinearOperator
 from sklearn.base import BaseEstimator
 
 from ..base.arguments import (
@@ -20,12 +22,13 @@ from ..base.arguments import (
     prepare,
     stacked,
 )
-from ..base.draws import Draw, Rng, as_generator
+from ..base.draws import Draw, Origin, Rng, as_generator, check_origin, entropy_of, head_generator
 from ..base.quiet import quiet
 from ..kernels._threads import blas_single_thread
 from ..operators.base import AttentionOperator
 from ..operators.pullback import Gradient
 from ..operators.steep import check_overflow
+from ..operators.wrapped import as_operator
 from ..problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -118,24 +121,87 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def make_method(method: str | Method, parameters: Mapping[str, Any]) -> Method:
-    """Return the method object that a name with parameters, or an object, stands for."""
+def make_method(method: str | type[Method] | Method, parameters: Mapping[str, Any]) -> Method:
+    """Return the method object that a name or class with parameters, or an object, stands for."""
     if isinstance(method, Method):
         if parameters:
             raise ValueError(
                 f"parameters must be given to the method object itself, got "
                 f"{sorted(parameters)} beside {method!r}; use set_params"
             )
-        return method
-    if not isinstance(method, str):
-        raise TypeError(
-            f"method must be a name or a method object, got {type(method).__name__}; "
-            f"see sketchattn.methods()"
-        )
-    if method not in _REGISTRY:
-        raise ValueError(f"method must be registered, got {method!r}{closest(method, _REGISTRY)}")
-    cls = _REGISTRY[method]
-    known = cls._get_param_names()
+        return cast(Method, method)
+    if isinstance(method, str):
+        return _construct(method_class(method), parameters)
+    if isinstance(method, type) and issubclass(method, Method):
+        return _construct(method, parameters)
+    given = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+    raise TypeError(
+        f"method must be a name, a method object or its class, got {given}; see "
+        f"sketchattn.methods()"
+    )
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the parameters of ``name`` or ``name(parameter=value, ...)``.
+
+    Values are Python literals; other words are strings.
+
+    Examples
+    --------
+    >>> parse_method("skeinformer(causal_form=corrected, mix=0.5)")
+    ('skeinformer', {'causal_form': 'corrected', 'mix': 0.5})
+    """
+    name, opened, rest = text.strip().partition("(")
+    if not opened:
+        return name, {}
+    inside = rest.rstrip()
+    parameters: dict[str, Any] = {}
+    if not inside.endswith(")"):
+        raise ValueError(f"method must end with its closing bracket, got {text!r}; add it")
+    for part in split_outside(inside[:-1]):
+        label, equals, value = (x.strip() for x in part.partition("="))
+        if not equals or not label.isidentifier() or label in parameters:
+            raise ValueError(
+                f"method must be written as name(parameter=value, ...), each parameter once, got "
+                f"{part!r} in {text!r}; for instance skeinformer(law=uniform)"
+            )
+        try:
+            parameters[label] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parameters[label] = value
+    return name.strip(), parameters
+
+
+def split_outside(text: str) -> list[str]:
+    """Return what stands between the commas that are outside of brackets, without empty words.
+
+    Examples
+    --------
+    >>> split_outside("a, b(c=(1, 2)), d")
+    ['a', 'b(c=(1, 2))', 'd']
+    """
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of a registered name, or of the name of a class."""
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    for cls in _REGISTRY.values():
+        if cls.__name__ == name:
+            return cls
+    raise ValueError(f"method must be registered, got {name!r}{closest(name, _REGISTRY)}")
+
+
+def _construct(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
+    known, method = cls._get_param_names(), getattr(cls, "name", cls.__name__)
     for name in parameters:
         if name not in known:
             hint = closest(name, known) if known else "; it takes no parameters"
@@ -186,10 +252,35 @@ def check_problem(problem: object) -> None:
 class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not typed
     """Hold the hyper-parameters of one way to approximate ``A``; no data.
 
-    Subclasses name their parameters in ``__init__`` (scikit-learn's convention), state their
-    ``traits``, and define ``_draw`` and ``_approximate``, which see checked arguments only.  BLAS
-    has one thread there, for the same bits on any machine: large products are work for kernels, or
-    for ``kernels._threads.product``.
+    A subclass names its parameters in ``__init__`` (scikit-learn's convention) and states its
+    ``traits``.  What it defines sees checked arguments only:
+
+    - ``_draw(problem, rng)`` returns all that is random, a mapping from ``draw_names`` to arrays;
+      without it nothing is;
+    - ``_approximate(problem, draw)`` returns ``Ahat`` (n_q, n_k), an operator or an array;
+    - ``_attend(problem, draw)`` returns ``Ohat`` (n_q, d_v): a shorter way to the output, or the
+      only one, where ``traits.matrix`` is False and there is no ``_approximate``.
+
+    ``sketchattn.register("name")`` over the class makes it a method by name.  BLAS has one thread
+    in all of these, for the same bits on any machine.
+
+    Examples
+    --------
+    >>> import numpy as np, sketchattn as sa
+    >>> class Few(sa.Method):
+    ...     traits = sa.Traits(key_mask=True, row_stochastic=True, nonnegative=True)
+    ...     draw_names = ("keys",)
+    ...     def __init__(self, rank):
+    ...         self.rank = rank
+    ...     def _draw(self, problem, rng):
+    ...         return {"keys": rng.choice(problem.kept_keys, self.rank, replace=False)}
+    ...     def _approximate(self, problem, draw):
+    ...         ahat = np.zeros((problem.n_q, problem.n_k))
+    ...         ahat[:, draw["keys"]] = problem.exact.columns(draw["keys"])
+    ...         return ahat / ahat.sum(axis=1, keepdims=True)
+    >>> heads = sa.make_heads("gaussian", n=32, d=8, rng=0)
+    >>> sa.study(heads, [Few, "uniform"], ranks=[4, 8], seeds=2).frame.method.unique().tolist()
+    ['few', 'uniform']
     """
 
     name: str
@@ -197,6 +288,8 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__.lower()
         quiet(cls)
 
     @property
@@ -223,7 +316,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
                 f"n_q and n_k must be equal for method {self.name!r}, got {problem.n_q} and "
                 f"{problem.n_k}; use a method whose traits.rectangular is True"
             )
-        if hasattr(self, "rank"):
+        if hasattr(self, "rank") and (self.rank is not None or _needs_rank(type(self))):
             check_rank(self.rank, problem.n_k)
         self._check_parameters()
         check_overflow(problem)
@@ -246,8 +339,39 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         Draw
             Named arrays; empty for deterministic methods.
         """
-        self.check(problem)
-        return self._draw(problem, as_generator(rng))
+        made = self._checked(problem, rng, None)
+        made.origin = Origin(self._described(), rng if isinstance(rng, int) else None, problem)
+        return made
+
+    def draw_heads(self, problems: Sequence[AttentionProblem], rng: Rng = None) -> list[Draw]:
+        """Return the draw of each of many heads, as `sketchattn.attention` makes them of (h, n, d).
+
+        Parameters
+        ----------
+        problems : sequence of AttentionProblem
+        rng : None, int or numpy.random.Generator
+            Each head has a stream of its own, which does not depend on how many there are.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> heads = sa.make_heads("gaussian", n=16, d=4, heads=3, rng=0)
+        >>> draws = sa.UniformColumns(rank=4).draw_heads(heads, rng=0)
+        >>> out = sa.attention(heads.q, heads.k, heads.v, "uniform", rank=4, draw=draws)
+        >>> bool((out == sa.attention(heads.q, heads.k, heads.v, "uniform", rank=4, rng=0)).all())
+        True
+        """
+        entropy = entropy_of(rng)
+        draws = []
+        for i, problem in enumerate(problems):
+            draws.append(self.draw(problem, head_generator(entropy, 0, i)))
+        return draws
+
+    def _described(self) -> str:
+        """Return the method with its parameters; arrays by their shapes."""
+        pairs = self.get_params(deep=False).items()
+        texts = (f"{name}={_short(value)}" for name, value in pairs if value is not None)
+        return f"{self.name}({', '.join(texts)})"
 
     @blas_single_thread()
     def approximate(
@@ -278,7 +402,12 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
             If the method cannot honour the problem, for hyper-parameters out of range, or for a
             draw that does not fit.
         """
-        return self._approximate(problem, self._checked(problem, rng, draw))
+        return self._operator(problem, self._checked(problem, rng, draw))
+
+    def _operator(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
+        """Return `_approximate` as an operator."""
+        made = self._approximate(problem, draw)
+        return made if isinstance(made, AttentionOperator) else as_operator(made, problem)
 
     @blas_single_thread()
     def attend(
@@ -313,13 +442,34 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         >>> sa.UniformColumns(rank=4).attend(problem, rng=0).shape
         (16, 4)
         """
-        return self._attend(problem, rng, draw)
+        return self._output(problem, self._run(problem, rng, draw))
 
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        """Return `attend`; overridden by methods that have a shorter way, or no matrix."""
-        ahat = self.approximate(problem, rng, draw=draw)
+    def _run(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return `attend`; overridden by methods that draw and attend in one pass."""
+        return self._attend(problem, self._checked(problem, rng, draw))
+
+    def _attend(self, problem: AttentionProblem, draw: Draw) -> Array:
+        """Return ``Ohat`` (n_q, d_v); arguments are checked.
+
+        Defined by methods that have a shorter way, and by those without a matrix, whose
+        ``traits.matrix`` is False.
+        """
+        if self.traits.logsumexp:
+            return self._attend_with_lse(problem, draw)[0]
         values = problem.arrays.v  # writeable, unlike problem.values: kernels need no copy
+        ahat = self._operator(problem, draw)
         return np.asarray(ahat @ (problem.values if values is None else values))
+
+    def _output(self, problem: AttentionProblem, found: object) -> Array:
+        """Return what a hook gave as an output of the problem, in its precision."""
+        out = found if isinstance(found, np.ndarray) else as_array(found, "output")
+        wanted = (problem.n_q, problem.values.shape[1])
+        if out.shape != wanted:
+            raise ValueError(
+                f"output of {type(self).__name__} must have shape (n_q, d_v) = {wanted}, got "
+                f"{out.shape}; correct its _attend"
+            )
+        return np.asarray(out, problem.dtype)
 
     @blas_single_thread()
     def attend_with_lse(
@@ -380,7 +530,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         problems: Sequence[AttentionProblem],
         rngs: Sequence[Rng],
         *,
-        draw: Mapping[str, Any] | None = None,
+        draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> Array:
         """Return ``Ohat`` of many heads: what `attend` returns for each, to the bit.
 
@@ -392,8 +542,9 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
             H problems with values that differ in their arrays and masks only, H at least 1.
         rngs : sequence of None, int or numpy.random.Generator
             One for each head.
-        draw : mapping from names to arrays, optional
-            One draw that all heads use; ``rngs`` are None then.
+        draw : mapping from names to arrays, or a sequence of them, optional
+            One draw that all heads use, whichever it was made for, or one for each head; ``rngs``
+            are None then.
 
         Returns
         -------
@@ -411,7 +562,11 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         >>> sa.Skeinformer(rank=4).attend_heads(problems, [0, 1, 2]).shape
         (3, 16, 4)
         """
-        return self._attend_heads(problems, rngs, draw)
+        if isinstance(draw, Sequence):
+            triples = zip(problems, rngs, draw, strict=True)
+            return stacked([self.attend(problem, rng, draw=x) for problem, rng, x in triples])
+        shared = draw.detach() if isinstance(draw, Draw) and len(problems) > 1 else draw
+        return self._attend_heads(problems, rngs, shared)
 
     def _attend_heads(
         self,
@@ -510,14 +665,23 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     def _checked(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Draw:
         """Return the draw that ``rng`` makes, or the one given, checked as the problem is."""
         self.check(problem)
-        if draw is None:
-            return self._draw(problem, as_generator(rng))
-        return self._handed_in(problem, rng, draw)
+        if draw is not None:
+            return self._handed_in(problem, rng, draw)
+        made = self._draw(problem, as_generator(rng))
+        if type(self).__module__.startswith(__package__):
+            return cast(Draw, made)
+        if set(made) != set(self.draw_names):
+            raise TypeError(
+                f"draw_names of {type(self).__name__} must name what its _draw returns, "
+                f"{tuple(made)}, got {self.draw_names}; correct one of them"
+            )
+        return Draw({name: as_array(made[name], f"draw[{name!r}]") for name in made})
 
     def _handed_in(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any]) -> Draw:
         """Return the draw that was handed in, checked; refuse an rng beside it."""
         if rng is not None:
             raise ValueError("rng must be None when draw is given, got both; pass one of them")
+        check_origin(draw, problem)
         return self._check_draw(problem, draw)
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
@@ -525,13 +689,23 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
 
         return check_draw(draw, self.draw_names)
 
-    @abstractmethod
-    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
-        """Return the draw; arguments are checked."""
+    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Mapping[str, Array]:
+        """Return all that is random, by name; arguments are checked.  By default nothing is."""
+        return Draw()
 
-    @abstractmethod
-    def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
-        """Return the approximation; arguments are checked."""
+    def _approximate(
+        self, problem: AttentionProblem, draw: Draw
+    ) -> AttentionOperator | LinearOperator | Array:
+        """Return ``Ahat`` (n_q, n_k), an operator or an array; arguments are checked."""
+        cls = type(self).__name__
+        if not self.traits.matrix:
+            raise ValueError(
+                f"method must have a matrix to approximate with, got {self!r}, which gives "
+                f"outputs only; use attend"
+            )
+        raise TypeError(
+            f"{cls} must define _approximate, or _attend and traits with matrix=False, got neither"
+        )
 
 
 @dataclass(frozen=True)
@@ -559,6 +733,15 @@ class InFloat64:
 
 
 quiet(Method)
+
+
+def _short(value: object) -> str:
+    """Return a parameter as text, an array by its shape."""
+    shape = getattr(value, "shape", None)
+    if shape:
+        return f"array{tuple(shape)}"
+    return value._described() if isinstance(value, Method) else repr(value)
+
 
 C = TypeVar("C", bound="NamedTuple")
 
@@ -595,10 +778,3 @@ def check_preset(
                 f"{label} must be left at {standard!r} with preset {name!r}, which sets it to "
                 f"{wanted!r}, got {show(given)}; drop one of them"
             )
-
-
-class Deterministic(Method):
-    """Base of methods that draw nothing."""
-
-    def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
-        return Draw()

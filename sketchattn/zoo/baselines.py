@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_choice, check_flag
-from ..base.draws import Draw, Rng, check_columns
+from ..base.draws import Draw, check_columns
 from ..operators.base import AttentionOperator
 from ..operators.factored import FactoredAttention, zero_attention
 from ..operators.pullback import (
@@ -28,7 +28,7 @@ from ..operators.sampled import SampledAttention
 from ..operators.solve import softmax_over, solution, solve_over
 from ..operators.visible_mean import VisibleMean
 from ..problem import AttentionProblem
-from .base import Deterministic, Method, Traits, register
+from .base import Method, Traits, register
 
 Array = NDArray[Any]
 
@@ -37,7 +37,7 @@ BLOCK_ENTRIES = 1 << 22
 
 
 @register("exact")
-class Exact(Deterministic):
+class Exact(Method):
     """Return the exact matrix ``A = rowsoftmax(scale Q K^T)`` as an operator.
 
     Examples
@@ -75,7 +75,7 @@ class Exact(Deterministic):
 
 
 @register("zero")
-class Zero(Deterministic):
+class Zero(Method):
     """Predict zero: relative output error exactly 1.
 
     Examples
@@ -106,7 +106,7 @@ class Zero(Deterministic):
 
 
 @register("vmean")
-class VMean(Deterministic):
+class VMean(Method):
     """Predict the mean of the values that a row sees: ``Ahat_ij = 1 / (visible keys of row i)``.
 
     Without a causal mask this is ``11^T/n_k`` and
@@ -141,7 +141,7 @@ class VMean(Deterministic):
 
 
 @register("svd")
-class SVDFloor(Deterministic):
+class SVDFloor(Method):
     """Return the best rank-r matrix: the truncated singular value decomposition of A.
 
     ``|A - Ahat|_2 = sigma_{r+1}`` and ``|A - Ahat|_F^2 = sum_{j>r} sigma_j^2`` (Eckart-Young).
@@ -186,7 +186,7 @@ class SVDFloor(Deterministic):
 
 
 @register("topk")
-class TopK(Deterministic):
+class TopK(Method):
     """Keep the r largest entries of every row of A: the best that r keys a row can do.
 
     ``renormalize=True`` divides by the kept mass ``m_i``, and the total variation of the row is
@@ -318,11 +318,6 @@ class UniformColumns(Method):
             weights = problem.exact.columns(columns)
             weights *= problem.dtype.type(kept / max(len(columns), 1))
         return SampledAttention(columns, weights, problem.n_k, len(columns))
-
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        if self.estimator != "self-normalized":
-            return super()._attend(problem, rng, draw)
-        return self._attend_with_lse(problem, self._checked(problem, rng, draw))[0]
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         columns = draw["columns"]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import Causal, check_count
-from ..base.draws import Draw, Rng, check_draw
+from ..base.draws import Draw, check_draw
 from ..operators.base import AttentionOperator
 from ..operators.blocks import merged_blocks
 from ..operators.merging import merge_into
@@ -222,9 +222,6 @@ class CausalTree(Method):
             parts.append((node.rows, node.keys, ahat, lse))
             used = max(used, ahat.effective_rank or 0)
         return merged_blocks(problem, parts, used)
-
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        return self._attend_with_lse(problem, self._checked(problem, rng, draw))[0]
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         out = np.zeros((problem.n_q, problem.values.shape[1]), problem.dtype)

@@ -328,7 +328,7 @@ class Compressed(Method):
         small, stream = self._prepared(problem, rng)
         return self._finish(small, self.method, {"rng": stream})
 
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+    def _run(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
         """Return ``Ohat`` by the inner method's own path."""
         return np.asarray(self._attend_heads([problem], [rng], draw)[0])
 

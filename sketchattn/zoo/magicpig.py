@@ -23,7 +23,7 @@ from ..base.arguments import (
     check_not_negative,
     float_dtype,
 )
-from ..base.draws import Draw, Rng
+from ..base.draws import Draw
 from ..kernels._threads import product
 from ..operators.base import AttentionOperator
 from ..operators.filled import SparseOrMean
@@ -416,9 +416,6 @@ class MagicPIG(Method):
         if 0 < len(problem.kept_keys) <= choices.sinks + choices.window:
             made.path = "exact"  # every key is one that is always read
         return made
-
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        return self._attend_with_lse(problem, self._checked(problem, rng, draw))[0]
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         values = problem.values.astype(np.float64)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_count
-from ..base.draws import Draw, Rng, check_columns
+from ..base.draws import Draw, check_columns
 from ..operators.base import AttentionOperator
 from ..operators.blocks import merged_blocks
 from ..operators.merging import merge_into
@@ -245,9 +245,6 @@ class StreamHalving(Method):
                 used = max(used, len(keys))
             parts.append((rows, keys, ahat, lse))
         return merged_blocks(problem, parts, used)
-
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        return self._attend_with_lse(problem, self._checked(problem, rng, draw))[0]
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         out = np.zeros((problem.n_q, problem.values.shape[1]), problem.dtype)

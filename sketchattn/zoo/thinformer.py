@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_choice, check_flag, check_integer, check_positive
-from ..base.draws import Draw, Rng, check_columns
+from ..base.draws import Draw, check_columns
 from ..operators.base import AttentionOperator
 from ..operators.pullback import Gradient, columns_pullback
 from ..operators.sampled import SampledAttention
@@ -266,9 +266,6 @@ class Thinformer(Method):
         if self.preset == "released" and len(kept) == len(problem.kept_keys):
             made.path = "exact"
         return made
-
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        return self._attend_with_lse(problem, self._checked(problem, rng, draw))[0]
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         kept = draw["kept"]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_choice, check_count, check_flag, check_integer, check_positive
-from ..base.draws import Draw, Rng
+from ..base.draws import Draw
 from ..kernels._threads import product
 from ..operators.base import AttentionOperator
 from ..operators.sparse import SparseAttention
@@ -445,9 +445,6 @@ class VAttention(Method):
         if whole and np.concatenate(whole).all():
             made.path = "exact"
         return made
-
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        return self._attend_with_lse(problem, self._checked(problem, rng, draw))[0]
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         values = problem.values.astype(np.float64)

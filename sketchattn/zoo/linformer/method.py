@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...base.arguments import as_array, check_name
-from ...base.draws import Draw, Rng, check_draw
+from ...base.draws import Draw, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.pullback import Gradient, softmax_pullback, zero_gradient
@@ -421,13 +421,10 @@ class Linformer(Method):
         assert f is not None  # is_linear
         return self._reduced(problem, e, f)
 
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+    def _attend(self, problem: AttentionProblem, draw: Draw) -> Array:
         """Return ``Ohat``, also where the projection is no matrix."""
         if self.is_linear:
-            return super()._attend(problem, rng, draw)
-        self.check(problem)
-        if draw is not None:
-            self._handed_in(problem, rng, draw)
+            return super()._attend(problem, draw)
         v = problem.values
         if len(problem.kept_keys) == 0:
             return np.zeros((problem.n_q, v.shape[1]), problem.dtype)

@@ -326,15 +326,14 @@ class Nystromformer(Method):
         kind = RenormalizedAttention if renormalize else FactoredAttention
         return kind(left.exact, z, right.exact, budget, remake=remake)
 
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+    def _attend(self, problem: AttentionProblem, draw: Draw) -> Array:
         """Return ``Ahat V``, with the convolution of V added where there is one."""
         if self.convolution is None:
-            return super()._attend(problem, rng, draw)
+            return super()._attend(problem, draw)
         from scipy.ndimage import correlate1d
 
-        made = self._checked(problem, rng, draw)
         values = problem.values
-        out = np.asarray(self._factored(problem, made, bool(self.renormalize)) @ values)
+        out = np.asarray(self._factored(problem, draw, bool(self.renormalize)) @ values)
         keep = problem.key_mask
         shown = values if keep is None else np.where(keep[:, None], values, 0)
         weights = np.asarray(as_array(self.convolution, "convolution"), np.float64)

@@ -326,13 +326,12 @@ class Performer(Method):
         check_finite(highest, "features @ q.T")
         return out
 
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+    def _attend(self, problem: AttentionProblem, draw: Draw) -> Array:
         """Return ``Ahat V`` with one pass over the keys in place of two."""
-        self.check(problem)
         values = problem.values
         if self.form.eps > 0 and len(problem.kept_keys) and problem.n_q:
-            return self._attend_eps(problem, self._checked(problem, rng, draw))
-        ahat = self.approximate(problem, rng, draw=draw)
+            return self._attend_eps(problem, draw)
+        ahat = self._approximate(problem, draw)
         if isinstance(ahat, FactoredAttention) and isinstance(ahat.p, SoftmaxAttention):
             # The pass that gave the normalisers of the keys gave their products too.
             return np.asarray(ahat.u @ solution(ahat.p.problem)[0])

@@ -431,12 +431,12 @@ class Skeinformer(Method):
                 options |= {"fill": made.fill, "keys": problem.key_mask, "offset": offset}
         return SampledAttention(columns, entries, problem.n_k, len(columns), **options)
 
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+    def _run(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
         """Return ``Ohat`` in one pass that holds neither weights nor pilot rows."""
         self.check(problem)
         _ = problem.values  # refuses a problem without them
         if self.components.normalizer == "exact" or len(problem.kept_keys) == 0:
-            return super()._attend(problem, rng, draw)
+            return super()._run(problem, rng, draw)
         return np.asarray(self._attend_alike([problem], [rng], draw)[0])
 
     def _attend_heads(

@@ -230,7 +230,3 @@ class HyperAttention(SortedBlocks):
         columns = kept[chosen.columns]
         return SampledAttention(columns, weights, problem.n_k, len(columns))
 
-    def _attend(self, problem: AttentionProblem, rng: Any, draw: Any) -> Array:
-        if not self._is_paper:
-            return super()._attend(problem, rng, draw)
-        return np.asarray(self.approximate(problem, rng, draw=draw) @ problem.values)

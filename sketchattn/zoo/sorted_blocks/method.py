@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...base.arguments import check_choice, check_count, check_finite, check_flag, check_integer
-from ...base.draws import Draw, Rng, check_draw
+from ...base.draws import Draw, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.solve import row_softmax
@@ -211,9 +211,6 @@ class SortedBlocks(Method):
             chosen[places], weights[places] = seen.kept[columns], row_softmax(logits)
         budget = min(seen.blocks.size + len(seen.sample.columns), len(seen.kept))
         return SparseAttention(starts, chosen, weights.astype(problem.dtype), problem.n_k, budget)
-
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
-        return self._attend_with_lse(problem, self._checked(problem, rng, draw))[0]
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         if self._is_causal(problem):

@@ -392,7 +392,7 @@ class WildCat(Method):
             np.clip(out, values.min(axis=0), values.max(axis=0), out=out)
         return out
 
-    def _attend(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+    def _run(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
         if draw is not None:
             return self._solved(problem, self._handed_in(problem, rng, draw))[0]
         self.check(problem)
