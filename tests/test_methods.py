@@ -600,10 +600,16 @@ UNKNOWN: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         "method must be a name or a method object, got int; see sketchattn.methods()",
     ),
     (
+        dict,
+        {},
+        TypeError,
+        "method must be a name or a method object, got the class dict; see sketchattn.methods()",
+    ),
+    (
         sa.TopK,
         {},
         TypeError,
-        "method must be a name or a method object, got ABCMeta; see sketchattn.methods()",
+        "rank must be given for method 'topk', got none; pass rank=",
     ),
 ]
 

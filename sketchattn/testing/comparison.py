@@ -70,9 +70,7 @@ def rounding_floor(problem: AttentionProblem, dtype: str | np.dtype[Any] | type[
     parts = [rounded(x, name).astype(np.float64) for x in (wide.q, wide.k, wide.values)]
     for label, x in zip("qkv", parts, strict=True):
         check_finite(x, f"{label} in {name}")
-    coarse = AttentionProblem(
-        *parts, scale=wide.scale, causal=wide.causal, key_mask=wide.key_mask
-    )
+    coarse = AttentionProblem(*parts, scale=wide.scale, causal=wide.causal, key_mask=wide.key_mask)
     found = rounded(coarse.output, name).astype(np.float64)
     check_finite(found, f"the output in {name}")
     return _ratio(np.linalg.norm(found - wide.output), np.linalg.norm(wide.output))
@@ -134,7 +132,7 @@ class Comparison:
         """Return all of it in words."""
         times = _ratio(self.error, self.floor)
         lines = [
-            f"error {self.error:.3g}: {times:.3g} times what rounding alone costs ({self.floor:.2g})",
+            f"error {self.error:.3g}: {times:.3g} times what rounding costs ({self.floor:.2g})",
             f"correlation {self.correlation:.6f}, slope {self.slope:.4f}",
             "worst rows " + ", ".join(f"{i} ({x:.2g})" for i, x in self.worst_rows),
         ]
@@ -218,11 +216,15 @@ def compare(problem: AttentionProblem, output: ArrayLike) -> Comparison:
     size, gap = float(np.linalg.norm(right)), found - right
     rows = np.linalg.norm(gap, axis=1)
     sizes = np.linalg.norm(right, axis=1)
-    relative = np.where(sizes > 0, rows / np.where(sizes > 0, sizes, 1.0), np.where(rows, np.inf, 0))
+    relative = np.where(
+        sizes > 0, rows / np.where(sizes > 0, sizes, 1.0), np.where(rows, np.inf, 0)
+    )
     order = np.argsort(-relative, kind="stable")[:5]
     floor = rounding_floor(problem, precision)
     error = _ratio(float(np.linalg.norm(gap)), size)
-    lost, doubled, rest = (), (), error
+    lost: tuple[int, ...] = ()
+    doubled: tuple[int, ...] = ()
+    rest = error
     if finite.all() and error > 4 * floor:
         lost, doubled, rest = _missing(wide, found, gap, size, floor)
     return Comparison(

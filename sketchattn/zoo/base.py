@@ -136,8 +136,7 @@ def make_method(method: str | type[Method] | Method, parameters: Mapping[str, An
         return _construct(method, parameters)
     given = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
     raise TypeError(
-        f"method must be a name, a method object or its class, got {given}; see "
-        f"sketchattn.methods()"
+        f"method must be a name or a method object, got {given}; see sketchattn.methods()"
     )
 
 
@@ -368,9 +367,12 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         return draws
 
     def _described(self) -> str:
-        """Return the method with its parameters; arrays by their shapes."""
-        pairs = self.get_params(deep=False).items()
-        texts = (f"{name}={_short(value)}" for name, value in pairs if value is not None)
+        """Return the method with the parameters that are not defaults; arrays by their shapes."""
+        import inspect
+
+        known = inspect.signature(type(self)).parameters
+        pairs = [(name, getattr(self, name), p.default) for name, p in known.items()]
+        texts = (f"{name}={_short(x)}" for name, x, default in pairs if _short(x) != repr(default))
         return f"{self.name}({', '.join(texts)})"
 
     @blas_single_thread()
