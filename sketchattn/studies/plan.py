@@ -19,7 +19,9 @@ from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method
+from .columns import BOUND_COLUMNS, REFERENCES
 from .grid import (
+    NOT_COMPARED,
     Cell,
     Variant,
     as_method,
@@ -29,7 +31,6 @@ from .grid import (
     label_of,
     make_cells,
 )
-from .summary import BOUND_COLUMNS, REFERENCES
 
 if TYPE_CHECKING:
     from ..heads.container import Heads
@@ -186,7 +187,7 @@ def as_methods(
             raise ValueError(
                 f"methods must hold one that can honour all heads, got none by default: {reasons}"
             )
-        return kept, left_out
+        return kept, NOT_COMPARED | left_out
     if isinstance(methods, str | Method) or callable(methods):
         methods = [methods]
     if isinstance(methods, Mapping):

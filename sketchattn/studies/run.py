@@ -20,12 +20,14 @@ from ..base.floating import without_floating_errors
 from ..base.parallel import in_parallel
 from ..heads.inputs import renamed
 from ..problem import AttentionProblem
+from .columns import Key, Values
 from .journal import journal_name, lock_folder, named_holder, read_journal
 from .measure import HeadTask, run_head
 from .plan import MethodsLike, Plan, make_plan
+from .plots import plot_study
 from .progress import Progress
-from .results import tabulate, write_results
-from .summary import Key, StudyResult, Values
+from .results import others_in, tabulate, with_others, write_results
+from .summary import StudyResult
 
 if TYPE_CHECKING:
     from ..heads.container import Heads
@@ -48,7 +50,8 @@ def study(
     """Measure error against rank: every method on every head, at every rank, for every seed.
 
     Each cell is ``error_report(problem, method.approximate(problem, rng=seed))``.  The floors
-    ``svd`` and ``topk`` and the predictors ``zero`` and ``vmean`` are always computed beside.
+    ``svd`` and ``topk``, the predictors ``zero`` and ``vmean``, and ``exact`` attention are always
+    computed beside.
 
     Parameters
     ----------
@@ -56,8 +59,8 @@ def study(
         A file (``.safetensors`` or ``.npz``), or the name of a bundled set such as "minilm".
     methods : names, method objects, pairs (label, method), or mapping from labels, optional
         Parameters other than ``rank`` are those of the object.  By default all registered methods
-        but ``exact``, floors and predictors; those that cannot honour all heads are left out and
-        named in the result.
+        but ``exact``, floors, predictors and ``compressed`` (exact from rank d on); those that
+        cannot honour all heads are left out.  The result says which, and why.
     ranks : sequence of int, optional
         In 1..n_k of every head; by default powers of two from 8 to n_k / 2.
     seeds : int or sequence of int, default 4
@@ -66,9 +69,11 @@ def study(
         Heads that are computed at the same time.  Each takes its share of the threads.  The
         numbers do not depend on it, ``seconds`` does.
     out : path, optional
-        Folder for ``results.csv``, ``references.csv``, ``study.json``, one PNG for each error
-        measure, and the journals in ``cells``.  What is there of other rows is replaced or
-        deleted, pictures too.  Without it the rows are in the result alone, and no disk is needed.
+        Folder for ``results.csv``, ``references.csv``, ``study.json``, the pictures, and the
+        journals in ``cells``.  Rows and bounds of other methods that are there stay, and stand in
+        the tables and pictures beside these, if they are of the same heads, ranks and seeds;
+        otherwise the folder is refused.  Without it the rows are in the result alone, and no disk
+        is needed.
     resume : bool, default True
         Take the cells that the folder holds from an earlier study, finished or killed, of the
         same heads, methods with parameters of the same content, seeds and library version;
@@ -93,7 +98,8 @@ def study(
         Before any work, for a method that cannot honour a head, ranks above n_k, repeated names,
         empty heads, heads without values, unknown names, a parameter whose content cannot be read
         (as that of a lambda), a bound that is about no error measure or about none of the
-        methods, or a folder that another study holds.
+        methods, a folder that another study holds, or one with other methods whose rows cannot
+        stand beside these.
     OSError
         If a file cannot be written: its name and what to do.  Finished cells stay in the folder.
     RuntimeError
@@ -123,7 +129,7 @@ def study(
     >>> heads = sa.make_heads("clustered", n=64, d=8, heads=2, rng=0)
     >>> result = sa.study(heads, methods=["uniform"], ranks=[8, 16], seeds=3)
     >>> result.frame.shape
-    (12, 17)
+    (12, 18)
     >>> float(result.frame["output_fro_rel"].median()) < 1
     True
     """
@@ -140,15 +146,15 @@ def study(
         bounds=bounds,
     )
     with _journals(plan.folder) as (journals, token):
+        others = others_in(plan)
         found, computed = _compute(plan, journals, token)
         frame, beside = tabulate(plan, found)
         drawn: list[Path] = []
         if plan.folder is not None:
-            write_results(plan, plan.folder, frame, beside)
+            every, bounds_there = with_others(plan, frame, others)
+            write_results(plan, plan.folder, every, beside, bounds_there, others)
             if plan.pictures:
-                from .plots import plot_study  # loads matplotlib
-
-                drawn = plot_study(frame, beside, plan.folder, plan.bounds)
+                drawn = plot_study(every, beside, plan.folder, bounds_there)
     return StudyResult(
         frame,
         beside,
