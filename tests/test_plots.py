@@ -16,17 +16,12 @@ from matplotlib.figure import Figure
 import sketchattn as sa
 from sketchattn.errors.reports import FIELDS
 from sketchattn.studies import plots
-from sketchattn.studies.plots import (
-    COLOURS,
-    DASHES,
-    MARKERS,
-    MEASURES,
-    plot_study,
-    study_figure,
-)
-from sketchattn.studies.summary import BOUND_COLUMNS, COLUMNS, REFERENCES
+from sketchattn.studies.palette import COLOURS, DASHES, MARKERS
+from sketchattn.studies.plots import MEASURES, plot_study, study_figure
+from sketchattn.studies.summary import BOUND_COLUMNS, COLUMNS, EXACT
 
 RANKS = (8, 16, 32)
+BESIDE = ("svd", "topk", "zero", "vmean")
 
 
 def frame_of(
@@ -34,7 +29,7 @@ def frame_of(
 ) -> pd.DataFrame:
     """Return a frame whose fields all are ``value(head, method, rank, seed)``."""
     rows = [
-        [f"h{h}", f"m{m}", r, s, *([value(h, m, r, s)] * len(FIELDS)), 1e-3, 8, r]
+        [f"h{h}", f"m{m}", r, s, *([value(h, m, r, s)] * len(FIELDS)), 1e-3, 8, r, r / 64]
         for h in range(heads)
         for m in range(methods)
         for r in ranks
@@ -44,12 +39,12 @@ def frame_of(
 
 
 def references_of(heads: int = 2, ranks: tuple[int, ...] = RANKS) -> pd.DataFrame:
-    level = {"svd": 0.1, "topk": 0.2, "zero": 1.0, "vmean": 0.8}
+    level = {"svd": 0.1, "topk": 0.2, "zero": 1.0, "vmean": 0.8, EXACT: 1e-7}
     rows = [
         [f"h{h}", name, r, 0, *([level[name] / (r if name in ("svd", "topk") else 1)] * 10)]
-        + [1e-3, 8, None]
+        + [1e-3, 8, None, r / 64]
         for h in range(heads)
-        for name in REFERENCES
+        for name in (*BESIDE, EXACT)
         for r in ranks
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -81,7 +76,7 @@ def test_every_panel_has_the_floors_and_predictors() -> None:
     figure = study_figure(frame_of(error), references_of(), "output_fro_rel")
     assert len(figure.axes) == 3
     for axes in figure.axes:
-        assert sorted(gids(axes)) == sorted([*REFERENCES, "m0"])
+        assert sorted(gids(axes)) == sorted([*BESIDE, "m0"])
         assert axes.get_xscale() == axes.get_yscale() == "log"
     assert [axes.get_title() for axes in figure.axes] == [
         "median of 2 heads (band: quartiles over heads)",
@@ -216,7 +211,7 @@ def test_fifteen_methods_look_different() -> None:
     assert len(COLOURS) * len(DASHES) >= 15
     assert len(set(MARKERS)) == len(MARKERS) == 15
     assert not {"^", "v"} & set(MARKERS)  # these mean infinite and zero
-    neutral = {plots.REFERENCE_STYLES[name]["color"] for name in REFERENCES}
+    neutral = {plots.REFERENCE_STYLES[name]["color"] for name in BESIDE}
     assert not neutral & set(COLOURS)
 
 
@@ -253,7 +248,7 @@ def test_one_rank_and_references_only() -> None:
     assert left < 8 < right
     references = references_of()
     alone = study_figure(references, references, "output_fro_rel")
-    assert sorted(gids(alone.axes[0])) == sorted(REFERENCES)
+    assert sorted(gids(alone.axes[0])) == sorted(BESIDE)
 
 
 def test_long_names_are_shortened_in_the_middle() -> None:

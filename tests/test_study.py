@@ -72,7 +72,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     kinds: dict[str, Callable[[str], Any]] = dict.fromkeys(("rank", "seed", "bytes"), int)
-    kinds |= dict.fromkeys((*FIELDS, "seconds"), float)
+    kinds |= dict.fromkeys((*FIELDS, "seconds", "work"), float)
     kinds["effective_rank"] = lambda text: int(text) if text else None
     table = [[kinds.get(c, str)(x) for c, x in zip(rows[0], row, strict=True)] for row in rows[1:]]
     return pd.DataFrame(table, columns=rows[0]).astype({"effective_rank": "Int64"})
@@ -163,6 +163,9 @@ def test_default_methods_are_those_of_the_registry() -> None:
     chosen = default_methods()
     assert "uniform" in chosen
     assert not {"exact", *REFERENCES} & set(chosen)
+    # Exact from rank d on: it would squeeze all others into a corner of every picture.
+    assert set(grid.NOT_COMPARED) == {"compressed"}
+    assert "compressed" not in chosen
 
 
 def square_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +194,7 @@ def test_default_methods_that_cannot_honour_a_head_are_named(
         "head 'wide': n_q and n_k must be equal for method 'square', got 4 and 6; use a method "
         "whose traits.rectangular is True"
     )
-    assert result.left_out == {"square": reason}
+    assert result.left_out == grid.NOT_COMPARED | {"square": reason}
     assert f"left out: square ({reason})" in str(result)
 
 
@@ -386,8 +389,8 @@ def run(folder: Path | None, heads: sa.Heads | None = None, **options: Any) -> s
     return sa.study(small_heads() if heads is None else heads, out=folder, **(given | options))
 
 
-# 3 heads x (uniform 3 x 3, svd and topk 3 each, zero, vmean)
-CELLS = 3 * 17
+# 3 heads x (uniform 3 x 3, svd and topk 3 each, zero, vmean, exact)
+CELLS = 3 * 18
 
 
 @pytest.fixture(scope="module")
@@ -421,12 +424,12 @@ def test_a_finished_study_is_reused_whole(tmp_path: Path) -> None:
 def test_more_ranks_seeds_and_methods_reuse_what_is_there(tmp_path: Path) -> None:
     run(tmp_path, ranks=[2, 4], seeds=2)
     more = run(tmp_path)
-    # uniform: ranks 2 and 4 at seeds 0 and 1; svd and topk at ranks 2 and 4; zero; vmean
-    assert more.reused == 3 * (4 + 4 + 2)
+    # uniform: ranks 2 and 4 at seeds 0 and 1; svd and topk at ranks 2 and 4; zero; vmean; exact
+    assert more.reused == 3 * (4 + 4 + 3)
     assert same_rows(more, run(None))
     unbiased = {"uniform": sa.UniformColumns(rank=1, estimator="horvitz-thompson")}
     other = run(tmp_path, methods=unbiased)
-    assert other.reused == 3 * 8  # the references only
+    assert other.reused == 3 * 9  # the references only
     assert same_rows(other, run(None, methods=unbiased))
 
 
@@ -1433,10 +1436,13 @@ def test_quantiles_agree_with_numpy_and_keep_infinities() -> None:
 def test_summary_has_methods_floors_and_predictors() -> None:
     result = run(None, methods=["uniform", "svd"])
     table = result.summary()
-    assert list(table["method"]) == ["uniform"] * 3 + ["svd"] * 3 + ["topk"] * 3 + ["zero", "vmean"]
-    assert list(table["role"]) == ["method"] * 3 + ["floor"] * 6 + ["predictor"] * 2
+    assert list(table["method"]) == ["uniform"] * 3 + ["svd"] * 3 + ["topk"] * 3 + [
+        "zero", "vmean", "exact",
+    ]  # fmt: skip
+    roles = ["method"] * 3 + ["floor"] * 6 + ["predictor"] * 2 + ["exact"]
+    assert list(table["role"]) == roles
     assert table["rank"].tolist()[:9] == RANKS * 3
-    assert table["rank"].isna().tolist() == [False] * 9 + [True] * 2
+    assert table["rank"].isna().tolist() == [False] * 9 + [True] * 3
     own = result.frame[(result.frame["method"] == "uniform") & (result.frame["rank"] == 4)]
     row = table.iloc[1]
     for field in ("output_fro_rel", "matrix_fro_rel", "row_tv_mean", "skill"):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from ..base.head import Head
 from ..base.quiet import quiet
 from ..kernels._threads import blas_single_thread
 
@@ -126,6 +127,38 @@ class AttentionOperator(Operator):
             if isinstance(x, np.ndarray) and x.dtype == np.float32:
                 setattr(twin, name, x.astype(np.float64))
         return twin
+
+    def reads(self, problem: Head) -> Array:
+        """Return how much of a problem each row of ``Ahat`` reads, float64 (n_q,).
+
+        Keys, and what stands for many of them: features, landmarks, clusters, regions, means.
+        What was looked at to choose these does not count.  NaN where it is not known.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            The one that the operator approximates; its visible sets count.
+        """
+        return np.full(self.shape[0], np.nan)
+
+    def work(self, problem: Head) -> float:
+        """Return what a row reads, mean over rows, as a share of what a row of ``A`` reads.
+
+        ``sum_i reads_i / sum_i |visible_i|``: 1 is the exact matrix, and a causal one of n tokens
+        reads (n + 1) / 2 keys a row.  It may exceed 1: a row that sees few keys may read more
+        features than these.  NaN where it is not known or no row sees a key.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problem = sa.make_heads("gaussian", n=16, d=4, rng=0)[0]
+        >>> problem.exact.work(problem)
+        1.0
+        >>> sa.UniformColumns(rank=4).approximate(problem, rng=0).work(problem)
+        0.25
+        """
+        seen = int(problem.visible_counts().sum())
+        return float(self.reads(problem).sum() / seen) if seen else float("nan")
 
     def rows(self, index: Index) -> Array:
         """Return chosen rows of the matrix as a dense array (len(index), n_k)."""

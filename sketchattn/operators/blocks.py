@@ -70,6 +70,15 @@ class BlockAttention(AttentionOperator):
         """Bytes of the arrays of all blocks."""
         return sum(x.columns.nbytes + x.factor.nbytes + x.matrix.nbytes for x in self.blocks)
 
+    def reads(self, problem: Head) -> Array:
+        """Return the sum over the blocks of a row; those that hide keys are exact."""
+        q, k, _ = problem.arrays
+        found = np.zeros(self.shape[0])
+        for rows, columns, matrix, _ in self.blocks:
+            part = Head.adopt(q[rows], k[columns], scale=problem.scale)
+            found[rows] += matrix.reads(part)
+        return found
+
     def wide(self) -> AttentionOperator:
         """Return the operator whose products are computed in float64 from the same arrays."""
         if self.dtype == np.float64:

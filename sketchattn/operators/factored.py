@@ -82,6 +82,14 @@ class FactoredAttention(AttentionOperator):
         known = [x.rank_bound for x in (self.u, self.p) if isinstance(x, AttentionOperator)]
         return int(min(*self.u.shape, *self.p.shape, *known))
 
+    def reads(self, problem: Head) -> Array:
+        """Return the inner dimension: each row weighs so many rows of ``S P``, or one of so many.
+
+        A row that is one row of P, as that of its cluster, reads little, and the rows of P read
+        all keys, as many rows as there are: shared among all queries that is the same number.
+        """
+        return np.full(self.shape[0], float(self.u.shape[1]))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the factors, or of what they are computed from."""

@@ -48,6 +48,12 @@ class SparseOrMean(SparseAttention):
         """Rows that see keys and have none of their own."""
         return len(self.empty)
 
+    def reads(self, problem: Head) -> Array:
+        """Return how many keys each row has; the mean of all counts as one."""
+        found = super().reads(problem)
+        found[self.empty] = 1
+        return found
+
     def wide(self) -> SparseOrMean:
         """Return the operator whose products are computed in float64 from the same arrays."""
         twin = super().wide()

@@ -54,6 +54,10 @@ class ProductSketch(AttentionOperator):
         """Rows of the sketch, and one more for the mean."""
         return int(min(*self.shape, self.sketch.shape[0] + int(self.center)))
 
+    def reads(self, problem: Head) -> Array:
+        """Return how many keys each row sees: the sketch is of the exact matrix."""
+        return problem.visible_counts().astype(np.float64)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the exact operator and of the draw."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.head import Head
 from ..kernels._threads import product
 from .base import AttentionOperator, Index, pick, working_precision
 
@@ -138,6 +139,28 @@ class SampledAttention(AttentionOperator):
         extra = 0 if self.replaced is None else len(self.replaced)
         extra += 0 if self.fill is None else 1
         return int(min(*self.shape, self.weights.shape[1] + extra))
+
+    def reads(self, problem: Head) -> Array:
+        """Return the columns that each row sees, one more for a fill, all keys for exact rows."""
+        seen = problem.visible_counts()
+        mask = problem.key_mask
+        kept = np.ones(self.chosen.shape, bool) if mask is None else mask[self.chosen]
+        if self.chosen.ndim == 1:
+            columns = np.sort(self.chosen[kept])
+            ends = np.arange(self.shape[0]) + problem.offset + 1
+            own = np.full(self.shape[0], len(columns))
+            if problem.causal:
+                own = np.searchsorted(columns, ends)
+        else:
+            if problem.causal:
+                kept &= self.chosen <= np.arange(self.shape[0])[:, None] + problem.offset
+            own = kept.sum(axis=1)
+        found = own.astype(np.float64)
+        if self.fill is not None:
+            found += own < seen
+        if self.replaced is not None:
+            found[self.replaced] = seen[self.replaced]
+        return found
 
     def _sparse(self) -> Any:
         from scipy.sparse import csr_array

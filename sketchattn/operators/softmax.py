@@ -54,6 +54,10 @@ class SoftmaxAttention(AttentionOperator):
         """Bytes of the queries and keys."""
         return self.problem.arrays.q.nbytes + self.problem.arrays.k.nbytes
 
+    def reads(self, problem: Head) -> Array:
+        """Return how many keys each row sees: all of them are read."""
+        return self.problem.visible_counts().astype(np.float64)
+
     def _matmat(self, x: Array) -> Array:
         return solve(self.problem, self._cast(x))[0]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.head import Head
 from .base import AttentionOperator, Index, pick, working_precision
 
 Array = NDArray[Any]
@@ -79,6 +80,10 @@ class SparseAttention(AttentionOperator):
         self.starts = starts
         self.chosen = columns
         self.weights = weights.astype(self.dtype, copy=False)
+
+    def reads(self, problem: Head) -> Array:
+        """Return how many keys each row has."""
+        return np.diff(self.starts).astype(np.float64)
 
     def _sparse(self) -> Any:
         from scipy.sparse import csr_array

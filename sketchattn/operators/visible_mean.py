@@ -36,6 +36,10 @@ class VisibleMean(AttentionOperator):
         """One without a causal mask."""
         return 1 if self.end is None else min(self.shape)
 
+    def reads(self, problem: Head) -> Array:
+        """Return one, the mean, for each row that sees a key."""
+        return (problem.visible_counts() > 0).astype(np.float64)
+
     def _matmat(self, x: Array) -> Array:
         # Prefix sums in float64: float32 would lose a digit for every tenfold length.
         kept = np.where(self.keep[:, None], self._cast(x), 0).astype(np.float64)

@@ -28,6 +28,10 @@ class DenseAttention(AttentionOperator):
         super().__init__(matrix.shape, working_precision(matrix))
         self.matrix = np.ascontiguousarray(matrix, self.dtype)
 
+    def reads(self, problem: Head) -> Array:
+        """Return how many keys each row sees: an array says nothing about how it was made."""
+        return problem.visible_counts().astype(np.float64)
+
     def _matmat(self, x: Array) -> Array:
         return np.asarray(product(self.matrix, self._cast(x)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from contextlib import ExitStack, nullcontext, suppress
@@ -48,6 +49,7 @@ def measure(problem: AttentionProblem, cell: Cell, *, warm: bool) -> Values:
         "seconds": statistics.median(times),
         "bytes": int(found.nbytes) if linear else None,
         "effective_rank": None if rank is None else int(rank),
+        "work": float(found.work(problem)) if linear else math.nan,
     }
 
 

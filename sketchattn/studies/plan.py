@@ -19,7 +19,7 @@ from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method
-from .grid import Cell, Variant, by_name, default_methods, default_ranks, make_cells
+from .grid import NOT_COMPARED, Cell, Variant, by_name, default_methods, default_ranks, make_cells
 from .summary import BOUND_COLUMNS, REFERENCES
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def as_methods(
             raise ValueError(
                 f"methods must hold one that can honour all heads, got none by default: {reasons}"
             )
-        return kept, left_out
+        return kept, NOT_COMPARED | left_out
     if isinstance(methods, str | Method):
         methods = [methods]
     if isinstance(methods, Mapping):

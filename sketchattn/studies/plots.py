@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from ..base.drawing import as_png, make_figure, plain_style
 from ..base.files import write_bytes
 from ..errors.reports import FIELDS
-from .summary import PREDICTORS, REFERENCES, quantiles
+from .palette import DASHES, REFERENCE_LABELS, style_of
+from .summary import FLOORS, PREDICTORS, REFERENCES, quantiles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 MOST_HEADS = 15
+# References that have a place on axes of errors: exact attention has rounding only.
+BESIDE = (*FLOORS, *PREDICTORS)
 
 # field -> what it is, as text and as a formula
 MEASURES = {
@@ -62,18 +65,6 @@ MEASURES = {
     ),
 }
 
-# Okabe and Ito's colours without black (references) and yellow (too light on white): 6 colours x
-# 3 dashes, and a marker of its own for each of the first 15.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
-MARKERS = ("o", "s", "D", "X", "P", "p", "h", "d", "<", ">", "H", "8", "*", "1", "2")
-
-REFERENCE_LABELS = {
-    "svd": "best rank-r A (SVD, V-blind)",
-    "topk": "r largest entries a row (top-k)",
-    "zero": "zero output",
-    "vmean": "mean of V",
-}
 # Bounds of claims are thin, without a marker, in the colour of their method.
 BOUND_DASHES: tuple[Any, ...] = ((0, (8, 2)), (0, (8, 2, 1.5, 2)), (0, (8, 2, 1.5, 2, 1.5, 2)))
 
@@ -234,7 +225,7 @@ def _draw_figure(
         title += f"\n{len(drawn)} of {len(heads)} heads drawn, evenly spaced"
 
     rows, columns, boxes = _layout(len(drawn))
-    entries = len(methods) + len(REFERENCES) + len(limits) + 3
+    entries = len(methods) + len(BESIDE) + len(limits) + 3
     # Names of claims are long.
     legend_columns, legend_size = (3, 8) if limits or columns < 4 else (4, 9)
     # Inches; fixed margins, since Matplotlib's automatic layout takes longer than all the rest.
@@ -342,7 +333,7 @@ def _table(frame: pd.DataFrame, field: str) -> _Table:
 def _head_curves(tables: Sequence[_Table], methods: Sequence[str], head: str) -> list[_Curve]:
     """Median over seeds, band from the smallest to the largest."""
     curves = []
-    for name in (*REFERENCES, *methods):
+    for name in (*BESIDE, *methods):
         table = tables[0] if name in methods else tables[1]
         by_rank = table.get((name, head), {})
         ranks = sorted(by_rank)
@@ -354,7 +345,7 @@ def _head_curves(tables: Sequence[_Table], methods: Sequence[str], head: str) ->
 def _summary_curves(tables: Sequence[_Table], methods: Sequence[str]) -> list[_Curve]:
     """Median over heads of the median over seeds, band between the quartiles over heads."""
     curves = []
-    for name in (*REFERENCES, *methods):
+    for name in (*BESIDE, *methods):
         table = tables[0] if name in methods else tables[1]
         by_rank: dict[int, list[float]] = {}
         for (method, _), found in table.items():
@@ -418,7 +409,7 @@ def _scale(field: str, curves: Sequence[_Curve]) -> _Scale:
     that do not sum to one can be, on one that is linear around zero.  ``skill`` is linear down to
     -1, and logarithmic below where it falls under -2.
     """
-    bands = [x for c in curves if c.name not in REFERENCES for x in (*c.low, *c.high)]
+    bands = [x for c in curves if c.name not in BESIDE for x in (*c.low, *c.high)]
     finite = [x for c in curves for x in c.middle] + bands
     finite = [x for x in finite if math.isfinite(x)]
     if field == "skill":
@@ -487,11 +478,11 @@ def _symmetric_ticks(scale: _Scale) -> list[float]:
 def _style(name: str, methods: Sequence[str]) -> dict[str, Any]:
     if name in REFERENCE_STYLES:
         return REFERENCE_STYLES[name]
-    i = methods.index(name)
+    look = style_of(name, methods)
     return {
-        "color": COLOURS[i % len(COLOURS)],
-        "linestyle": DASHES[(i // len(COLOURS)) % len(DASHES)],
-        "marker": MARKERS[i % len(MARKERS)],
+        "color": look.colour,
+        "linestyle": DASHES[look.dash],
+        "marker": look.marker,
         "linewidth": 1.4,
     }
 
@@ -503,7 +494,7 @@ def _draw(
     if not curve.ranks:
         return set()
     style = dict(_style(curve.name, methods))
-    reference = curve.name in REFERENCES
+    reference = curve.name in BESIDE
     middle, notes = _clip(curve.middle, scale)
     if reference:
         zorder = 2.0
@@ -590,7 +581,7 @@ def _legend_handles(
 
     handles = [
         Line2D([], [], label=REFERENCE_LABELS.get(name, name), **_style(name, methods))
-        for name in (*methods, *REFERENCES)
+        for name in (*methods, *BESIDE)
     ]
     handles += [Line2D([], [], label=f"{x.claim} ({x.what})", **x.style) for x in limits]
     edge: dict[str, Any] = {"linestyle": "none", "color": "0.2", "markersize": 7}

@@ -123,7 +123,7 @@ def study(
     >>> heads = sa.make_heads("clustered", n=64, d=8, heads=2, rng=0)
     >>> result = sa.study(heads, methods=["uniform"], ranks=[8, 16], seeds=3)
     >>> result.frame.shape
-    (12, 17)
+    (12, 18)
     >>> float(result.frame["output_fro_rel"].median()) < 1
     True
     """

@@ -20,8 +20,10 @@ Key = tuple[str, int | None]
 
 FLOORS = ("svd", "topk")
 PREDICTORS = ("zero", "vmean")
-REFERENCES = (*FLOORS, *PREDICTORS)
-COLUMNS = ("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank")
+EXACT = "exact"
+REFERENCES = (*FLOORS, *PREDICTORS, EXACT)
+ROLES = dict.fromkeys(FLOORS, "floor") | dict.fromkeys(PREDICTORS, "predictor") | {EXACT: "exact"}
+COLUMNS = ("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank", "work")
 
 # Of the bounds of claims: ``bound`` is that of ``field``, below which lies ``what``.
 BOUND_COLUMNS = ("claim", "method", "head", "rank", "field", "what", "bound")
@@ -39,8 +41,8 @@ class StudyResult:
     frame : pandas.DataFrame
         One row for each head, method, rank and seed, in this order; columns ``COLUMNS``.
     references : pandas.DataFrame
-        The same columns for the floors ``svd`` and ``topk`` and the predictors ``zero`` and
-        ``vmean``, at all ranks and one seed.
+        The same columns for the floors ``svd`` and ``topk``, the predictors ``zero`` and
+        ``vmean``, and ``exact`` attention, at all ranks and one seed.
     left_out : dict from str to str
         Methods of the default choice that cannot honour all heads, and why.
     out : Path or None
@@ -69,30 +71,28 @@ class StudyResult:
         Returns
         -------
         pandas.DataFrame
-            One row for each method and rank: ``method``, ``role`` ("method", "floor" or
-            "predictor"), ``rank`` (missing for predictors), then for each of ``MAIN_FIELDS`` its
-            median and, with the endings ``_q25`` and ``_q75``, its quartiles, and the median
-            ``seconds``.  Infinite values count as larger than all others, NaN does not count.
+            One row for each method and rank: ``method``, ``role`` ("method", "floor", "predictor"
+            or "exact"), ``rank`` (missing for predictors and exact), then for each of
+            ``MAIN_FIELDS`` its median and, with the endings ``_q25`` and ``_q75``, its quartiles,
+            and the medians of ``seconds`` and ``work``.  Infinite values count as larger than all
+            others, NaN does not count.
         """
         import pandas as pd
 
         rows: list[Values] = []
-        roles = dict.fromkeys(FLOORS, "floor") | dict.fromkeys(PREDICTORS, "predictor")
         own = self.frame[~self.frame["method"].isin(REFERENCES)]
         for frame in (own, self.references):
             for (method, rank), part in frame.groupby(["method", "rank"], sort=False):
-                role = roles.get(str(method), "method")
-                if role == "predictor" and rank != frame["rank"].iloc[0]:
-                    continue  # the same at every rank
-                row: Values = {
-                    "method": method,
-                    "role": role,
-                    "rank": None if role == "predictor" else rank,
-                }
+                role = ROLES.get(str(method), "method")
+                alike = role in ("predictor", "exact")  # at every rank
+                if alike and rank != frame["rank"].iloc[0]:
+                    continue
+                row: Values = {"method": method, "role": role, "rank": None if alike else rank}
                 for field in MAIN_FIELDS:
                     low, middle, high = quantiles(part[field].tolist(), (0.25, 0.5, 0.75))
                     row |= {field: middle, f"{field}_q25": low, f"{field}_q75": high}
-                row["seconds"] = quantiles(part["seconds"].tolist(), (0.5,))[0]
+                for name in ("seconds", "work"):
+                    row[name] = quantiles(part[name].tolist(), (0.5,))[0]
                 rows.append(row)
         return pd.DataFrame(rows).astype({"rank": "Int64"})
 

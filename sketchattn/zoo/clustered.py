@@ -294,6 +294,10 @@ class ImprovedClusteredAttention(AttentionOperator):
         """Bytes of the factors, queries, top keys and weights."""
         return super().nbytes + self.base.nbytes
 
+    def reads(self, problem: Head) -> Array:
+        """Return the clusters, as of the plain form, and the own keys of each query."""
+        return np.asarray(self.base.reads(problem) + self.top.shape[1])
+
     def wide(self) -> AttentionOperator:
         """Return the operator in float64, with the same clusters and top keys."""
         if self.dtype == np.float64:

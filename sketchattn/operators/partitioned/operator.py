@@ -213,6 +213,14 @@ class PartitionedAttention(AttentionOperator):
             return self
         return self._remake()
 
+    def reads(self, problem: Head) -> Array:
+        """Return how many direct keys and regions each row has."""
+        found = np.empty(self.shape[0])
+        for rows in self.layout.chunks():
+            direct, regions = self.layout.slots(rows)
+            found[rows] = direct.sizes + regions.sizes
+        return found
+
     # --- products -------------------------------------------------------------------------------
 
     def _matmat(self, x: Array) -> Array:
@@ -307,6 +315,13 @@ class MixtureAttention(AttentionOperator):
         self.parts = tuple(parts)
         self.weights = np.asarray(weights, self.dtype)
         self.causal_safe = all(bool(getattr(part, "causal_safe", False)) for part in parts)
+
+    def reads(self, problem: Head) -> Array:
+        """Return the sum over the parts."""
+        found = np.zeros(self.shape[0])
+        for part in self.parts:
+            found += part.reads(problem)
+        return found
 
     def _sum(self, products: list[Array]) -> Array:
         out = self.weights[0] * products[0]

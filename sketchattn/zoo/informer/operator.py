@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...base.head import Head
 from ...operators.base import AttentionOperator, Index, pick
 from ...operators.sampled import SampledAttention
 from ...problem import AttentionProblem
@@ -56,6 +57,13 @@ class InformerAttention(SampledAttention):
     def nbytes(self) -> int:
         """Bytes of the fill, of the exact rows' queries, and of the keys."""
         return super().nbytes + self.active.exact.nbytes
+
+    def reads(self, problem: Head) -> Array:
+        """Return all keys for the exact rows, and one, the mean, for all others."""
+        seen = problem.visible_counts()
+        found = (seen > 0).astype(np.float64)
+        found[self.replaced] = seen[self.replaced]
+        return found
 
     def wide(self) -> AttentionOperator:
         """Return the same estimator of the same problem and draw in float64."""

@@ -14,6 +14,7 @@ from ...base.arguments import (
     float_dtype,
     prepare,
 )
+from ...base.head import Head
 from ...kernels._threads import product
 from ...operators.base import AttentionOperator, Index, pick
 from ...operators.factored import FactoredAttention
@@ -194,6 +195,10 @@ class ReducedAttention(AttentionOperator):
     def nbytes(self) -> int:
         """Bytes of the queries, the compressed keys and F."""
         return self.compressed.exact.nbytes + self.projection.nbytes
+
+    def reads(self, problem: Head) -> Array:
+        """Return the number of compressed keys for each row."""
+        return np.full(self.shape[0], float(self.projection.shape[0]))
 
     def wide(self) -> AttentionOperator:
         """Return the same estimator of the same problem and draw in float64."""

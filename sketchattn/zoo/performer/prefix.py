@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from ...base.head import Head
 from ...operators.base import AttentionOperator
 
 Array = NDArray[Any]
@@ -42,6 +44,10 @@ class PrefixAttention(AttentionOperator):
         self.u, self.beta = prefix_factors(t, n, keep, offset)
         self.offset = offset
         self._remake = remake
+
+    def reads(self, problem: Head) -> Array:
+        """Return the number of features, R, for each row."""
+        return np.full(self.shape[0], float(self.u.shape[1]))
 
     def wide(self) -> AttentionOperator:
         """Return the same estimator of the same problem and draw in float64."""
