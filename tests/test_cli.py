@@ -94,7 +94,7 @@ def test_version(say: Any) -> None:
 
 HEAVY = (
     "numpy", "scipy", "numba", "sklearn", "matplotlib", "pandas", "joblib", "tqdm", "torch",
-    "safetensors", "rich",
+    "safetensors", "rich", "plotly", "jinja2",
 )  # fmt: skip
 
 LOADED = """
@@ -140,8 +140,12 @@ def test_study_prints_the_table_and_the_pictures(say: Any, tmp_path: Path) -> No
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith("2 heads, 1 method, 2 ranks, 2 seeds: medians [quartiles]")
     pictures = [folder / f"{field}.png" for field in FIELDS]
-    assert said.out.splitlines()[-len(FIELDS) - 1 :] == ["pictures:", *(f"  {p}" for p in pictures)]
-    assert all(p.stat().st_size > 0 for p in pictures)
+    assert said.out.splitlines()[-len(FIELDS) - 2 :] == [
+        "pictures:",
+        *(f"  {p}" for p in pictures),
+        f"report: {folder / 'report.html'}",
+    ]
+    assert all(p.stat().st_size > 0 for p in [*pictures, folder / "report.html"])
     options: dict[str, Any] = {"methods": ["uniform"], "ranks": [2, 4], "seeds": 2}
     result = sa.study(parse_heads(MADE), **options, out=folder, pictures=False)
     assert result.computed == 0
@@ -540,7 +544,9 @@ def test_verdicts_come_before_pictures(
     start = f"sketchattn: warning: pictures are missing beside the verdicts: {claim} (ValueError: "
     assert said.err.startswith(start)
     assert said.err.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.png", "verdicts.json"]
+    kept = ["mine.png", "verdicts.html", "verdicts.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    assert "<img" not in (tmp_path / "verdicts.html").read_text()
 
 
 def test_a_tilde_is_the_home_folder(

@@ -46,6 +46,9 @@ def _study(
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")
     ] = True,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html, one page with all.")
+    ] = True,
     progress: Annotated[
         bool | None,
         typer.Option(
@@ -56,13 +59,14 @@ def _study(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Measure error against rank on many heads, with pictures.
+    """Measure error against rank on many heads, with pictures and a report.
 
     One picture for each error measure.  Every method runs on every head, at every rank, for every
     seed, beside the floors that nobody can beat and the predictors that everybody must beat.
     Killed and started again with the same folder, it continues.
     """
     from ..kernels._threads import cpu_count
+    from ..studies.report.page import REPORT
     from ..studies.run import study
 
     result = study(
@@ -76,8 +80,11 @@ def _study(
         pictures=pictures,
         progress=progress,
         bounds=split_words(bounds),
+        report=report,
     )
     folder = result.out or out
+    page = folder / REPORT
+    written = page if report and page.is_file() else None
     if as_json:
         summary = result.summary()
         print_json(
@@ -87,6 +94,7 @@ def _study(
                 "references": folder / "references.csv",
                 "bounds": folder / "bounds.csv" if len(result.bounds) else None,
                 "pictures": result.pictures,
+                "report": written,
                 "left_out": result.left_out,
                 "computed": result.computed,
                 "reused": result.reused,
@@ -104,3 +112,5 @@ def _study(
         typer.echo("pictures:")
     for path in result.pictures:
         typer.echo(f"  {path}")
+    if written is not None:
+        typer.echo(f"report: {written}")

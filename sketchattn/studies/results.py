@@ -42,12 +42,14 @@ def write_results(plan: Plan, folder: Path, frame: pd.DataFrame, beside: pd.Data
         tables["bounds.csv"] = _csv(plan.bounds)
     wanted = {**dict.fromkeys(("bounds.csv",)), **tables}
     if any(_read(folder / name) != text for name, text in wanted.items()):
-        for name in ("study.json", "bounds.csv", *(f"{field}.png" for field in FIELDS)):
+        stale = ("study.json", "bounds.csv", "report.html")
+        for name in (*stale, *(f"{field}.png" for field in FIELDS)):
             (folder / name).unlink(missing_ok=True)
     for name, text in tables.items():
         write_text(folder / name, text)
     settings = {
         "version": __version__,
+        "call": plan.call,
         "heads": [_describe_head(p) for p in plan.problems],
         "methods": {v.label: v.text for v in plan.variants},
         "left_out": plan.left_out,

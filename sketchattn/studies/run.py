@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import tempfile
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ from .results import tabulate, write_results
 from .summary import Key, StudyResult, Values
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ..heads.container import Heads
 
 
@@ -44,6 +47,7 @@ def study(
     pictures: bool = True,
     progress: bool | None = None,
     bounds: str | Sequence[str] | None = None,
+    report: bool = True,
 ) -> StudyResult:
     """Measure error against rank: every method on every head, at every rank, for every seed.
 
@@ -81,6 +85,9 @@ def study(
     bounds : id or sequence of ids, optional
         Claims of ``sketchattn.theory.error_bounds()`` whose bounds are drawn over the measured
         curves, each on the error measure that it is about and in the colour of its method.
+    report : bool, default True
+        Write ``report.html`` into ``out``, one page with everything, as ``result.report()`` does,
+        and measure the hardness of the heads for it, which ``hardness.json`` keeps.
 
     Returns
     -------
@@ -102,7 +109,7 @@ def study(
     Warns
     -----
     RuntimeWarning
-        If pictures could not be drawn; the results are there.
+        If pictures or the report could not be made; the results are there.
 
     Notes
     -----
@@ -138,6 +145,7 @@ def study(
         pictures=pictures,
         progress=progress,
         bounds=bounds,
+        report=report,
     )
     with _journals(plan.folder) as (journals, token):
         found, computed = _compute(plan, journals, token)
@@ -149,6 +157,8 @@ def study(
                 from .plots import plot_study  # loads matplotlib
 
                 drawn = plot_study(frame, beside, plan.folder, plan.bounds)
+            if plan.report:
+                _add_report(plan, plan.folder, frame, beside)
     return StudyResult(
         frame,
         beside,
@@ -159,6 +169,23 @@ def study(
         len(plan.problems) * len(plan.cells) - computed,
         plan.bounds,
     )
+
+
+def _add_report(plan: Plan, folder: Path, frame: pd.DataFrame, references: pd.DataFrame) -> None:
+    """Write the report of a study into its folder; whatever goes wrong costs one warning."""
+    from .report.hardness import measure_hardness
+    from .report.page import REPORT, write_report
+
+    target = folder / REPORT
+    try:
+        measure_hardness(plan.problems, folder, plan.jobs)
+        write_report(target, frame, references, plan.bounds, plan.left_out, folder)
+    except Exception as error:  # of a package, of the file system, of rows that nobody foresaw
+        with suppress(OSError):
+            target.unlink(missing_ok=True)  # that of an earlier study
+        warnings.warn(
+            f"report is missing: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=4
+        )
 
 
 @contextmanager

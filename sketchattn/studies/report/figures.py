@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...base.pages import NEUTRAL, Chart, label, layout_of, menu, rounded, short
 from ...errors.reports import FIELDS
 from ..palette import SYMBOLS, style_of
+from ..summary import EXACT, FLOORS, PREDICTORS, quantiles
+from .hardness import number_of
 from .medians import MAIN, Medians, front
 
 if TYPE_CHECKING:
@@ -21,15 +23,13 @@ if TYPE_CHECKING:
 
 Trace = dict[str, Any]
 
-# Heads that menus and maps show: a menu of thousands helps nobody.
-MOST_HEADS = 150
+# Heads that menus and maps show, and methods times ranks times heads: a menu of thousands helps
+# nobody, and pages stay small.
+MOST_HEADS, MOST_POINTS = 150, 15_000
 # Methods up to which bands are drawn: more of them cover each other.
 MOST_BANDS = 6
 # Height of what is drawn, and of a line of the legend, which has two columns on a telephone.
 DRAWN, LINE, MENU = 380, 21, 60
-
-FLOORS = ("svd", "topk")
-PREDICTORS = ("zero", "vmean")
 
 TITLES = {
     "output_fro_rel": "relative output error",
@@ -58,8 +58,9 @@ ALL = "median of all heads"
 def shown_heads(medians: Medians) -> list[str]:
     """Return the heads of menus and maps: all, or as many as fit, evenly spaced."""
     heads = medians.heads
-    step = max(1, math.ceil(len(heads) / MOST_HEADS))
-    return heads[::step]
+    curves = max(1, len(medians.methods)) * len(medians.ranks)
+    most = min(len(heads), MOST_HEADS, max(1, MOST_POINTS // curves))
+    return [heads[i * len(heads) // most] for i in range(most)]
 
 
 def _choices(medians: Medians) -> list[tuple[str, str | None]]:
@@ -72,9 +73,14 @@ def _values(medians: Medians, field: str, name: str, head: str | None) -> list[f
     return medians.typical(field, name) if head is None else medians.curve(field, name, head)
 
 
+def _level(medians: Medians, field: str, name: str, head: str | None) -> float:
+    """Return what is the same at every rank that the head has."""
+    return next((x for x in _values(medians, field, name, head) if math.isfinite(x)), math.nan)
+
+
 def _height(traces: Sequence[Trace]) -> int:
     """Return the height of a figure whose legend has two columns, as on a telephone."""
-    entries = sum(trace.get("showlegend", True) for trace in traces)
+    entries = sum(bool(trace.get("showlegend", True)) for trace in traces)
     return DRAWN + MENU + LINE * math.ceil(entries / 2)
 
 
@@ -91,6 +97,7 @@ def _line(name: str, methods: Sequence[str], **more: Any) -> Trace:
             "dash": style.dash,
             "width": 2 if reference else 1.8,
         },
+        "connectgaps": True,  # heads of other lengths may have other ranks
     }
     if style.marker:
         trace["marker"] = {"symbol": SYMBOLS[style.marker], "size": 8, "color": style.colour}
@@ -144,7 +151,10 @@ def _error_range(medians: Medians) -> list[float] | None:
     trivial = [x for name in PREDICTORS for x in medians.typical(MAIN, name) if 0 < x < math.inf]
     top = 3 * max(trivial, default=finite[-1])
     typical = finite[len(finite) // 2]
-    return _log_range([max(finite[0], typical * 1e-3), min(finite[-1], top)])
+    bottom = max(finite[0], typical * 1e-3)
+    floors = [x for name in FLOORS for x in medians.typical(MAIN, name) if 0 < x < math.inf]
+    # As much of the floors as there is room for.
+    return _log_range([max(min([bottom, *floors]), bottom / 4), min(finite[-1], top)])
 
 
 def _axis(title: str, span: list[float] | None, write: Write = plain) -> dict[str, Any]:
@@ -153,9 +163,9 @@ def _axis(title: str, span: list[float] | None, write: Write = plain) -> dict[st
     if span is None:
         return axis
     decades = span[1] - span[0]
-    steps = [1, 2, 5] if decades < 2.2 else [1, 3] if decades < 4 else [1]
+    steps = [1.0, 2.0, 5.0] if decades < 2.2 else [1.0, 3.0] if decades < 4 else [1.0]
     if decades < 1.2:
-        steps = [1, 1.5, 2, 3, 4, 5, 7]
+        steps = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0]
     powers = range(math.floor(span[0]) - 2, math.ceil(span[1]) + 2)
     ticks = [step * 10.0**power for power in powers for step in steps]
     return axis | {
@@ -186,27 +196,29 @@ class _Curves(NamedTuple):
 
     def figure(self, **layout: Any) -> dict[str, Any]:
         """Return the figure, with the numbers of the first entry in place."""
-        names = list(next(iter(self.numbers.values()))[0]) if self.traces else []
+        every = list(self.numbers.values())
+        names = [
+            name
+            for name in (every[0][0] if self.traces else ())
+            # What is the same in all entries is not repeated in each.
+            if any(x[name] != y[name] for own in every for x, y in zip(own, every[0], strict=True))
+        ]
         buttons = [
             (entry, "restyle", [{name: [x[name] for x in own] for name in names}])
             for entry, own in self.numbers.items()
         ]
-        first = next(iter(self.numbers.values()))
-        traces = [trace | own for trace, own in zip(self.traces, first, strict=True)]
+        traces = [trace | own for trace, own in zip(self.traces, every[0], strict=True)]
         menus = [menu(buttons)] if len(buttons) > 1 else []
         return {"data": traces, "layout": layout_of(updatemenus=menus, **layout)}
 
 
-_HOVER = (
-    "<b>%{fullData.name}</b><br>rank %{customdata[0]}: error %{y:.3g}<br>"
-    "%{customdata[1]}<extra></extra>"
-)
+_HOVER = "<b>%{fullData.name}</b><br>rank %{customdata}: error %{y:.3g}<br>%{text}<extra></extra>"
 
 
-def _spreads(medians: Medians, name: str, head: str | None, field: str = MAIN) -> list[str]:
-    """Return what hovering tells beside the median."""
+def _spreads(medians: Medians, name: str, head: str | None, field: str = MAIN) -> list[str] | str:
+    """Return what hovering tells beside the median, at every rank; nothing for one head."""
     if head is not None or len(medians.heads) == 1:
-        return [""] * len(medians.ranks)
+        return ""
     found = []
     for rank in medians.ranks:
         spread = medians.over(field, name, rank)
@@ -218,7 +230,7 @@ def _spreads(medians: Medians, name: str, head: str | None, field: str = MAIN) -
 def cost_chart(medians: Medians, cost: str) -> Chart:
     """Return error against time or against work: curves, Pareto front, predictors, exact."""
     wanted = [*medians.methods, *(["topk"] if cost == "work" else [])]
-    exact = "exact" in medians.beside
+    exact = EXACT in medians.beside
     traces: list[Trace] = [
         {
             "type": "scatter",
@@ -235,7 +247,7 @@ def cost_chart(medians: Medians, cost: str) -> Chart:
     if exact:
         hover = f"<b>exact attention</b>: {'%{x:.3s}s' if cost == 'seconds' else '%{x:.0%}'}"
         hover += "<extra></extra>"
-        traces.append(_line("exact", medians.methods, hovertemplate=hover))
+        traces.append(_line(EXACT, medians.methods, hovertemplate=hover))
     numbers: dict[str, list[dict[str, Any]]] = {}
     spans: list[float] = []
     for entry, head in _choices(medians):
@@ -248,15 +260,15 @@ def cost_chart(medians: Medians, cost: str) -> Chart:
         costs = [x for x, _ in points if 0 < x < math.inf]
         limit = 1.0 if cost == "work" else math.nan
         if exact and cost == "seconds":
-            limit = _values(medians, cost, "exact", head)[0]
+            limit = _level(medians, cost, EXACT, head)
         ends = [min(costs, default=1.0), max([*costs, *([limit] if limit > 0 else [])], default=1)]
         spans += ends
         # To the right of its last point a front stays what it is.
         own = [_numbers([*(x for x, _ in best), ends[1]], [*(y for _, y in best), *_end(best)])]
-        for name in wanted:
-            spread = _spreads(medians, name, head)
-            own.append(_numbers(*curves[name], list(zip(medians.ranks, spread, strict=True))))
-        own += [_numbers(ends, [_values(medians, MAIN, "vmean", head)[0]] * 2)]
+        own += [
+            _numbers(*curves[name], medians.ranks, _spreads(medians, name, head)) for name in wanted
+        ]
+        own += [_numbers(ends, [_level(medians, MAIN, "vmean", head)] * 2)]
         if exact:
             own.append(_numbers([limit] * 2, [1e-12, 1e3]))
         numbers.setdefault(entry, own)
@@ -287,8 +299,11 @@ def _cost_hover(cost: str) -> str:
     return _HOVER.replace("<extra>", f"<br>{words}<extra>")
 
 
-def _numbers(x: Sequence[float], y: Sequence[float], data: Sequence[Any] = ()) -> dict[str, Any]:
-    return {"x": rounded(x), "y": rounded(y), "customdata": list(data)}
+def _numbers(
+    x: Sequence[float], y: Sequence[float], ranks: Sequence[int] = (), text: list[str] | str = ""
+) -> dict[str, Any]:
+    """Return what a curve is drawn from: its points, and their ranks and text for who hovers."""
+    return {"x": rounded(x, 4), "y": rounded(y, 4), "customdata": list(ranks), "text": text}
 
 
 def rank_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
@@ -323,17 +338,14 @@ def rank_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
         for name in bands:
             low, high = _band(medians, name, head)
             x = [*medians.ranks, *reversed(medians.ranks)]
-            own.append(_numbers(list(map(float, x)), [*low, *reversed(high)]))
+            own.append(_numbers(x, [*low, *reversed(high)]))
         for name in names:
-            spread = _spreads(medians, name, head)
             y = _values(medians, MAIN, name, head)
-            data = list(zip(medians.ranks, spread, strict=True))
-            own.append(_numbers(list(map(float, medians.ranks)), y, data))
+            spread = _spreads(medians, name, head)
+            own.append(_numbers(medians.ranks, y, medians.ranks, spread))
         for claim in claims:
-            data = [(rank, "") for rank in medians.ranks]
-            own.append(
-                _numbers(list(map(float, medians.ranks)), limits.curve(claim, head, MAIN), data)
-            )
+            y = limits.curve(claim, head, MAIN)
+            own.append(_numbers(medians.ranks, y, medians.ranks))
         if sampled:
             for name, each in zip(names, own[len(bands) :], strict=False):
                 each["error_y"] = _intervals(medians, name, head)
@@ -346,7 +358,8 @@ def rank_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
         legend={"groupclick": "togglegroup", "tracegroupgap": 0},
     )
     about = "Click a name to switch its curve off or on, twice to see it alone; the menu shows a "
-    about += "head by itself. Floors: no matrix of rank r, no r keys a row can do better."
+    about += "head by itself. Floors: no matrix of rank r, no r keys a row can do better; where "
+    about += "they leave the axis, the buttons above the curves zoom out."
     if bands:
         about += " Bands: the middle half of the heads, or for one head all seeds."
     return Chart("against-rank", "Error against rank", about, figure, _height(traces))
@@ -404,8 +417,6 @@ class _Bounds:
 
     def curve(self, claim: str, head: str | None, field: str) -> list[float]:
         """Return the bound at every rank, its median over heads without one."""
-        from ..summary import quantiles
-
         heads = self._medians.heads if head is None else [head]
         if self.fields[claim] != field:
             return [math.nan] * len(self._medians.ranks)
@@ -429,11 +440,11 @@ def measure_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
     for field in order:
         own = []
         for name in names:
-            data = list(zip(medians.ranks, _spreads(medians, name, None, field), strict=True))
-            own.append(_numbers(medians.ranks, medians.typical(field, name), data))
+            spread = _spreads(medians, name, None, field)
+            own.append(_numbers(medians.ranks, medians.typical(field, name), medians.ranks, spread))
         for claim in limits.claims:
-            data = [(rank, "") for rank in medians.ranks]
-            own.append(_numbers(medians.ranks, limits.curve(claim, None, field), data))
+            y = limits.curve(claim, None, field)
+            own.append(_numbers(medians.ranks, y, medians.ranks))
         every = [x for each in own for x in each["y"] if x is not None]
         axis = _axis(TITLES[field], None)
         if field == "skill":
@@ -443,16 +454,14 @@ def measure_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
             span = _log_range([x for x in every if x > 1e-5 * max(every, default=1.0)]) or [-2, 1]
             axis = _axis(TITLES[field], span)
         first = first or ([t | n for t, n in zip(traces, own, strict=True)], axis)
-        keys = ("y", "customdata")
+        keys = ("y", "text")
         restyled = {key: [each[key] for each in own] for key in keys}
         relayout = {f"yaxis.{key}": value for key, value in axis.items() if key != "title"}
         relayout |= {"yaxis.title.text": TITLES[field]}
         relayout |= {"yaxis.tickmode": "array" if "tickvals" in axis else "auto"}
         buttons.append((TITLES[field], "update", [restyled, relayout]))
     data, axis = first or ([], {})
-    layout = layout_of(
-        updatemenus=[menu(buttons)], xaxis=_rank_axis(medians.ranks), yaxis=axis
-    )
+    layout = layout_of(updatemenus=[menu(buttons)], xaxis=_rank_axis(medians.ranks), yaxis=axis)
     about = "The same study in the other measures, medians over heads: choose one in the menu."
     if limits.claims:
         about += " Thin dashed lines are the bounds of claims, in the colour of their method."
@@ -473,9 +482,7 @@ def head_map(medians: Medians) -> Chart:
     """Return methods against heads: the error as a multiple of that of the mean of V."""
     heads = shown_heads(medians)
     rank = medians.ranks[-1]
-    order = sorted(
-        medians.methods, key=lambda x: _last_if_nan(medians.over(MAIN, x, rank).middle)
-    )
+    order = sorted(medians.methods, key=lambda x: _last_if_nan(medians.over(MAIN, x, rank).middle))
     order = [*(x for x in FLOORS if x in medians.beside), *order]
     buttons = []
     first: dict[str, Any] = {}
@@ -484,7 +491,7 @@ def head_map(medians: Medians) -> Chart:
         for name in order:
             errors = [medians.at(MAIN, name, head, rank) for head in heads]
             means = [medians.at(MAIN, "vmean", head, rank) for head in heads]
-            z.append(rounded(map(_log_ratio, errors, means), 3))
+            z.append(rounded(map(_log_ratio, errors, means), 2))
             text.append([short(x, 2) for x in errors])
         first = first or {"z": z, "text": text}
         buttons.append((f"rank {rank}", "restyle", [{"z": [z], "text": [text]}]))
@@ -541,7 +548,8 @@ def head_map(medians: Medians) -> Chart:
     if len(heads) < len(medians.heads):
         about += f" {len(heads)} of {len(medians.heads)} heads, evenly spaced."
     height = MENU + 190 + 26 * len(order)
-    return Chart("heads-map", "Methods by heads", about, {"data": [trace], "layout": layout}, height)
+    figure = {"data": [trace], "layout": layout}
+    return Chart("heads-map", "Methods by heads", about, figure, height)
 
 
 def _last_if_nan(x: float) -> float:
@@ -552,10 +560,10 @@ def _log_ratio(error: float, mean: float) -> float:
     return math.log10(error / mean) if error > 0 and 0 < mean < math.inf else math.nan
 
 
-def hardness_chart(medians: Medians, hardness: Mapping[str, Mapping[str, Any]]) -> Chart:
+def hardness_chart(medians: Medians, hardness: Mapping[str, dict[str, Any]]) -> Chart:
     """Return the error of each method against how many keys a row of the head attends to."""
     heads = [head for head in medians.heads if head in hardness]
-    keys = [float(hardness[head]["perplexity_median"]) for head in heads]
+    keys = [number_of(hardness[head], "perplexity_median") or math.nan for head in heads]
     names = [*medians.methods, "vmean"]
     traces = [
         _line(
@@ -572,7 +580,8 @@ def hardness_chart(medians: Medians, hardness: Mapping[str, Mapping[str, Any]]) 
     for trace in traces:
         trace.setdefault("marker", {"symbol": "line-ew-open", "size": 14, "color": NEUTRAL})
     every: list[float] = []
-    buttons, first = [], []
+    buttons: list[tuple[str, str, list[Any]]] = []
+    first: list[list[float | None]] = []
     for rank in reversed(medians.ranks):
         y = [rounded(medians.at(MAIN, name, head, rank) for head in heads) for name in names]
         every += [x for row in y for x in row if x is not None]
@@ -595,7 +604,7 @@ def hardness_chart(medians: Medians, hardness: Mapping[str, Mapping[str, Any]]) 
 def charts(
     medians: Medians,
     bounds: pd.DataFrame,
-    hardness: Mapping[str, Mapping[str, Any]],
+    hardness: Mapping[str, dict[str, Any]],
 ) -> list[Chart]:
     """Return the figures of a report that its rows have the numbers for."""
     makers: list[Callable[[], Chart]] = [lambda: cost_chart(medians, "seconds")]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...base.pages import Cell, Column, Table, number, short
 from ...errors.reports import FIELDS
 from ..palette import REFERENCE_LABELS
-from .figures import PREDICTORS
+from ..summary import EXACT, FLOORS, PREDICTORS, quantiles
+from .hardness import number_of
 from .medians import MAIN, Medians
 from .words import seconds
 
@@ -126,12 +127,12 @@ def all_table(medians: Medians) -> Table:
     for name in (*medians.methods, *medians.beside):
         reference = name not in medians.methods
         for rank in medians.ranks:
-            if (name in PREDICTORS or name == "exact") and rank != medians.ranks[0]:
+            if (name in PREDICTORS or name == EXACT) and rank != medians.ranks[0]:
                 continue  # the same at every rank
             spread = medians.over(MAIN, name, rank)
             heads = len(medians.by_head(MAIN, name, rank))
             won = heads - len(medians.lost(name, rank))
-            alike = name in PREDICTORS or name == "exact"
+            alike = name in PREDICTORS or name == EXACT
             rows.append(
                 [
                     Cell(REFERENCE_LABELS.get(name, name), mark="" if reference else "name"),
@@ -144,7 +145,7 @@ def all_table(medians: Medians) -> Table:
                     else Cell(f"{won} of {heads}", won, "good" if won == heads else "bad"),
                     # Of floors the exact matrix is already decomposed: their times mean nothing.
                     Cell("-", math.nan)
-                    if name in ("svd", "topk")
+                    if name in FLOORS
                     else _time(medians.over("seconds", name, rank).middle),
                     *(
                         number(medians.over("work", name, rank).middle)
@@ -160,7 +161,7 @@ def all_table(medians: Medians) -> Table:
     return Table("everything", columns, rows)
 
 
-def head_table(medians: Medians, hardness: Mapping[str, Mapping[str, Any]]) -> Table:
+def head_table(medians: Medians, hardness: Mapping[str, dict[str, Any]]) -> Table:
     """Return every head: how hard it is, and which method is best on it."""
     rank = medians.ranks[-1]
     known = [x for x in HARD if any(x[0] in found for found in hardness.values())]
@@ -180,18 +181,13 @@ def head_table(medians: Medians, hardness: Mapping[str, Mapping[str, Any]]) -> T
         rows.append(
             [
                 Cell(head, mark="name"),
-                *(number(_float(found.get(field))) for field, _, _ in known),
+                *(number(number_of(found, field)) for field, _, _ in known),
                 Cell(name),
                 number(error)._replace(mark="good" if error < mean else "bad"),
                 number(mean),
             ]
         )
     return Table("by-head", columns, rows)
-
-
-def _float(x: Any) -> float:
-    """Return a number of study.json, which spells those that are not finite."""
-    return math.nan if x is None else float(x)
 
 
 def bound_table(medians: Medians, bounds: pd.DataFrame) -> Table | None:
@@ -209,17 +205,20 @@ def bound_table(medians: Medians, bounds: pd.DataFrame) -> Table | None:
         Column("bound / measured", True),
     ]
     rows = []
-    keys = ["claim", "method", "field", "what", "rank"]
-    for (claim, method, field, what, rank), part in bounds.groupby(keys, sort=False):
-        bound = float(part["bound"].median())
-        seen = medians.over(str(field), str(method), int(rank)).middle
+    groups: dict[tuple[str, str, str, str, int], list[float]] = {}
+    names = ("claim", "method", "field", "what", "rank", "bound")
+    for *key, bound in zip(*(bounds[name].tolist() for name in names), strict=True):
+        groups.setdefault((*key,), []).append(bound)
+    for (claim, method, field, what, rank), values in groups.items():
+        bound = quantiles(values, (0.5,))[0]
+        seen = medians.over(field, method, rank).middle
         rows.append(
             [
-                Cell(str(claim), mark="name"),
-                Cell(str(method)),
-                Cell(str(field)),
-                Cell(str(what)),
-                Cell(str(rank), int(rank)),
+                Cell(claim, mark="name"),
+                Cell(method),
+                Cell(field),
+                Cell(what),
+                Cell(str(rank), rank),
                 number(bound),
                 number(seen),
                 number(bound / seen if seen > 0 else math.nan),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.pages import short, shorten
+from ..summary import EXACT
 from .medians import MAIN, Medians, front
 
 # Pieces of text, and whether each is strong: names stay text, whatever they are.
@@ -78,9 +79,7 @@ def _sizes(sizes: Sequence[tuple[int, int, int]]) -> str:
     if not sizes:
         return ""
     keys, widths = sorted({n for _, n, _ in sizes}), sorted({d for _, _, d in sizes})
-    spans = [
-        f"{x[0]}" if len(x) == 1 else f"{x[0]} to {x[-1]}" for x in map(list, (keys, widths))
-    ]
+    spans = [f"{x[0]}" if len(x) == 1 else f"{x[0]} to {x[-1]}" for x in map(list, (keys, widths))]
     return f" ({spans[0]} keys, dimension {spans[1]})"
 
 
@@ -158,9 +157,9 @@ def _losers(medians: Medians) -> list[Sentence]:
 
 def _time(medians: Medians) -> Sentence:
     """Say what is faster than exact attention and better than the mean of V."""
-    if "exact" not in medians.beside or not medians.methods:
+    if EXACT not in medians.beside or not medians.methods:
         return []
-    exact = medians.over("seconds", "exact", medians.ranks[0]).middle
+    exact = medians.over("seconds", EXACT, medians.ranks[0]).middle
     mean = medians.over(MAIN, "vmean", medians.ranks[0]).middle
     points = [(label, rank) for label in medians.methods for rank in medians.ranks]
     costs = [medians.over("seconds", *point).middle for point in points]
@@ -172,5 +171,5 @@ def _time(medians: Medians) -> Sentence:
         return head + say("; no method that beats the mean of V is faster.")
     label, rank = points[useful[-1]]
     cost, error = both[useful[-1]]
-    parts = [f"; the best that is faster: ", strong(label)]
-    return head + say(*parts, f" at rank {rank}, {seconds(cost)} with an error of {short(error)}.")
+    rest = f" at rank {rank}, {seconds(cost)} with an error of {short(error)}."
+    return head + say("; the best that is faster: ", strong(label), rest)

@@ -70,6 +70,7 @@ def verdicts_page(
         trials=trials,
         level=f"{100 * confidence:g} %",
         counts={status: n for status, n in counts.items() if n},
+        surprising={x.verdict.status for x in rows if not x.expected},
         marks=_MARKS,
         topics=_topics(rows),
         odd=[row for row in rows if not row.expected],
@@ -91,8 +92,8 @@ def _line(part: Sequence[Row]) -> list[Cell]:
     recorded = row.recorded or "anything but violated"
     return [
         Cell(claim.id, mark="name", link=f"#{_anchor(claim.id)}"),
-        Cell(claim.title),
-        Cell(claim.source.split(":")[0] if len(claim.source) > 60 else claim.source),
+        Cell(claim.title, mark="wide"),
+        Cell(claim.source.split(":")[0] if len(claim.source) > 60 else claim.source, mark="long"),
         Cell(claim.status),
         Cell(v.status, mark=_MARKS.get(v.status, "")),
         *(number(x) for x in (v.observed, v.bound, v.slack)),
@@ -154,7 +155,7 @@ def _refuted(rows: Sequence[Row]) -> Table | None:
     lines = [
         [
             Cell(name, mark="name", link=f"#{_anchor(name)}"),
-            Cell(row.claim.title),
+            Cell(row.claim.title, mark="wide"),
             Cell(row.verdict.instance),
             number(row.verdict.observed),
             number(row.verdict.bound),
