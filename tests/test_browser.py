@@ -263,7 +263,11 @@ def test_the_menu_shows_one_head_and_keeps_what_is_off(
     )
     before = page.evaluate(f"[...{curve}.y]")
     page.locator("#against-rank .updatemenu-header").click()
-    page.locator("#against-rank .updatemenu-dropdown-button").nth(2).click()
+    entry = page.locator("#against-rank .updatemenu-dropdown-button").nth(2)
+    # It can be read: the curves do not show through.
+    ground = "(x) => getComputedStyle(x.querySelector('rect')).fillOpacity"
+    assert entry.evaluate(ground) == "1"
+    entry.click()
     until(page, f"({before}).join() !== [...{curve}.y].join()")
     assert page.evaluate("document.querySelector('#against-rank .plot').data[0].visible") == (
         "legendonly"

@@ -300,8 +300,13 @@ def test_hardness_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kept["digest"] == heads[0].digest
     assert read_hardness(tmp_path) == found
 
-    seen = []
-    monkeypatch.setattr(hardness, "describe", lambda p: seen.append(p.name) or expected)
+    seen: list[str | None] = []
+
+    def described(problem: sa.AttentionProblem) -> Any:
+        seen.append(problem.name)
+        return expected
+
+    monkeypatch.setattr(hardness, "describe", described)
     assert measure_hardness(heads, tmp_path, 1) == found
     other = renamed(sa.make_heads("gaussian", n=16, d=4, rng=1)[0], str(heads[1].name))
     measure_hardness([heads[0], other], tmp_path, 1)

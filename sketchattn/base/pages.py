@@ -198,13 +198,15 @@ def layout_of(**options: Any) -> dict[str, Any]:
             "namelength": -1,
         },
         "dragmode": False,
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": NEUTRAL, "activecolor": NEUTRAL},
         "legend": {
             "orientation": "h",
             "yref": "container",
             "y": 0.0,
             "yanchor": "bottom",
+            "xref": "container",
             "x": 0.0,
-            "font": {"size": 13},
+            "font": {"size": 12},
             "itemsizing": "constant",
             "bgcolor": "rgba(0,0,0,0)",
         },
@@ -231,7 +233,7 @@ def menu(buttons: Sequence[tuple[str, str, list[Any]]], **place: Any) -> dict[st
         "yanchor": "bottom",
         "pad": {"b": 12, "t": 0, "l": 0, "r": 0},
         "bordercolor": NEUTRAL,
-        "bgcolor": "rgba(0,0,0,0)",
+        "bgcolor": "#ffffff",  # it covers what is below; the page chooses the colour
         "font": {"size": 13},
         "buttons": [
             {"label": text, "method": method, "args": arguments}

@@ -5,6 +5,7 @@ for (const place of document.querySelectorAll("[data-figure]")) {
     responsive: true,
     displaylogo: false,
     displayModeBar: "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d"],
+    // Named one by one: others of plotly would ask the network.
+    modeBarButtons: [["zoomIn2d", "zoomOut2d", "autoScale2d", "resetScale2d"], ["toImage"]],
   });
 }

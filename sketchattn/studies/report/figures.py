@@ -100,7 +100,13 @@ def _line(name: str, methods: Sequence[str], **more: Any) -> Trace:
         "connectgaps": True,  # heads of other lengths may have other ranks
     }
     if style.marker:
-        trace["marker"] = {"symbol": SYMBOLS[style.marker], "size": 8, "color": style.colour}
+        # The rim is what there is of symbols without an area.
+        trace["marker"] = {
+            "symbol": SYMBOLS[style.marker],
+            "size": 8,
+            "color": style.colour,
+            "line": {"color": style.colour, "width": 1.5},
+        }
     return trace | more
 
 
@@ -358,8 +364,8 @@ def rank_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
         legend={"groupclick": "togglegroup", "tracegroupgap": 0},
     )
     about = "Click a name to switch its curve off or on, twice to see it alone; the menu shows a "
-    about += "head by itself. Floors: no matrix of rank r, no r keys a row can do better; where "
-    about += "they leave the axis, the buttons above the curves zoom out."
+    about += "head by itself. Floors: no matrix of rank r, no r keys a row can do better; on a "
+    about += "wide screen the buttons above the curves zoom."
     if bands:
         about += " Bands: the middle half of the heads, or for one head all seeds."
     return Chart("against-rank", "Error against rank", about, figure, _height(traces))
