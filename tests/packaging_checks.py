@@ -455,10 +455,10 @@ def wheel_problems(names: Iterable[str], version: str) -> list[str]:
 
 
 def tree_problems(names: Iterable[str], package: Path = PACKAGE) -> list[str]:
-    """Every source file of the package is in the wheel, and every stub that names are read from."""
+    """Every source file of the package is in the wheel, with the stubs and templates it reads."""
     missing = {
         f"{package.name}/{path.relative_to(package).as_posix()}"
-        for pattern in ("*.py", "*.pyi")
+        for pattern in ("*.py", "*.pyi", "templates/*")
         for path in package.rglob(pattern)
     } - set(names)
     return [f"{name} is missing" for name in sorted(missing)]

@@ -94,7 +94,7 @@ def test_version(say: Any) -> None:
 
 HEAVY = (
     "numpy", "scipy", "numba", "sklearn", "matplotlib", "pandas", "joblib", "tqdm", "torch",
-    "safetensors", "rich",
+    "safetensors", "rich", "plotly", "jinja2",
 )  # fmt: skip
 
 LOADED = """
@@ -140,12 +140,13 @@ def test_study_prints_the_table_and_the_pictures(say: Any, tmp_path: Path) -> No
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith("2 heads, 1 method, 2 ranks, 2 seeds: medians over heads")
     pictures = [folder / name for name in PICTURES]
-    *_, rows = said.out.splitlines()[: -len(pictures)]
+    *_, rows = said.out.splitlines()[: -len(pictures) - 1]
     assert rows == f"rows: {folder / 'results.csv'}, {folder / 'references.csv'}"
-    paths = said.out.splitlines()[-len(pictures) :]
+    *paths, report = said.out.splitlines()[-len(pictures) - 1 :]
     assert paths[0] == f"pictures: {pictures[0]}"
     assert [x.strip() for x in paths[1:]] == [str(p) for p in pictures[1:]]
-    assert all(p.stat().st_size > 0 for p in pictures)
+    assert report == f"report: {folder / 'report.html'}"
+    assert all(p.stat().st_size > 0 for p in [*pictures, folder / "report.html"])
     options: dict[str, Any] = {"methods": ["uniform"], "ranks": [2, 4], "seeds": 2}
     result = sa.study(parse_heads(MADE), **options, out=folder, pictures=False)
     assert result.computed == 0
@@ -544,7 +545,9 @@ def test_verdicts_come_before_pictures(
     start = f"sketchattn: warning: pictures are missing beside the verdicts: {claim} (ValueError: "
     assert said.err.startswith(start)
     assert said.err.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.png", "verdicts.json"]
+    kept = ["mine.png", "verdicts.html", "verdicts.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    assert "<img" not in (tmp_path / "verdicts.html").read_text()
 
 
 def test_a_tilde_is_the_home_folder(

@@ -53,10 +53,12 @@ else:
 
 # ``import sketchattn`` loads none of these
 HEAVY = (
+    "jinja2",
     "joblib",
     "matplotlib",
     "numba",
     "pandas",
+    "plotly",
     "safetensors",
     "scipy.stats",
     "sklearn",
@@ -500,7 +502,7 @@ def test_a_wheel_with_another_file_is_reported(name: str) -> None:
 
 
 def test_a_wheel_that_lacks_a_module_is_reported() -> None:
-    files = [*sources(), *sorted(PACKAGE.rglob("*.pyi"))]
+    files = [*sources(), *sorted(PACKAGE.rglob("*.pyi")), *sorted(PACKAGE.rglob("templates/*"))]
     names = [f"sketchattn/{path.relative_to(PACKAGE).as_posix()}" for path in files]
     assert tree_problems(names) == []
     assert tree_problems(names[1:]) == [f"{names[0]} is missing"]

@@ -282,6 +282,8 @@ def test_files_hold_the_rows(tmp_path: Path) -> None:
         "results.csv",
         "references.csv",
         "study.json",
+        "hardness.json",
+        "report.html",
         *(p.name for p in result.pictures),
     }
 

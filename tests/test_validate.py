@@ -192,14 +192,18 @@ def test_out_gets_the_verdicts_and_a_picture_a_claim(say: Say, tmp_path: Path) -
     code, out, err = say("--claims", ",".join(names), *options)
     assert (code, err) == (0, "")
     pictures = [folder / f"{name}.png" for name in names]
-    assert out.splitlines()[-4:] == [
+    assert out.splitlines()[-5:] == [
         f"verdicts: {folder / 'verdicts.json'}",
         "pictures:",
         *(f"  {path}" for path in pictures),
+        f"report: {folder / 'verdicts.html'}",
     ]
     for path in pictures:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert {p.name for p in folder.iterdir()} == {"verdicts.json", *(p.name for p in pictures)}
+    written = {"verdicts.json", "verdicts.html", *(p.name for p in pictures)}
+    assert {p.name for p in folder.iterdir()} == written
+    page = (folder / "verdicts.html").read_text()
+    assert all(f'src="{p.name}"' in page for p in pictures)
     code, out, _ = say("--claims", ",".join(names), *options, "--json")
     found = json.loads(out)
     assert found["out"] == str(folder)

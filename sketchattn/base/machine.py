@@ -1,9 +1,13 @@
-"""What a number depends on beside the code: processor, threads, versions."""
+"""What a number depends on beside the code: processor, threads, versions; and what asked for it."""
 
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -40,3 +44,21 @@ def machine() -> dict[str, Any]:
         "numba": numba.__version__,
         "torch": None if torch is None else str(torch.__version__),
     }  # fmt: skip
+
+
+_TYPED: ContextVar[str] = ContextVar("typed", default="")
+
+
+@contextmanager
+def typed_as(words: Sequence[str]) -> Iterator[None]:
+    """Let `command` return these words of the command line meanwhile."""
+    token = _TYPED.set(shlex.join(["sketchattn", *words]))
+    try:
+        yield
+    finally:
+        _TYPED.reset(token)
+
+
+def command() -> str:
+    """Return the command that is being run, nothing where Python was called."""
+    return _TYPED.get()

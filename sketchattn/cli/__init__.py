@@ -13,6 +13,7 @@ from importlib import import_module
 
 import typer
 
+from ..base.machine import typed_as
 from .application import FAILED, INTERRUPTED, app, one_line, printable
 from .inputs import parse_heads as parse_heads
 from .inputs import read_output as read_output
@@ -59,9 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        given = None if arguments is None else list(arguments)
-        code = app(args=given, prog_name="sketchattn", standalone_mode=False)
+        with typed_as(words):
+            code = app(args=words, prog_name="sketchattn", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -74,7 +76,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"sketchattn: {one_line(error)}", file=sys.stderr)
         return FAILED
     if code == INTERRUPTED:
-        words = sys.argv[1:] if arguments is None else arguments
         rest = "; the same command continues" if "study" in words[:1] else ""
         print(f"sketchattn: interrupted{rest}", file=sys.stderr)
     return code if isinstance(code, int) else 0

@@ -51,7 +51,7 @@ def printable() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = show
             # Whoever wants errors in place of warnings does not want to lose results.
-            warnings.filterwarnings("always", message="pictures are missing")
+            warnings.filterwarnings("always", message="(pictures are|report is) missing")
             yield
     finally:
         for stream, errors in before:

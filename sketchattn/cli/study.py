@@ -66,6 +66,9 @@ def _study(
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")
     ] = True,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html, one page with all.")
+    ] = True,
     progress: Annotated[
         bool | None,
         typer.Option(
@@ -86,7 +89,7 @@ def _study(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Measure error against rank on many heads, with pictures.
+    """Measure error against rank on many heads, with pictures and a report.
 
     Pictures of error against time and work, of each method, each head and each measure.  Every
     method runs on every head, at every rank, for every
@@ -94,6 +97,7 @@ def _study(
     Killed and started again with the same folder, it continues.
     """
     from ..kernels._threads import cpu_count
+    from ..studies.report.page import REPORT
     from ..studies.run import study
     from ..studies.summary import rank_lines
 
@@ -108,8 +112,11 @@ def _study(
         pictures=pictures,
         progress=progress,
         bounds=split_words(bounds),
+        report=report,
     )
     folder = result.out or out
+    page = folder / REPORT
+    written = page if report and page.is_file() else None
     reached = None if target is None else result.rank_at(TARGETED, target)
     if as_json:
         summary = result.summary()
@@ -120,6 +127,7 @@ def _study(
                 "references": folder / "references.csv",
                 "bounds": folder / "bounds.csv" if len(result.bounds) else None,
                 "pictures": result.pictures,
+                "report": written,
                 "left_out": result.left_out,
                 "target": None if reached is None else as_records(reached),
                 "computed": result.computed,
@@ -137,3 +145,5 @@ def _study(
     typer.echo(f"\nrows: {', '.join(str(folder / name) for name in files)}")
     for i, path in enumerate(result.pictures):
         typer.echo(f"{'pictures: ' if i == 0 else '          '}{path}")
+    if written is not None:
+        typer.echo(f"report: {written}")

@@ -34,7 +34,10 @@ def _validate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for verdicts.json and a picture a claim.", show_default=False),
+        typer.Option(
+            help="Folder for verdicts.json, a picture a claim, and verdicts.html with all of it.",
+            show_default=False,
+        ),
     ] = None,
     progress: Annotated[
         bool | None,
@@ -68,17 +71,21 @@ def _validate(
         progress=progress,
     )
     pictures: list[Path] = []
+    page: Path | None = None
     if folder is not None:
         verdicts = json.dumps(result.as_dict(), indent=2) + "\n"
         write_text(make_folder(folder) / "verdicts.json", verdicts)
         pictures = result.plot(folder, workers, progress=progress)
+        page = result.report(folder / "verdicts.html")
     if as_json:
-        print_json(result.as_dict() | {"out": folder, "pictures": pictures})
+        print_json(result.as_dict() | {"out": folder, "pictures": pictures, "report": page})
     else:
         typer.echo(result.render())
         if folder is not None:
             typer.echo(f"\nverdicts: {folder / 'verdicts.json'}\npictures:")
         for path in pictures:
             typer.echo(f"  {path}")
+        if page is not None:
+            typer.echo(f"report: {page}")
     if result.unexpected:
         raise typer.Exit(DIFFERS)

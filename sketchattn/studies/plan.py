@@ -19,6 +19,7 @@ from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method
+from .call import call_of
 from .columns import BOUND_COLUMNS, REFERENCES
 from .grid import (
     NOT_COMPARED,
@@ -64,8 +65,10 @@ class Plan:
         Heads that may be computed at the same time.
     folder : Path or None
         Where results go.
-    resume, pictures, progress : bool
-        Whether to take finished cells, to draw, and to show a bar.
+    resume, pictures, progress, report : bool
+        Whether to take finished cells, to draw, to show a bar, and to write a report.
+    call : str
+        How the study was asked for.
     """
 
     problems: list[AttentionProblem]
@@ -81,6 +84,8 @@ class Plan:
     resume: bool
     pictures: bool
     progress: bool
+    report: bool
+    call: str
 
 
 def make_plan(
@@ -95,6 +100,7 @@ def make_plan(
     pictures: bool,
     progress: bool | None,
     bounds: str | Sequence[str] | None,
+    report: bool,
 ) -> Plan:
     """Return the plan of a study; refuse every argument of ``study`` that does not fit."""
     problems = as_heads(heads)
@@ -104,6 +110,7 @@ def make_plan(
     folder = as_folder(out)
     resume = check_flag(resume, "resume", "give True or False")
     pictures = check_flag(pictures, "pictures", "give True or False")
+    report = check_flag(report, "report", "give True or False")
     show = check_progress(progress)
     variants, left_out = as_methods(methods, problems, chosen_ranks)
     limits = as_bounds(bounds, problems, variants, chosen_ranks)
@@ -125,6 +132,8 @@ def make_plan(
         resume=resume,
         pictures=pictures,
         progress=show,
+        report=report,
+        call=call_of(heads, methods=methods, ranks=ranks, seeds=seeds, bounds=bounds, out=out),
     )
 
 

@@ -105,13 +105,14 @@ def write_results(
         tables["bounds.csv"] = _csv(bounds)
     wanted = {**dict.fromkeys(("bounds.csv",)), **tables}
     if any(_read(folder / name) != text for name, text in wanted.items()):
-        for name in ("study.json", "bounds.csv", *PICTURES):
+        for name in ("study.json", "bounds.csv", "report.html", *PICTURES):
             (folder / name).unlink(missing_ok=True)
     for name, text in tables.items():
         write_text(folder / name, text)
     kept = {} if others is None else others.settings["methods"]
     settings = {
         "version": __version__,
+        "call": plan.call,
         "heads": [_describe_head(p) for p in plan.problems],
         "methods": {**kept, **{v.label: v.text for v in plan.variants}},
         "left_out": plan.left_out,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import tempfile
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ from .results import others_in, tabulate, with_others, write_results
 from .summary import StudyResult
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ..heads.container import Heads
 
 
@@ -46,6 +49,7 @@ def study(
     pictures: bool = True,
     progress: bool | None = None,
     bounds: str | Sequence[str] | None = None,
+    report: bool = True,
 ) -> StudyResult:
     """Measure error against rank: every method on every head, at every rank, for every seed.
 
@@ -86,6 +90,9 @@ def study(
     bounds : id or sequence of ids, optional
         Claims of ``sketchattn.theory.error_bounds()`` whose bounds are drawn over the measured
         curves, each on the error measure that it is about and in the colour of its method.
+    report : bool, default True
+        Write ``report.html`` into ``out``, one page with everything, as ``result.report()`` does,
+        and measure the hardness of the heads for it, which ``hardness.json`` keeps.
 
     Returns
     -------
@@ -108,7 +115,7 @@ def study(
     Warns
     -----
     RuntimeWarning
-        If pictures could not be drawn; the results are there.
+        If pictures or the report could not be made; the results are there.
 
     Notes
     -----
@@ -144,6 +151,7 @@ def study(
         pictures=pictures,
         progress=progress,
         bounds=bounds,
+        report=report,
     )
     with _journals(plan.folder) as (journals, token):
         others = others_in(plan)
@@ -155,6 +163,8 @@ def study(
             write_results(plan, plan.folder, every, beside, bounds_there, others)
             if plan.pictures:
                 drawn = plot_study(every, beside, plan.folder, bounds_there)
+            if plan.report:
+                _add_report(plan, plan.folder, every, beside, bounds_there)
     return StudyResult(
         frame,
         beside,
@@ -165,6 +175,29 @@ def study(
         len(plan.problems) * len(plan.cells) - computed,
         plan.bounds,
     )
+
+
+def _add_report(
+    plan: Plan,
+    folder: Path,
+    frame: pd.DataFrame,
+    references: pd.DataFrame,
+    bounds: pd.DataFrame,
+) -> None:
+    """Write the report of a study into its folder; whatever goes wrong costs one warning."""
+    from .report.hardness import measure_hardness
+    from .report.page import REPORT, write_report
+
+    target = folder / REPORT
+    try:
+        measure_hardness(plan.problems, folder, plan.jobs)
+        write_report(target, frame, references, bounds, plan.left_out, folder)
+    except Exception as error:  # of a package, of the file system, of rows that nobody foresaw
+        with suppress(OSError):
+            target.unlink(missing_ok=True)  # that of an earlier study
+        warnings.warn(
+            f"report is missing: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=4
+        )
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def render(rows: Sequence[Row], heads: Iterable[str], trials: int, confidence: f
     """
     table = [["claim", "on", "source", "verdict", "observed", "bound", "slack", "fail", "rate"]]
     marks = [" "]
-    for group in _groups(rows, heads):
+    for group in groups(rows, heads):
         row = min(group, key=lambda x: x.verdict.slack if x.verdict.slack >= 0 else math.inf)
         v = row.verdict
         on = v.instance if len(group) == 1 else f"{len(group)} heads"
@@ -167,7 +167,7 @@ def render(rows: Sequence[Row], heads: Iterable[str], trials: int, confidence: f
     return "\n".join(lines)
 
 
-def _groups(rows: Sequence[Row], heads: Iterable[str]) -> Iterator[list[Row]]:
+def groups(rows: Sequence[Row], heads: Iterable[str]) -> Iterator[list[Row]]:
     """Yield rows one by one, but heads of a claim with one verdict together."""
     known = set(heads)
     together: dict[tuple[str, str, bool], list[Row]] = {}

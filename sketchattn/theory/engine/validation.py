@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from ...base.arguments import closest
 from ...base.draws import Rng, entropy_of
-from ...base.files import make_folder, write_bytes
+from ...base.files import make_folder, write_bytes, write_text
 from ...base.floating import without_floating_errors
 from ...base.parallel import check_jobs, check_progress, in_parallel
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import check_confidence, check_trials, run
 from .instances import as_instance
+from .page import verdicts_page
 from .pictures import Panel, Picture, picture
 from .records import HEADS, Claim, Verdict, plain
 from .registry import claims as all_claims
@@ -136,6 +137,26 @@ class ValidationResult:
                 stacklevel=2,
             )
         return [path for name, path in paths.items() if name not in missing]
+
+    def report(self, path: str | PathLike[str] = "verdicts.html") -> Path:
+        """Write everything as one page of HTML: what differs, refuted claims, a table that sorts.
+
+        Parameters
+        ----------
+        path : path
+            Of the file, which is replaced in one step.  The page shows the pictures that `plot`
+            has drawn into the same folder.
+
+        Returns
+        -------
+        Path
+        """
+        target = Path(os.path.expanduser(path))
+        names = {row.claim.id: f"{row.claim.id}.png" for row in self.rows}
+        drawn = {x: name for x, name in names.items() if (target.parent / name).is_file()}
+        page = verdicts_page(self.rows, list(self._heads), self.trials, self.confidence, drawn)
+        write_text(target, page)
+        return target
 
     def _panels(self, verdicts: Sequence[Verdict]) -> tuple[Panel, ...]:
         """Return the first named instance and the first head to which a claim applies."""
@@ -270,7 +291,7 @@ def validate(
     Returns
     -------
     ValidationResult
-        ``rows``, ``frame``, ``unexpected``, ``render()``, ``plot(out)``.
+        ``rows``, ``frame``, ``unexpected``, ``render()``, ``plot(out)``, ``report(path)``.
 
     Raises
     ------
