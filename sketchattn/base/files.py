@@ -75,8 +75,11 @@ def write_text(path: str | PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def append_bytes(path: str | PathLike[str], data: bytes) -> None:
-    """Append to a file in one write; what could not be written whole is taken back."""
+def append_bytes(path: str | PathLike[str], data: bytes, *, sync: bool = False) -> None:
+    """Append to a file in one write; what could not be written whole is taken back.
+
+    With ``sync`` all that was written to the file so far survives a power cut.
+    """
     with writing(path):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -87,6 +90,8 @@ def append_bytes(path: str | PathLike[str], data: bytes) -> None:
             except OSError:
                 os.ftruncate(handle, size)
                 raise
+            if sync:
+                os.fsync(handle)
         finally:
             os.close(handle)
 

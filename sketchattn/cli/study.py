@@ -54,6 +54,13 @@ def _study(
             show_default=False,
         ),
     ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            help="Compute the cells on a cluster of dask.distributed, in place of --jobs.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Measure error against rank on many heads, with pictures.
@@ -76,6 +83,7 @@ def _study(
         pictures=pictures,
         progress=progress,
         bounds=split_words(bounds),
+        dask=dask,
     )
     folder = result.out or out
     if as_json:

@@ -19,6 +19,7 @@ from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method
+from .distributed import check_cluster
 from .grid import Cell, Variant, by_name, default_methods, default_ranks, make_cells
 from .summary import BOUND_COLUMNS, REFERENCES
 
@@ -53,6 +54,8 @@ class Plan:
         Heads that may be computed at the same time.
     folder : Path or None
         Where results go.
+    cluster : distributed.Client, str or None
+        Where cells are computed, if not here.
     resume, pictures, progress : bool
         Whether to take finished cells, to draw, and to show a bar.
     """
@@ -67,6 +70,7 @@ class Plan:
     bounds: pd.DataFrame
     jobs: int
     folder: Path | None
+    cluster: Any
     resume: bool
     pictures: bool
     progress: bool
@@ -84,6 +88,7 @@ def make_plan(
     pictures: bool,
     progress: bool | None,
     bounds: str | Sequence[str] | None,
+    dask: object,
 ) -> Plan:
     """Return the plan of a study; refuse every argument of ``study`` that does not fit."""
     problems = as_heads(heads)
@@ -94,6 +99,7 @@ def make_plan(
     resume = check_flag(resume, "resume", "give True or False")
     pictures = check_flag(pictures, "pictures", "give True or False")
     show = check_progress(progress)
+    cluster = check_cluster(dask)
     variants, left_out = as_methods(methods, problems, chosen_ranks)
     limits = as_bounds(bounds, problems, variants, chosen_ranks)
     references = [Variant.of(name, by_name(name, chosen_ranks[0])) for name in REFERENCES]
@@ -111,6 +117,7 @@ def make_plan(
         bounds=limits,
         jobs=workers,
         folder=folder,
+        cluster=cluster,
         resume=resume,
         pictures=pictures,
         progress=show,
