@@ -34,6 +34,10 @@ _REMEDIES = {
 }
 
 
+# What the temporary name of a file begins with.
+UNFINISHED = ".new-"
+
+
 @contextmanager
 def writing(path: str | PathLike[str]) -> Iterator[None]:
     """Say in one line which file could not be written, why, and what to do."""
@@ -57,7 +61,7 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
     with writing(path):
         target = Path(os.path.realpath(path) if os.path.islink(path) else path)
         # As short as any name may be, however long that of the file is.
-        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=target.parent)
+        handle, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.files import make_folder
+from ..base.files import UNFINISHED, make_folder
 from ..base.floating import without_floating_errors
 from ..base.parallel import in_parallel
 from ..heads.inputs import renamed
@@ -188,6 +188,8 @@ def _journals(folder: Path | None) -> Iterator[tuple[Path, str]]:
         return
     journals = make_folder(folder / "cells")
     with lock_folder(journals / ".lock", folder) as token:
+        for left in journals.glob(f"{UNFINISHED}*"):  # of a study that was killed
+            left.unlink(missing_ok=True)
         yield journals, token
 
 
