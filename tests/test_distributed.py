@@ -222,8 +222,9 @@ def test_workers_that_are_killed_all_the_time(tmp_path: Path) -> None:
         nonlocal deaths
         while not over.wait(1.5):
             pids = list(found.run(os.getpid, on_error="ignore").values())
-            os.kill(pids[deaths % len(pids)], signal.SIGKILL)
-            deaths += 1
+            if len(pids) > 1:
+                os.kill(pids[deaths % len(pids)], signal.SIGKILL)
+                deaths += 1
 
     with cluster(3) as made, dask.Client(made, set_as_default=False) as found:
         thread = threading.Thread(target=kill, args=(found,), daemon=True)
@@ -274,18 +275,20 @@ def test_a_failing_method_is_named_and_finished_cells_stay(client: Any, tmp_path
                 raise ZeroDivisionError("no luck")
             return super()._approximate(problem, draw)
 
+    # Which of the seeds is first depends on the parts that workers get.
     message = (
-        "method 'bad' failed on head 'clustered/head0', rank 4, seed 0: ZeroDivisionError: no luck"
+        r"^method 'bad' failed on head 'clustered/head0', rank 4, seed \d: "
+        r"ZeroDivisionError: no luck$"
     )
     options: dict[str, Any] = {"methods": {"bad": Failing(rank=1)}, "ranks": RANKS, "seeds": 3}
-    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(RuntimeError, match=message):
         sa.study(HEADS[0], **options)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$") as failed:
+        with pytest.raises(RuntimeError, match=message) as failed:
             sa.study(HEADS[0], **options, out=tmp_path, dask=client)
-    assert "in _approximate" in str(failed.value.__cause__)
-    # The other worker may have come to the end of its part, or not.
-    assert lines(tmp_path) >= 8 + 3
+        assert "in _approximate" in str(failed.value.__cause__)
+    # Rank 2 comes before, in the same part; the other part is finished, or not.
+    assert 3 <= lines(tmp_path) <= 8 + 3 + 3
 
 
 def test_an_interruption_leaves_the_journal_and_frees_the_cluster(
@@ -355,6 +358,23 @@ def test_a_scheduler_that_ends_is_named() -> None:
         finally:
             thread.join()
             found.close()
+
+
+def test_a_cluster_without_workers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "PATIENT_SECONDS", 0.1)
+    with cluster(0) as made, dask.Client(made, set_as_default=False) as found:
+        thread = when(
+            lambda: any(x.status == "pending" for x in found.futures.values()), made.close
+        )
+        with (
+            pytest.warns(RuntimeWarning, match=r"^dask has no workers yet; the study waits for"),
+            pytest.warns(
+                RuntimeWarning, match=r"^dask has had no workers for 0 seconds; the study"
+            ),
+            pytest.raises(RuntimeError, match=r"^dask has lost the work of this study"),
+        ):
+            run(None, dask=found)
+        thread.join()
 
 
 # --- workers that do not fit ----------------------------------------------------------------------

@@ -41,6 +41,8 @@ TASK_SECONDS = 2.0
 # The cluster holds so many heads at least, and two a thread, however many a study has.
 OPEN_HEADS = 8
 CONNECT_SECONDS = 10.0
+# A nanny starts a worker again, and a queue a job; after so long somebody should know.
+PATIENT_SECONDS = 60.0
 
 
 # --- the cluster ----------------------------------------------------------------------------------
@@ -310,6 +312,7 @@ class _Study:
         self.ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._threads: dict[str, int] = {}
         self._asked = -math.inf
+        self._manned = time.monotonic()  # when there was a worker, never if nobody need be told
 
     def run(self) -> Iterator[tuple[str, dict[Key, Values]]]:
         while True:
@@ -319,6 +322,7 @@ class _Study:
                 return
             with suppress(queue.Empty):
                 self.ended.get(timeout=1.0)
+            self.threads()
             for future in [x for x in self.running if x.status != "pending"]:
                 part = self.running.pop(future)
                 task = self.heads[part.head].task
@@ -340,8 +344,19 @@ class _Study:
     def threads(self) -> list[str]:
         """Return the workers of the cluster, each once a thread, as they were a second ago."""
         if time.monotonic() - self._asked > 1.0:
-            self._threads = self.client.nthreads()
             self._asked = time.monotonic()
+            with suppress(OSError):  # a scheduler that is gone takes its tasks along, see below
+                self._threads = self.client.nthreads()
+            if self._threads:
+                self._manned = self._asked
+            elif self._asked - self._manned > PATIENT_SECONDS:
+                self._manned = math.inf
+                warnings.warn(
+                    f"dask has had no workers for {PATIENT_SECONDS:.0f} seconds; the study waits "
+                    f"for some",
+                    RuntimeWarning,
+                    2,
+                )
         return [worker for worker, count in self._threads.items() for _ in range(count)]
 
     def idle(self) -> list[str]:
