@@ -34,6 +34,10 @@ _REMEDIES = {
 }
 
 
+# What the temporary name of a file begins with.
+UNFINISHED = ".new-"
+
+
 @contextmanager
 def writing(path: str | PathLike[str]) -> Iterator[None]:
     """Say in one line which file could not be written, why, and what to do."""
@@ -57,7 +61,7 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
     with writing(path):
         target = Path(os.path.realpath(path) if os.path.islink(path) else path)
         # As short as any name may be, however long that of the file is.
-        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=target.parent)
+        handle, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -75,8 +79,11 @@ def write_text(path: str | PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def append_bytes(path: str | PathLike[str], data: bytes) -> None:
-    """Append to a file in one write; what could not be written whole is taken back."""
+def append_bytes(path: str | PathLike[str], data: bytes, *, sync: bool = False) -> None:
+    """Append to a file in one write; what could not be written whole is taken back.
+
+    With ``sync`` all that was written to the file so far survives a power cut.
+    """
     with writing(path):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -87,6 +94,8 @@ def append_bytes(path: str | PathLike[str], data: bytes) -> None:
             except OSError:
                 os.ftruncate(handle, size)
                 raise
+            if sync:
+                os.fsync(handle)
         finally:
             os.close(handle)
 

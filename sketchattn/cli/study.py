@@ -87,6 +87,13 @@ def _study(
     every: Annotated[
         bool, typer.Option("--all", help="Print a line for each method and rank, with quartiles.")
     ] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            help="Compute the cells on a cluster of dask.distributed, in place of --jobs.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Measure error against rank on many heads, with pictures and a report.
@@ -113,6 +120,7 @@ def _study(
         progress=progress,
         bounds=split_words(bounds),
         report=report,
+        dask=dask,
     )
     folder = result.out or out
     page = folder / REPORT

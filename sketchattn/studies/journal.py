@@ -137,8 +137,9 @@ def named_holder(path: Path) -> Iterator[str]:
     try:
         yield token
     finally:
-        with suppress(OSError):
-            holder_of(path).unlink()
+        if _holder(path)[:1] == [token]:  # where locks do not hold another study may have come
+            with suppress(OSError):
+                holder_of(path).unlink()
 
 
 def _acquire(path: Path, folder: Path) -> BaseFileLock:
@@ -180,6 +181,15 @@ def _held(lock: BaseFileLock) -> BaseFileLock:
 
 def _host() -> str:
     return re.sub(r"\s", "_", platform.node()) or "unknown"
+
+
+def check_held(path: Path, token: str) -> None:
+    """Refuse to go on where the study of this token does not hold the folder of a lock."""
+    if not is_held(path, token):
+        raise RuntimeError(
+            f"study must hold its folder {str(path.parent.parent)!r} while it runs, got a lock "
+            f"that is lost; start it again to continue"
+        )
 
 
 def is_held(path: Path, token: str) -> bool:

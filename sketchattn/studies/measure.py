@@ -16,10 +16,12 @@ from ..problem import AttentionProblem
 from ..zoo.base import Method
 from .columns import Key, Values
 from .grid import Cell
-from .journal import format_line, holder_of, is_held
+from .journal import check_held, format_line, holder_of
 
 # A cell is timed again while all its runs took less than this, three times at most.
 TIMED_SECONDS = 0.05
+# A power cut costs the cells of so many seconds, and one more.
+SYNC_SECONDS = 1.0
 
 
 def measure(problem: AttentionProblem, cell: Cell, *, warm: bool) -> Values:
@@ -53,6 +55,23 @@ def measure(problem: AttentionProblem, cell: Cell, *, warm: bool) -> Values:
     }
 
 
+def run_cell(problem: AttentionProblem, cell: Cell, warmed: set[str]) -> Values:
+    """Return the values of one cell; name it if it fails.
+
+    ``warmed`` holds the labels that have run on this head, and gets that of the cell.
+    """
+    try:
+        values = measure(problem, cell, warm=cell.label in warmed)
+    except Exception as error:
+        at = "" if cell.rank is None else f", rank {cell.rank}"
+        raise RuntimeError(
+            f"method {cell.label!r} failed on head {problem.name!r}{at}, seed "
+            f"{cell.seed}: {type(error).__name__}: {error}"
+        ) from error
+    warmed.add(cell.label)
+    return values
+
+
 class HeadTask(NamedTuple):
     """Hold what the worker of one head is given.
 
@@ -75,6 +94,7 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
     problem = task.problem
     found: dict[Key, Values] = {}
     warmed: set[str] = set()
+    synced = time.monotonic()
     shared = holder_of(task.lock).exists()  # a worker on another machine may not see the folder
     with ExitStack() as stack:
         if task.jobs > 1:
@@ -83,22 +103,16 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
         # not depend on ``jobs``.
         stack.enter_context(blas_single_thread())
         for cell in task.cells:
-            if task.kept and shared and not is_held(task.lock, task.token):
-                raise RuntimeError(
-                    f"study must hold its folder {str(task.lock.parent.parent)!r} while it runs, "
-                    f"got a lock that is lost; start it again to continue"
-                )
-            try:
-                values = measure(problem, cell, warm=cell.label in warmed)
-            except Exception as error:
-                at = "" if cell.rank is None else f", rank {cell.rank}"
-                raise RuntimeError(
-                    f"method {cell.label!r} failed on head {problem.name!r}{at}, seed "
-                    f"{cell.seed}: {type(error).__name__}: {error}"
-                ) from error
-            warmed.add(cell.label)
+            if task.kept and shared:
+                check_held(task.lock, task.token)
+            values = run_cell(problem, cell, warmed)
             found[cell.key] = values
             if shared:
+                if task.kept:  # the study may have been killed, and continued, meanwhile
+                    check_held(task.lock, task.token)
+                sync = task.kept and time.monotonic() - synced > SYNC_SECONDS
                 with nullcontext() if task.kept else suppress(OSError):
-                    append_bytes(task.journal, format_line(problem.digest, cell, values))
+                    append_bytes(task.journal, format_line(problem.digest, cell, values), sync=sync)
+                if sync:
+                    synced = time.monotonic()
     return str(problem.name), found

@@ -21,6 +21,7 @@ from ..problem import AttentionProblem
 from ..zoo.base import Method
 from .call import call_of
 from .columns import BOUND_COLUMNS, REFERENCES
+from .distributed import check_cluster
 from .grid import (
     NOT_COMPARED,
     Cell,
@@ -65,6 +66,8 @@ class Plan:
         Heads that may be computed at the same time.
     folder : Path or None
         Where results go.
+    cluster : distributed.Client, str or None
+        Where cells are computed, if not here.
     resume, pictures, progress, report : bool
         Whether to take finished cells, to draw, to show a bar, and to write a report.
     call : str
@@ -81,6 +84,7 @@ class Plan:
     bounds: pd.DataFrame
     jobs: int
     folder: Path | None
+    cluster: Any
     resume: bool
     pictures: bool
     progress: bool
@@ -101,6 +105,7 @@ def make_plan(
     progress: bool | None,
     bounds: str | Sequence[str] | None,
     report: bool,
+    dask: object,
 ) -> Plan:
     """Return the plan of a study; refuse every argument of ``study`` that does not fit."""
     problems = as_heads(heads)
@@ -112,6 +117,7 @@ def make_plan(
     pictures = check_flag(pictures, "pictures", "give True or False")
     report = check_flag(report, "report", "give True or False")
     show = check_progress(progress)
+    cluster = check_cluster(dask)
     variants, left_out = as_methods(methods, problems, chosen_ranks)
     limits = as_bounds(bounds, problems, variants, chosen_ranks)
     references = [Variant.of(name, by_name(name, chosen_ranks[0])) for name in REFERENCES]
@@ -129,6 +135,7 @@ def make_plan(
         bounds=limits,
         jobs=workers,
         folder=folder,
+        cluster=cluster,
         resume=resume,
         pictures=pictures,
         progress=show,

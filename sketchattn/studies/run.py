@@ -11,17 +11,18 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..base.files import make_folder
+from ..base.files import UNFINISHED, make_folder
 from ..base.floating import without_floating_errors
 from ..base.parallel import in_parallel
 from ..heads.inputs import renamed
 from ..problem import AttentionProblem
 from .columns import Key, Values
+from .distributed import connected, run_on
 from .journal import journal_name, lock_folder, named_holder, read_journal
 from .measure import HeadTask, run_head
 from .plan import MethodsLike, Plan, make_plan
@@ -50,6 +51,7 @@ def study(
     progress: bool | None = None,
     bounds: str | Sequence[str] | None = None,
     report: bool = True,
+    dask: Any = None,
 ) -> StudyResult:
     """Measure error against rank: every method on every head, at every rank, for every seed.
 
@@ -93,6 +95,11 @@ def study(
     report : bool, default True
         Write ``report.html`` into ``out``, one page with everything, as ``result.report()`` does,
         and measure the hardness of the heads for it, which ``hardness.json`` keeps.
+    dask : distributed.Client or str, optional
+        Compute the cells on this cluster of ``dask.distributed``, given by a client or by the
+        address of its scheduler; ``jobs`` has no influence then.  The rows are those of a local
+        study, bit for bit where workers have the same processor and BLAS, and the folder stays
+        here.  Cells of workers that are lost are computed by others.
 
     Returns
     -------
@@ -106,16 +113,21 @@ def study(
         empty heads, heads without values, unknown names, a parameter whose content cannot be read
         (as that of a lambda), a bound that is about no error measure or about none of the
         methods, a folder that another study holds, or one with other methods whose rows cannot
-        stand beside these.
+        stand beside these, a client that is asynchronous or closed, or a worker with other
+        versions of Python, sketchattn, NumPy, SciPy or Numba.
+    ImportError
+        If ``dask`` is given without the package.
     OSError
         If a file cannot be written: its name and what to do.  Finished cells stay in the folder.
+        If there is no scheduler at the address.
     RuntimeError
-        If a method fails on a head.  Finished cells stay in the folder.
+        If a method fails on a head, or a cluster is lost.  Finished cells stay in the folder.
 
     Warns
     -----
     RuntimeWarning
-        If pictures or the report could not be made; the results are there.
+        If pictures or the report could not be made; the results are there.  If a cluster has no
+        workers yet, or workers with other processors, whose rows may differ in their last digits.
 
     Notes
     -----
@@ -127,8 +139,7 @@ def study(
     after a first untimed run, with other heads running beside it where ``jobs > 1``; for floors
     the exact matrix is already decomposed, so that theirs mean nothing.  BLAS runs on one thread.
 
-    Heads are distributed by ``joblib.Parallel`` on its current backend:
-    ``with joblib.parallel_config("dask"): study(...)`` runs on a cluster.
+    Without ``dask`` heads are distributed by ``joblib.Parallel`` on its current backend.
 
     Examples
     --------
@@ -152,10 +163,11 @@ def study(
         progress=progress,
         bounds=bounds,
         report=report,
+        dask=dask,
     )
-    with _journals(plan.folder) as (journals, token):
+    with connected(plan.cluster) as client, _journals(plan.folder) as (journals, token):
         others = others_in(plan)
-        found, computed = _compute(plan, journals, token)
+        found, computed = _compute(plan, journals, token, client)
         frame, beside = tabulate(plan, found)
         drawn: list[Path] = []
         if plan.folder is not None:
@@ -215,10 +227,14 @@ def _journals(folder: Path | None) -> Iterator[tuple[Path, str]]:
         return
     journals = make_folder(folder / "cells")
     with lock_folder(journals / ".lock", folder) as token:
+        for left in journals.glob(f"{UNFINISHED}*"):  # of a study that was killed
+            left.unlink(missing_ok=True)
         yield journals, token
 
 
-def _compute(plan: Plan, journals: Path, token: str) -> tuple[dict[str, dict[Key, Values]], int]:
+def _compute(
+    plan: Plan, journals: Path, token: str, client: Any
+) -> tuple[dict[str, dict[Key, Values]], int]:
     """Return all cells of each head, by its name, and how many had to be computed."""
     paths = {str(p.name): journals / journal_name(p) for p in plan.problems}
     if not plan.resume:
@@ -244,8 +260,13 @@ def _compute(plan: Plan, journals: Path, token: str) -> tuple[dict[str, dict[Key
         )
         for p in busy
     )
-    with Progress(list(paths.values()), total, total - computed, plan.progress) as bar:
-        for name, fresh in in_parallel(run_head, tasks, workers):
+    if client is None:
+        results = in_parallel(run_head, tasks, workers)
+    else:
+        results = run_on(client, tasks, len(busy))
+    shown = Progress(list(paths.values()), total, total - computed, plan.progress)
+    with shown as bar, closing(results):  # an interruption takes back what has not begun
+        for name, fresh in results:
             found[name].update(fresh)
             bar.returned(len(fresh))
     return found, computed
