@@ -33,6 +33,8 @@ from .operators.softmax import SoftmaxAttention as SoftmaxAttention
 from .operators.sparse import SparseAttention as SparseAttention
 from .problem import AttentionProblem as AttentionProblem
 from .sketches import compression as compression
+from .studies.recommend import Recommendation as Recommendation
+from .studies.recommend import recommend as recommend
 from .studies.run import study as study
 from .studies.summary import StudyResult as StudyResult
 from .zoo.base import Method as Method

@@ -70,8 +70,8 @@ def only_line(said: Said, message: str) -> None:
 # --- help and version ---------------------------------------------------------------------------
 
 VERBS = [
-    "study", "validate", "certify", "golden", "check", "capture", "bench", "conformance", "methods",
-    "warmup",
+    "study", "recommend", "validate", "certify", "golden", "check", "capture", "bench",
+    "conformance", "methods", "warmup",
 ]  # fmt: skip
 
 

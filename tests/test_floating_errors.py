@@ -178,6 +178,7 @@ CALLS: dict[str, Callable[[sa.AttentionProblem], Any]] = {
     "write_heads": files,
     "row_statistic": lambda p: [sa.row_statistic(p, x) for x in ("max_mean", "kl", "m")],
     "selection_regret": lambda p: sa.selection_regret(p, [1, 2]),
+    "recommend": lambda p: sa.recommend(p, 0.5, methods=["uniform", "vmean"]).tried,
     "study": lambda p: sa.study(
         [p], methods=["uniform"], ranks=[3], seeds=1, progress=False
     ).summary(),

@@ -119,6 +119,7 @@ RECORDS: dict[str, Callable[[], Any]] = {
     "Nystromformer.details": lambda: sa.Nystromformer(rank=4).details(problem(), rng=0),
     "fit_compression": lambda: sa.compression.fit_compression(problem(), 2, "svd"),
     "fit_linformer": lambda: sa.fit_linformer(SMALL, rank=3),
+    "recommend": lambda: sa.recommend(SMALL, 0.5, methods=["uniform"], progress=False),
     "study": lambda: sa.study(SMALL, methods=["topk"], ranks=[2, 4], seeds=1, progress=False),
     "claim": lambda: sa.theory.claims()["softmax.hull"],
     "claims": lambda: dict(sa.theory.claims()),

@@ -21,6 +21,7 @@ from .inputs import read_output as read_output
 # In the order in which ``--help`` lists them.
 VERBS = (
     "study",
+    "recommend",
     "validate",
     "certify",
     "golden",

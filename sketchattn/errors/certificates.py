@@ -166,6 +166,45 @@ def exact_rows(problem: AttentionProblem, index: Array, factor: float = 1.0) -> 
     return out
 
 
+def finite_rows(index: Array, o: Array) -> Array:
+    """Return exact rows; refuse those in which a logit overflowed."""
+    finite = np.isfinite(o).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"logits must be finite in float64, got an overflow in row {int(index[~finite][0])}; "
+            f"scale q and k down"
+        )
+    return o
+
+
+class RememberedRows:
+    """Exact rows of a problem, times a factor, each computed when it is first asked for.
+
+    Outputs that are compared on the same head share them: what has been computed says nothing of
+    which rows will be drawn, so that a sample of rows is as random as with rows computed anew.
+    """
+
+    def __init__(self, problem: AttentionProblem, factor: float) -> None:
+        self._problem = problem
+        self.factor = factor
+        self._rows = np.empty((problem.n_q, problem.values.shape[1]))
+        self._known = np.zeros(problem.n_q, bool)
+
+    def __call__(self, index: Array) -> Array:
+        """Return rows ``index`` of the exact output times the factor, float64."""
+        missing = np.unique(index[~self._known[index]])
+        if len(missing):
+            found = exact_rows(self._problem, missing, self.factor)
+            self._rows[missing] = finite_rows(missing, found)
+            self._known[missing] = True
+        return self._rows[index]
+
+    @property
+    def computed(self) -> int:
+        """How many rows were computed."""
+        return int(self._known.sum())
+
+
 def _squares(x: Array) -> Array:
     square: Array = np.einsum("ij,ij->i", x, x)
     return square
@@ -250,12 +289,7 @@ def certify_known(
         (np.arange(m), np.ones(m), np.ones(m)) if exact else sampler(known, rows, rng)
     )
     index = known.rows[position]
-    o = solve(index)
-    if not np.isfinite(o).all():
-        row = int(index[~np.isfinite(o).all(axis=1)][0])
-        raise ValueError(
-            f"logits must be finite in float64, got an overflow in row {row}; scale q and k down"
-        )
+    o = finite_rows(index, solve(index))
     ohat = known.factor * known.output[index].astype(np.float64, order="C")
     x, y = _squares(ohat - o), _squares(o)
     sample = Sample(position, leverage, inclusion, x, y)
@@ -277,7 +311,8 @@ def certify_known(
     )
 
 
-def _check_rows(rows: object) -> int:
+def check_rows(rows: object) -> int:
+    """Return how many exact rows to compute."""
     if isinstance(rows, bool | np.bool_) or not isinstance(rows, numbers.Integral):
         raise TypeError(
             f"rows must be an integer, got {type(rows).__name__}; give how many rows to compute"
@@ -287,7 +322,8 @@ def _check_rows(rows: object) -> int:
     return int(rows)
 
 
-def _check_confidence(confidence: object) -> float:
+def check_confidence(confidence: object) -> float:
+    """Return a probability with which an interval holds."""
     if isinstance(confidence, bool | np.bool_) or not isinstance(confidence, numbers.Real):
         raise TypeError(
             f"confidence must be a number, got {type(confidence).__name__}; the default is 0.95"
@@ -298,6 +334,67 @@ def _check_confidence(confidence: object) -> float:
             f"the default is 0.95"
         )
     return float(confidence)
+
+
+def check_kind(kind: object) -> str:
+    """Return the kind of an interval."""
+    if kind not in KINDS:
+        raise ValueError(
+            f"kind must be 'finite-sample' or 'approximate', got {kind!r}"
+            f"{closest(str(kind), KINDS)}"
+        )
+    return str(kind)
+
+
+def scale_of(problem: AttentionProblem) -> tuple[float, float]:
+    """Return the largest visible value, and the factor that brings its square into range.
+
+    Refuses a problem in which there is nothing to certify.
+    """
+    values = problem.values
+    seen = problem.visible_counts()
+    if not seen.any():
+        raise ValueError(
+            f"problem must have a query that sees a key, got n_q = {problem.n_q} and "
+            f"{len(problem.kept_keys)} keys; there is nothing to certify"
+        )
+    # With a causal mask the first keys are seen by most rows and the last ones perhaps by none.
+    kept = values if problem.key_mask is None else values[problem.kept_keys]
+    largest = float(np.abs(kept[: seen.max()]).max(initial=0.0))
+    if largest == 0.0:
+        raise ValueError(
+            "v must not be zero at every visible key, got an exact output that is zero; a relative "
+            "error has no denominator there"
+        )
+    # Squares of ordinary numbers are safe; others are brought there by a power of two.
+    exponent = math.frexp(largest)[1]
+    return largest, 1.0 if abs(exponent) <= 100 else 2.0 ** min(-exponent, 1022)
+
+
+def judged(problem: AttentionProblem, output: object) -> tuple[Array, float]:
+    """Return an output that can be certified, and the factor of `scale_of`."""
+    largest, factor = scale_of(problem)
+    array = as_array(output, "output")
+    if array.shape != (problem.n_q, problem.d_v):
+        raise ValueError(
+            f"output must have shape (n_q, d_v) = {(problem.n_q, problem.d_v)}, got {array.shape}; "
+            f"pass the output of this one head"
+        )
+    float_dtype(array, "output")
+    with np.errstate(invalid="ignore"):
+        peak = max(float(array.max()), -float(array.min()))  # NaN and infinities survive
+    if not math.isfinite(peak):
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(
+            f"output must be finite, got {array[where]} at index {where}; a wrong number has an "
+            f"error, this has none"
+        )
+    if factor * peak > LARGEST_OUTPUT:
+        raise ValueError(
+            f"output must be at most {LARGEST_OUTPUT / factor:.3g} where values are at most "
+            f"{largest:.3g}, got {peak:.3g}; its square would overflow"
+        )
+    return array, factor
 
 
 @without_floating_errors
@@ -393,52 +490,11 @@ def certify(
             f"problem must be an AttentionProblem, got {type(problem).__name__}; "
             f"make one with sketchattn.AttentionProblem(q, k, v)"
         )
-    values = problem.values
-    count = _check_rows(rows)
-    level = _check_confidence(confidence)
-    if kind not in KINDS:
-        raise ValueError(
-            f"kind must be 'finite-sample' or 'approximate', got {kind!r}"
-            f"{closest(str(kind), KINDS)}"
-        )
+    count = check_rows(rows)
+    level = check_confidence(confidence)
+    check_kind(kind)
     generator = as_generator(rng)
-    seen = problem.visible_counts()
-    if not seen.any():
-        raise ValueError(
-            f"problem must have a query that sees a key, got n_q = {problem.n_q} and "
-            f"{len(problem.kept_keys)} keys; there is nothing to certify"
-        )
-    # With a causal mask the first keys are seen by most rows and the last ones perhaps by none.
-    kept = values if problem.key_mask is None else values[problem.kept_keys]
-    largest = float(np.abs(kept[: seen.max()]).max(initial=0.0))
-    if largest == 0.0:
-        raise ValueError(
-            "v must not be zero at every visible key, got an exact output that is zero; a relative "
-            "error has no denominator there"
-        )
-    array = as_array(output, "output")
-    if array.shape != (problem.n_q, problem.d_v):
-        raise ValueError(
-            f"output must have shape (n_q, d_v) = {(problem.n_q, problem.d_v)}, got {array.shape}; "
-            f"pass the output of this one head"
-        )
-    float_dtype(array, "output")
-    with np.errstate(invalid="ignore"):
-        peak = max(float(array.max()), -float(array.min()))  # NaN and infinities survive
-    if not math.isfinite(peak):
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(
-            f"output must be finite, got {array[where]} at index {where}; a wrong number has an "
-            f"error, this has none"
-        )
-    # Squares of ordinary numbers are safe; others are brought there by a power of two.
-    exponent = math.frexp(largest)[1]
-    factor = 1.0 if abs(exponent) <= 100 else 2.0 ** min(-exponent, 1022)
-    if factor * peak > LARGEST_OUTPUT:
-        raise ValueError(
-            f"output must be at most {LARGEST_OUTPUT / factor:.3g} where values are at most "
-            f"{largest:.3g}, got {peak:.3g}; its square would overflow"
-        )
+    array, factor = judged(problem, output)
     known = know(problem, array, factor, guess=kind == "approximate")
     return certify_known(
         known,

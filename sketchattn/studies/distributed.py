@@ -33,7 +33,7 @@ from ..problem import AttentionProblem
 from .grid import Cell
 from .journal import check_held, format_line
 from .measure import HeadTask, run_cell
-from .summary import Key, Values
+from .columns import Key, Values
 
 # A task ends with the first cell after so many seconds: what a lost worker costs, and how long
 # idle workers wait for their share.
