@@ -131,7 +131,8 @@ def test_an_output_by_position_is_told_where_it_goes() -> None:
     message = r"got \(48, 8\), that of an output; an output goes in output=$"
     with pytest.raises(ValueError, match=message):
         sa.error_report(HEAD, AHAT @ HEAD.values)
-    wide = sa.AttentionProblem(HEAD.q, HEAD.k, np.eye(48, dtype=np.float32))  # as wide as there are keys
+    # Values that are as wide as there are keys make an output that is taken for a matrix.
+    wide = sa.AttentionProblem(HEAD.q, HEAD.k, np.eye(48, dtype=np.float32))
     assert sa.error_report(wide, wide.output).output_fro_rel < 1e-6
 
 
