@@ -1076,7 +1076,7 @@ def test_text_and_width_of_a_certificate() -> None:
     made = sa.ErrorCertificate(0.12, 0.1, 0.15, 256, 0.95, "finite-sample")
     assert made.width == pytest.approx(1.5)
     assert str(made) == (
-        "error 0.12 in [0.1, 0.15], width 1.5x, at confidence 0.95 from 256 rows (finite-sample)"
+        "error 0.12; 95 %: 0.1 to 0.15; from 256 rows, finite-sample"
     )
     assert dataclasses.replace(made, low=0.0).width == math.inf
     assert dataclasses.replace(made, low=0.1, high=0.1).width == 1.0

@@ -70,7 +70,7 @@ def only_line(said: Said, message: str) -> None:
 # --- help and version ---------------------------------------------------------------------------
 
 VERBS = [
-    "study", "recommend", "validate", "certify", "golden", "check", "capture", "bench",
+    "study", "recommend", "validate", "claims", "certify", "golden", "check", "capture", "bench",
     "conformance", "methods", "warmup",
 ]  # fmt: skip
 
@@ -193,8 +193,6 @@ def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    from sketchattn.kernels._threads import cpu_count
-
     given: dict[str, Any] = {}
 
     def refuse(heads: sa.Heads, **options: Any) -> None:
@@ -208,7 +206,7 @@ def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
         "methods": None,
         "ranks": None,
         "seeds": 4,
-        "jobs": cpu_count(),
+        "jobs": 1,
         "out": Path("sketchattn-study"),
         "resume": True,
         "pictures": True,
@@ -297,12 +295,14 @@ REFUSED = [
     (
         ["study", "--heads", MADE, "--methods", "jl", "--bounds", "sketching.amm_markof"],
         "bounds must be ids of claims, got 'sketching.amm_markof'; did you mean "
-        "'sketching.amm_markov'?",
+        "'sketching.amm_markov', 'sketching.amm_jl_moment', 'sketching.moment_haar', "
+        "'sketching.moment_sparse' or 'sketching.moment_rademacher'?",
     ),
     (
         ["validate", "--claims", "sketching.amm_markof"],
         "claims must hold ids or topics, got 'sketching.amm_markof'; did you mean "
-        "'sketching.amm_markov'?",
+        "'sketching.amm_markov', 'sketching.amm_jl_moment', 'sketching.moment_haar', "
+        "'sketching.ose_markov_srht' or 'sketching.ose_markov_sjlt'?",
     ),
     (
         ["validate", "--claims", "sketching.nothing*"],
@@ -545,7 +545,7 @@ def test_verdicts_come_before_pictures(
     start = f"sketchattn: warning: pictures are missing beside the verdicts: {claim} (ValueError: "
     assert said.err.startswith(start)
     assert said.err.count("\n") == 1
-    kept = ["mine.png", "verdicts.html", "verdicts.json"]
+    kept = ["mine.png", "verdicts.csv", "verdicts.html", "verdicts.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == kept
     assert "<img" not in (tmp_path / "verdicts.html").read_text()
 
@@ -581,20 +581,43 @@ def test_certify_prints_a_row_for_each_head(say: Any, tmp_path: Path) -> None:
     arguments = ("gaussian:n=48,d=4,heads=3", path, "--rows", 16, "--confidence", 0.9)
     said = say("certify", *arguments, "--kind", "approximate", "--seed", 5)
     assert (said.code, said.err) == (0, "")
-    header, *rows = said.out.splitlines()
-    names = ["head", "estimate", "low", "high", "width", "rows", "confidence", "kind"]
-    assert header.split() == names
+    rows = said.out.splitlines()
     for i, row in enumerate(rows):
         wanted = sa.certify(heads[i], stack[i], 16, 0.9, 5, kind="approximate")
-        name, estimate, low, high, width, *rest = row.split()
-        assert name == heads.names[i]
-        assert float(estimate) == pytest.approx(wanted.estimate, rel=1e-3)
-        assert float(low) == pytest.approx(wanted.low, rel=1e-3)
-        assert float(high) == pytest.approx(wanted.high, rel=1e-3)
-        assert float(width) == pytest.approx(wanted.high / wanted.low, rel=1e-3)
-        assert wanted.width > 1.1  # a number that is none of the others
-        assert rest == ["16", "0.9", "approximate"]
+        found = re.fullmatch(
+            rf"{heads.names[i]}  error (\S+); 90 %: (\S+) to (\S+); from 16 rows, approximate; "
+            rf"rows = 48 for exact",
+            row,
+        )
+        assert found, row
+        numbers = [wanted.estimate, wanted.low, wanted.high]
+        # Three digits are shown.
+        assert [float(x) for x in found.groups()] == pytest.approx(numbers, rel=5.1e-3)
+        assert wanted.width > 1.1  # three numbers, not one
     assert len(rows) == 3
+
+
+def test_certify_judges_the_largest_error_to_accept(say: Any, tmp_path: Path) -> None:
+    heads, stack = outputs()
+    np.save(tmp_path / "all.npy", stack)
+    arguments = ("certify", "gaussian:n=48,d=4,heads=3", tmp_path / "all.npy", "--seed", 5)
+    sampled = [sa.certify(heads[i], stack[i], 16, rng=5) for i in range(3)]
+    low, high = min(x.low for x in sampled), max(x.high for x in sampled)
+    for most, code, said_of_it in (
+        (1.01 * high, 0, f": at most {1.01 * high:g}"),
+        ((low + high) / 2, 1, ": NOT KNOWN to be at most "),
+        (low / 2, 1, f": ABOVE {low / 2:g}"),
+    ):
+        said = say(*arguments, "--rows", 16, "--max-error", most)
+        assert (said.code, said.err) == (code, "")
+        assert said_of_it in said.out
+        again = say(*arguments, "--rows", 16, "--max-error", most, "--json")
+        assert (again.code, len(json.loads(again.out))) == (code, 3)
+    said = say(*arguments, "--rows", 48)
+    assert said.out.splitlines()[0].endswith("; exact: all 48 rows")
+    only_line(
+        say(*arguments, "--max-error", -1), "max-error must be at least 0, got -1.0; 0.05 is 5 %"
+    )
 
 
 def test_certify_json_of_one_head(say: Any, tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ STILL = {
     "sampling.check_unbiased", "sketches.check_sketch", "sketches.sketches",
     "compression.check_center", "compression.check_kind", "compression.check_width_in",
     "compression.largest_width", "theory.claim", "theory.claims", "theory.instance",
-    "theory.instances", "theory.error_bounds",
+    "theory.instances", "theory.error_bounds", "theory.bound_claim",
 }  # fmt: skip
 
 

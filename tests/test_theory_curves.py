@@ -50,7 +50,7 @@ def test_an_observation_of_the_claim_is_the_measure_that_it_bounds(name: str) ->
     report = sa.error_report(problem, problem.exact.to_dense() @ sketch.T @ sketch).as_dict()
     instance = theory.Instance("one", problem)
     # Sums of a thousand products in float64.
-    assert curve._convert(value, instance) == pytest.approx(report[curve.field], rel=1e-9)
+    assert curve._curve.convert(value, instance) == pytest.approx(report[curve.field], rel=1e-9)
     # The other measures are other numbers: the right one was not met by chance.
     for field in set(FIELDS) - {curve.field}:
         assert report[field] != pytest.approx(report[curve.field], rel=1e-6)

@@ -16,7 +16,7 @@ from sketchattn import theory
 from sketchattn.cli import main
 from sketchattn.theory.engine import checking, registry, validation
 from sketchattn.theory.engine.registry import get_entry
-from sketchattn.theory.engine.validation import _chosen
+from sketchattn.theory.engine.validation import choose
 
 MADE = "clustered:n=48,d=8,heads=2"
 EXACT = "sketching.moment_countsketch"
@@ -41,13 +41,13 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_table_has_source_verdict_numbers_and_failures(say: Say) -> None:
     names = [TAIL, REFUTED]
-    code, out, err = say("--claims", ",".join(names), "--heads", MADE, "--trials", 60)
+    code, out, err = say("--claims", ",".join(names), "--heads", MADE, "--trials", 60, "--all")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     columns = ["claim", "on", "source", "verdict", "observed", "bound", "slack", "fail", "rate"]
     assert lines[0].split() == columns
     result = theory.validate(names, sa.make_heads("clustered", n=48, d=8, heads=2, rng=0), 60)
-    assert out == result.render() + "\n"
+    assert out == result.render(every=True) + "\n"
     assert "2 heads" in out
     assert "0/60" in out
     assert lines[-1] == "all verdicts are the recorded ones"
@@ -96,7 +96,8 @@ def test_heads_may_be_a_file(say: Say, tmp_path: Path) -> None:
 def test_bundled_heads_are_checked_by_default(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
-    def refuse(claims: Any, heads: sa.Heads, *numbers: Any, progress: Any) -> None:
+    def refuse(claims: Any, heads: sa.Heads, *numbers: Any, progress: Any, parameters: Any) -> None:
+        assert parameters == {}
         given.update(claims=claims, heads=heads.names, numbers=numbers, progress=progress)
         raise ValueError("enough")
 
@@ -193,14 +194,14 @@ def test_out_gets_the_verdicts_and_a_picture_a_claim(say: Say, tmp_path: Path) -
     assert (code, err) == (0, "")
     pictures = [folder / f"{name}.png" for name in names]
     assert out.splitlines()[-5:] == [
-        f"verdicts: {folder / 'verdicts.json'}",
+        f"verdicts: {folder / 'verdicts.json'}, {folder / 'verdicts.csv'}",
         "pictures:",
         *(f"  {path}" for path in pictures),
         f"report: {folder / 'verdicts.html'}",
     ]
     for path in pictures:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    written = {"verdicts.json", "verdicts.html", *(p.name for p in pictures)}
+    written = {"verdicts.json", "verdicts.csv", "verdicts.html", *(p.name for p in pictures)}
     assert {p.name for p in folder.iterdir()} == written
     page = (folder / "verdicts.html").read_text()
     assert all(f'src="{p.name}"' in page for p in pictures)
@@ -232,11 +233,11 @@ def test_pictures_do_not_depend_on_jobs(tmp_path: Path) -> None:
 
 def test_claims_are_ids_topics_or_patterns() -> None:
     known = theory.claims()
-    assert list(_chosen("sketching.amm_*")) == [x for x in known if x.startswith("sketching.amm_")]
-    assert set(_chosen("linformer*")) == set(_chosen("linformer"))
-    both = _chosen(["linformer.thm[12]", EXACT, "linformer.thm1"])
+    assert list(choose("sketching.amm_*")) == [x for x in known if x.startswith("sketching.amm_")]
+    assert set(choose("linformer*")) == set(choose("linformer"))
+    both = choose(["linformer.thm[12]", EXACT, "linformer.thm1"])
     assert list(both) == ["linformer.thm1", "linformer.thm2", EXACT]
-    assert list(_chosen("*.moment_sjl?")) == ["sketching.moment_sjlt"]
+    assert list(choose("*.moment_sjl?")) == ["sketching.moment_sjlt"]
     with pytest.raises(ValueError, match=r"^claims must match at least one id, got the pattern"):
-        _chosen("*.nothing*")
-    assert _chosen(None) == known
+        choose("*.nothing*")
+    assert choose(None) == known

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .words import listed
 
 Array = NDArray[Any]
 Causal = bool | str
@@ -27,6 +29,14 @@ def closest(name: str, known: object) -> str:
     names = sorted(str(n) for n in known)  # type: ignore[attr-defined]  # any collection of names
     match = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {match[0]!r}?" if match else f"; choose one of {', '.join(names)}"
+
+
+def guesses(name: str, known: Iterable[str], count: int = 5) -> str:
+    """Return ``"; did you mean ...?"`` with the nearest of so many names that no line lists all."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=count, cutoff=0.0)
+    return f"; did you mean {listed(map(repr, near), 'or')}?" if near else ""
 
 
 def check_name(value: object, name: str, known: Sequence[str]) -> str:

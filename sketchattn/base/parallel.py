@@ -18,7 +18,14 @@ R = TypeVar("R")
 
 
 def check_jobs(jobs: object, unit: str) -> int:
-    """Return how many units of work, such as heads, may be done at the same time."""
+    """Return how many units of work, such as heads, may be done at the same time.
+
+    As everywhere in scikit-learn 1 is the default and -1 means as many as there are CPUs.
+    """
+    if isinstance(jobs, int) and jobs == -1:
+        from ..kernels._threads import cpu_count
+
+        return cpu_count()
     return check_count(jobs, "jobs", f"jobs=1 computes one {unit} after the other")
 
 

@@ -23,6 +23,7 @@ VERBS = (
     "study",
     "recommend",
     "validate",
+    "claims",
     "certify",
     "golden",
     "capture",
@@ -46,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 where ``validate`` finds another verdict than the recorded one; 2 after an error,
-        which is one line on stderr; 130 after Ctrl-C.  With the environment variable
+        0; 1 where the answer of a verb is no: ``validate`` finds another verdict than the recorded
+        one, ``certify`` an error that may be above ``--max-error``; 2 after an error, which is one
+        line on stderr; 130 after Ctrl-C.  With the environment variable
         ``SKETCHATTN_TRACEBACK`` set, errors are raised instead.
 
     Examples

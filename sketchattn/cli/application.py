@@ -6,11 +6,13 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
+
+from ..base.words import table as table
 
 JSON_HELP = "Print JSON instead of a table; numbers that are not finite become strings."
 
@@ -88,20 +90,6 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return encode(value)
     return str(value)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """Return aligned columns: the first ``left`` and a last one without numbers to the left."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    last = len(header) - 1
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left or i == last else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def _show_version(wanted: bool) -> None:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .application import JSON_HELP, app, print_json, table
+from .application import DIFFERS, JSON_HELP, app, print_json
 from .inputs import HEADS_HELP, parse_heads, pick, read_output
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..errors.certificates import ErrorCertificate
     from ..heads.container import Heads
 
 
@@ -38,6 +39,13 @@ def _certify(
     kind: Annotated[
         str, typer.Option(help="finite-sample (always valid) or approximate (tight).")
     ] = "finite-sample",
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="The largest error to accept: the exit code is 1 unless the interval is below.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample of rows.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
@@ -48,21 +56,41 @@ def _certify(
     """
     from ..errors.certificates import certify
 
+    if max_error is not None and not max_error >= 0:
+        raise ValueError(f"max-error must be at least 0, got {max_error}; 0.05 is 5 %")
     given = parse_heads(heads)
     chosen = pick(given, head)
     outputs = _per_head(read_output(output), given, chosen, head)
-    records = []
+    records, lines = [], []
     for i, array in zip(chosen, outputs, strict=True):
         certificate = certify(given[i], array, rows, confidence, seed, kind=kind)
         names = ("estimate", "low", "high", "width", "rows", "confidence", "kind")
         records.append(
             {"head": given.names[i]} | {name: getattr(certificate, name) for name in names}
         )
+        said = str(certificate)
+        if certificate.kind != "exact":
+            said += f"; rows = {given.n_q} for exact"
+        lines.append((given.names[i], said + _judged(certificate, max_error)))
     if as_json:
         print_json(records)
-        return
-    cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in r.values()] for r in records]
-    typer.echo(table(list(records[0]), cells, left=1))
+    else:
+        width = max(len(name) for name, _ in lines)
+        for name, said in lines:
+            typer.echo(f"{name.ljust(width)}  {said}")
+    if max_error is not None and any(record["high"] > max_error for record in records):
+        raise typer.Exit(DIFFERS)
+
+
+def _judged(certificate: ErrorCertificate, most: float | None) -> str:
+    """Return what a certificate says of the largest error to accept."""
+    if most is None:
+        return ""
+    if certificate.high <= most:
+        return f": at most {most:g}"
+    if certificate.low > most:
+        return f": ABOVE {most:g}"
+    return f": NOT KNOWN to be at most {most:g}, more rows may tell"
 
 
 def _per_head(

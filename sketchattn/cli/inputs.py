@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 from .application import one_line
 
+IMPORT_HELP = "A Python file whose methods and claims are used beside the built-in ones."
 HEADS_HELP = (
     "A .safetensors or .npz file, the name of a bundled set (minilm), or made heads such as "
     "clustered:n=512,d=64,heads=2,rng=0."
@@ -174,6 +175,83 @@ def pick(heads: Heads, head: str | None) -> list[int]:
         f"head must be a name or a number in 0..{len(heads) - 1}, got {head!r}"
         f"{closest(head, heads.names)}"
     )
+
+
+def import_files(paths: list[Path] | None) -> None:
+    """Run Python files, whose ``register`` and ``claim`` add methods and claims.
+
+    What they define is pickled as it is, not by name: other processes do not have the file.
+
+    Raises
+    ------
+    ValueError
+        For a file that does not exist or does not end in ``.py``.
+    RuntimeError
+        If it fails: the error, and in which line.
+    """
+    import importlib.util
+    import sys
+    from contextlib import suppress
+
+    for given in paths or ():
+        path = home(given)
+        if path.suffix != ".py" or not path.is_file():
+            raise ValueError(f"import must be an existing .py file, got {str(path)!r}; check it")
+        name, file = f"_sketchattn_import_{path.stem}", str(path.resolve())
+        if getattr(sys.modules.get(name), "__file__", None) == file:
+            continue
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"import must be a Python file, got {str(path)!r}; check it")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise RuntimeError(
+                f"{path} could not be imported: {type(error).__name__}: {error}"
+                f"{_line_in(error, path)}"
+            ) from error
+        for pickler in ("cloudpickle", "joblib.externals.cloudpickle"):
+            with suppress(ImportError):
+                importlib.import_module(pickler).register_pickle_by_value(module)
+
+
+def _line_in(error: Exception, path: Path) -> str:
+    """Return in which line of a file an error was raised."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [x.lineno for x in frames if Path(x.filename) == path.resolve()]
+    return f" (line {lines[-1]})" if lines else ""
+
+
+def parse_settings(given: list[str] | None) -> dict[str, Any]:
+    """Return what ``--set name=value`` says: integers, floats, true, false, none, or words.
+
+    Examples
+    --------
+    >>> parse_settings(["eps=0.9", "rank=8", "law=optimal"])
+    {'eps': 0.9, 'rank': 8, 'law': 'optimal'}
+    """
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = (x.strip() for x in text.partition("="))
+        if not equals or not name or not value or name in found:
+            raise ValueError(
+                f"set must be written as name=value, each name once, got {text!r}; for instance "
+                f"--set eps=0.9"
+            )
+        if value.lower() in words:
+            found[name] = words[value.lower()]
+            continue
+        try:
+            found[name] = _number(name, value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def home(path: Path) -> Path:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .application import JSON_HELP, app, print_json
-from .inputs import HEADS_HELP, parse_heads, split_integers, split_methods, split_words
+from .inputs import (
+    HEADS_HELP,
+    IMPORT_HELP,
+    import_files,
+    parse_heads,
+    split_integers,
+    split_methods,
+    split_words,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,9 +55,8 @@ def _study(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds for random methods.")] = 4,
     jobs: Annotated[
-        int | None,
-        typer.Option(help="Heads computed at the same time; all CPUs by default."),
-    ] = None,
+        int, typer.Option(help="Heads computed at the same time; -1 is one for each CPU.")
+    ] = 1,
     out: Annotated[
         Path, typer.Option(help="Folder for tables, pictures and finished cells.")
     ] = Path("sketchattn-study"),
@@ -62,6 +69,10 @@ def _study(
             help="Ids of claims, separated by commas, whose bounds are drawn over the curves.",
             metavar="CLAIM,CLAIM",
         ),
+    ] = None,
+    imports: Annotated[
+        list[Path] | None,
+        typer.Option("--import", help=IMPORT_HELP, metavar="FILE.py", show_default=False),
     ] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")
@@ -103,17 +114,17 @@ def _study(
     seed, beside the floors that nobody can beat and the predictors that everybody must beat.
     Killed and started again with the same folder, it continues.
     """
-    from ..kernels._threads import cpu_count
     from ..studies.report.page import REPORT
     from ..studies.run import study
     from ..studies.summary import rank_lines
 
+    import_files(imports)
     result = study(
         parse_heads(heads),
         methods=split_methods(methods),
         ranks=split_integers(ranks, "ranks"),
         seeds=seeds,
-        jobs=cpu_count() if jobs is None else jobs,
+        jobs=jobs,
         out=out,
         resume=not fresh,
         pictures=pictures,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .application import DIFFERS, JSON_HELP, app, print_json
-from .inputs import HEADS_HELP, parse_heads, split_words
+from .inputs import HEADS_HELP, IMPORT_HELP, import_files, parse_heads, parse_settings, split_words
 
 
 @app.command("validate")
@@ -29,16 +29,30 @@ def _validate(
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     jobs: Annotated[
-        int | None,
-        typer.Option(help="Problems checked at the same time; all CPUs by default."),
-    ] = None,
+        int, typer.Option(help="Problems checked at the same time; -1 is one for each CPU.")
+    ] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for verdicts.json, a picture a claim, and verdicts.html with all of it.",
+            help="Folder for verdicts.json, verdicts.csv, a picture a claim, and verdicts.html with "
+            "all of it.",
             show_default=False,
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A parameter of claims, as eps=0.9; may be repeated.",
+            metavar="NAME=VALUE",
+            show_default=False,
+        ),
+    ] = None,
+    imports: Annotated[
+        list[Path] | None,
+        typer.Option("--import", help=IMPORT_HELP, metavar="FILE.py", show_default=False),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Print every check.")] = False,
     progress: Annotated[
         bool | None,
         typer.Option(
@@ -53,39 +67,42 @@ def _validate(
 
     Each claim is checked on its built-in instances, counterexamples among them, and on HEADS.  The
     exit code is 1 where a verdict is not the recorded one, which for heads without a record is
-    anything but violated.
+    anything but violated; where a claim of --import without a record is violated; and where
+    nothing was checked.
     """
     from ..base.files import as_folder, make_folder, write_text
-    from ..kernels._threads import cpu_count
     from ..theory.engine.validation import validate
 
     folder = as_folder(out)
-    workers = cpu_count() if jobs is None else jobs
+    import_files(imports)
     result = validate(
         split_words(claims),
         parse_heads(heads),
         trials,
         confidence,
         seed,
-        workers,
+        jobs,
         progress=progress,
+        parameters=parse_settings(settings),
     )
     pictures: list[Path] = []
     page: Path | None = None
     if folder is not None:
         verdicts = json.dumps(result.as_dict(), indent=2) + "\n"
         write_text(make_folder(folder) / "verdicts.json", verdicts)
-        pictures = result.plot(folder, workers, progress=progress)
+        write_text(folder / "verdicts.csv", result.frame.to_csv(index=False))
+        pictures = result.plot(folder, jobs, progress=progress)
         page = result.report(folder / "verdicts.html")
     if as_json:
         print_json(result.as_dict() | {"out": folder, "pictures": pictures, "report": page})
     else:
-        typer.echo(result.render())
+        typer.echo(result.render(every=every))
         if folder is not None:
-            typer.echo(f"\nverdicts: {folder / 'verdicts.json'}\npictures:")
+            files = ", ".join(str(folder / f"verdicts.{kind}") for kind in ("json", "csv"))
+            typer.echo(f"\nverdicts: {files}\npictures:")
         for path in pictures:
             typer.echo(f"  {path}")
         if page is not None:
             typer.echo(f"report: {page}")
-    if result.unexpected:
+    if not result.passed:
         raise typer.Exit(DIFFERS)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ..base.arguments import as_array, closest, float_dtype
 from ..base.draws import Rng, as_generator
 from ..base.floating import without_floating_errors
+from ..base.words import Phrase, Worded, number, shown
 from ..problem import AttentionProblem
 from .intervals import (
     FAR,
@@ -51,11 +52,11 @@ LARGEST_OUTPUT = 2.0**200
 NOTHING = Guess(*np.empty((3, 0)))  # is guessed
 
 
-@dataclass(frozen=True)
-class ErrorCertificate:
+@dataclass(frozen=True, repr=False)
+class ErrorCertificate(Worded):
     """Record an interval for ``theta = |Ohat - O|_F / |O|_F``.
 
-    Its text names the interval and its width; ``as_dict`` the fields alone.
+    Its text names the interval; ``as_dict`` has the fields alone.
 
     Attributes
     ----------
@@ -98,13 +99,33 @@ class ErrorCertificate:
         Examples
         --------
         >>> print(ErrorCertificate(0.12, 0.1, 0.15, 256, 0.95, "finite-sample"))
-        error 0.12 in [0.1, 0.15], width 1.5x, at confidence 0.95 from 256 rows (finite-sample)
+        error 0.12; 95 %: 0.1 to 0.15; from 256 rows, finite-sample
+        >>> print(ErrorCertificate(0.12, 0.12, 0.12, 512, 0.95, "exact"))
+        error 0.12; exact: all 512 rows
         """
+        if self.kind == "exact":
+            return f"error {number(self.estimate)}; exact: all {self.rows} rows"
         return (
-            f"error {self.estimate:.3g} in [{self.low:.3g}, {self.high:.3g}], width "
-            f"{self.width:.3g}x, at confidence {self.confidence:g} from {self.rows} rows "
-            f"({self.kind})"
+            f"error {number(self.estimate)}; {100 * self.confidence:g} %: {number(self.low)} to "
+            f"{number(self.high)}; from {self.rows} rows, {self.kind}"
         )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
+
+    def _title(self) -> str:
+        return str(self)
+
+    def _phrases(self) -> list[Phrase]:
+        about = {
+            "estimate": "of |Ohat - O|_F / |O|_F from the rows that were computed",
+            "low": "the error is at least this, with the confidence below",
+            "high": "and at most this",
+            "rows": "computed exactly",
+            "confidence": "probability that the interval holds the error",
+            "kind": "finite-sample: always valid; approximate: tight; exact: all rows",
+        }
+        return [Phrase(name, shown(x), about[name]) for name, x in self.as_dict().items()]
 
 
 # --- exact rows -----------------------------------------------------------------------------

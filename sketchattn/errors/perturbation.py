@@ -735,3 +735,25 @@ def quantization_eta(
         product(e_q, half) + product(np.abs(queries) + e_q, e_k.max(axis=0))
     )
     return out
+
+
+__all__ = [
+    "OutputBound",
+    "PRECISIONS",
+    "Precision",
+    "cluster_eta_apriori",
+    "compression_eta",
+    "kl_bound",
+    "lipschitz_bound",
+    "log_ratio_bound",
+    "logit_eta",
+    "output_bound",
+    "quantization_eta",
+    "quantize",
+    "tv_bound",
+    "value_diameter",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, check_finite, float_dtype
 from ..base.floating import without_floating_errors
+from ..base.words import Phrase, Worded, number
 from ..kernels._threads import blas_single_thread
 from ..operators.base import AttentionOperator
 from ..operators.spectra import dense_spectral_norm, difference_norm, exact_spectral_norm
@@ -29,8 +30,8 @@ DENSE_ENTRIES = 1 << 22
 BLOCK_ENTRIES = 1 << 20
 
 
-@dataclass(frozen=True)
-class ErrorReport:
+@dataclass(frozen=True, repr=False)
+class ErrorReport(Worded):
     """Record how far ``Ahat`` is from ``A`` and ``Ohat = Ahat V`` from ``O = A V``.
 
     Attributes
@@ -73,11 +74,34 @@ class ErrorReport:
     row_kl_mean: float
     skill: float
 
+    _brief = ("output_fro_rel", "matrix_fro_rel", "skill")
+
     def as_dict(self) -> dict[str, float]:
         """Return the fields by name, in order."""
         return asdict(self)
 
+    def _title(self) -> str:
+        missing = [name for name, x in self.as_dict().items() if math.isnan(x)]
+        rest = f", without {', '.join(missing)}" if missing else ""
+        return f"errors of an approximation, 0 is exact{rest}"
 
+    def _phrases(self) -> list[Phrase]:
+        held = {name: x for name, x in self.as_dict().items() if not math.isnan(x)}
+        return [Phrase(name, number(x), _ABOUT[name]) for name, x in held.items()]
+
+
+_ABOUT = {
+    "output_fro_rel": "of the output: |Ohat - O|_F / |O|_F",
+    "output_fro_amm": "of the output as a product: |Ohat - O|_F / (|A|_F |V|_F)",
+    "output_spec_rel": "of the output, spectral: |Ohat - O|_2 / |O|_2",
+    "output_spec_amm": "of the output as a product, spectral: |Ohat - O|_2 / (|A|_2 |V|_2)",
+    "matrix_fro_rel": "of the weights: |Ahat - A|_F / |A|_F",
+    "matrix_spec_rel": "of the weights, spectral: |Ahat - A|_2 / |A|_2",
+    "row_tv_mean": "share of its mass that a row has at wrong keys, mean over rows",
+    "row_tv_max": "the same, the worst row",
+    "row_kl_mean": "divergence of a row, mean over rows; inf where a visible key has no weight",
+    "skill": "1 is exact, 0 is the mean of V for every query, less is worse than that",
+}
 FIELDS = tuple(f.name for f in fields(ErrorReport))
 
 
@@ -186,6 +210,16 @@ def _check_output(problem: AttentionProblem, output: ArrayLike) -> Array:
     return array
 
 
+def _refuse_output(problem: AttentionProblem, ahat: object) -> None:
+    """Refuse an output in the place of a matrix; one that is as wide as there are keys is taken."""
+    shape = tuple(getattr(ahat, "shape", ()))
+    if problem.v is not None and shape == (problem.n_q, problem.d_v) and shape[1] != problem.n_k:
+        raise ValueError(
+            f"ahat must have the shape (n_q, n_k) = {(problem.n_q, problem.n_k)} of a matrix, got "
+            f"{shape}, that of an output; an output goes in output="
+        )
+
+
 def _output_fields(
     problem: AttentionProblem, output: Array, exact: Array, exact_fro: float, spectral: bool
 ) -> dict[str, float]:
@@ -283,6 +317,7 @@ def error_report(
             fro, product = wide.exact.frobenius_norm(), wide.output
         unknown = dict.fromkeys(FIELDS, math.nan)
         return ErrorReport(**unknown | _output_fields(problem, found, product, fro, spectral))
+    _refuse_output(problem, ahat)
     operator = as_operator(ahat, problem)
 
     difference: Any

@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array
 from ..base.floating import without_floating_errors
+from ..base.words import Phrase, Worded, counted, number
 from ..operators.base import AttentionOperator
 from ..operators.partitioned.operator import MixtureAttention, PartitionedAttention
 from ..operators.partitioned.passes import LOG2E, Data, slot_logits
@@ -380,8 +381,8 @@ def _spread(v: Array, starts: Array) -> Array:
 # --- certificates -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RowCertificates:
+@dataclass(frozen=True, repr=False)
+class RowCertificates(Worded):
     """Hold upper bounds of the errors of rows.
 
     Attributes
@@ -404,6 +405,26 @@ class RowCertificates:
     bounds: dict[str, Array]
     kl: Array
     output: Array | None
+
+    _brief = ("tv", "output")
+
+    def _title(self) -> str:
+        names, counts = np.unique(self.kind, return_counts=True)
+        best = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+        return f"upper bounds of {counted(len(self.tv), 'row')}; the smallest is: {best}"
+
+    def _phrases(self) -> list[Phrase]:
+        about = {
+            "tv": "total variation (1/2)|Ahat_i - A_i|_1: median and largest over rows",
+            "kl": "divergence KL(Ahat_i | A_i): the same",
+            "output": "|ohat_i - o_i|_2: the same",
+        }
+        arrays = ((name, getattr(self, name)) for name in about)
+        return [
+            Phrase(name, f"{number(float(np.median(x)))}..{number(float(x.max()))}", about[name])
+            for name, x in arrays
+            if x is not None and len(x)
+        ]
 
 
 @without_floating_errors

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.floating import without_floating_errors
+from ..base.words import Phrase, Worded, number, shown
 from ..kernels._threads import product
 from ..operators.steep import steep_rows, tiles_of
 from ..problem import AttentionProblem
@@ -22,8 +23,8 @@ _LEADING = 16
 _BLOCK = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class HardnessReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class HardnessReport(Worded):
     """Say what makes a problem easy or hard to approximate.
 
     Hidden entries, rows that see no key and keys that no row sees do not count.
@@ -81,9 +82,29 @@ class HardnessReport:
     rank_99: int | None
     singular_values: tuple[float, ...] | None
 
+    _brief = ("perplexity_median", "rank_90", "stable_rank")
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary of numbers, in their order."""
         return dataclasses.asdict(self)
+
+    def _title(self) -> str:
+        return f"how hard {self.name or 'a head'} is: {self.rows} queries, {self.keys} keys"
+
+    def _phrases(self) -> list[Phrase]:
+        kappa = f"e^{number(self.log_kappa)}"
+        known = [
+            Phrase("perplexity_median", number(self.perplexity_median), "keys that a row uses"),
+            Phrase("perplexity_min", number(self.perplexity_min), "the row that uses the fewest"),
+            Phrase("perplexity_max", number(self.perplexity_max), "the row that uses the most"),
+            Phrase("rank_90", shown(self.rank_90), "rank that holds 90 % of |A|_F^2"),
+            Phrase("rank_99", shown(self.rank_99), "and 99 %"),
+            Phrase("stable_rank", number(self.stable_rank), "|A|_F^2 / |A|_2^2"),
+            Phrase("alpha", number(self.alpha), "keys times the largest squared column norm"),
+            Phrase("kappa", kappa, "largest over smallest row sum of exp(L)"),
+            Phrase("max_logit", number(self.max_logit), "the largest |L_ij|"),
+        ]
+        return [x for x in known if x.value != "-"]
 
 
 @without_floating_errors

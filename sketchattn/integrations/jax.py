@@ -631,3 +631,12 @@ NEUTRAL: dict[str, Any] = {
     "compute_dtype": None,
     "return_lse": False,
 }
+
+
+__all__ = [
+    "dot_product_attention",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

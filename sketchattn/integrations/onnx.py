@@ -577,3 +577,17 @@ def _check_opset(opset: int) -> None:
 def _check_device(backend: Any, device: str) -> None:
     if not backend.supports_device(device):
         raise ValueError(f"device must be 'CPU', got {device!r}; there is no other here")
+
+
+__all__ = [
+    "Backend",
+    "ConformanceReport",
+    "attend",
+    "conformance",
+    "evaluate",
+    "load_cases",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

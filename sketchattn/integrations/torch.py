@@ -398,3 +398,12 @@ def _backward(
         else None
         for x, argument, tensor, need in zip(gradients, arguments, tensors, needed, strict=True)
     )
+
+
+__all__ = [
+    "scaled_dot_product_attention",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

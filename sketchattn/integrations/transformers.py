@@ -262,4 +262,13 @@ def _inputs(inputs: Any) -> dict[str, Any]:
     return {"input_ids": ids[None] if ids.ndim == 1 else ids}
 
 
-__all__ = ["Registration", "capture", "capture_text", "register"]
+__all__ = [
+    "Registration",
+    "capture",
+    "capture_text",
+    "register",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

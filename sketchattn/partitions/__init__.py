@@ -12,3 +12,19 @@ from .patterns import label_plan as label_plan
 from .patterns import make_plan as make_plan
 from .plans import Plan as Plan
 from .ragged import Ragged as Ragged
+
+__all__ = [
+    "PATTERNS",
+    "Plan",
+    "Ragged",
+    "block_of_rank",
+    "check_block",
+    "check_labels",
+    "default_block",
+    "label_plan",
+    "make_plan",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -35,3 +35,45 @@ from .ridge import nystrom_factor as nystrom_factor
 from .ridge import ridge_leverage as ridge_leverage
 from .ridge import ridge_leverage_recursive as ridge_leverage_recursive
 from .ridge import ridge_psd_check as ridge_psd_check
+
+__all__ = [
+    "Clusters",
+    "ColumnDraw",
+    "ExponentialKernel",
+    "LAWS",
+    "PsdCheck",
+    "RecursiveRidge",
+    "around",
+    "check_probabilities",
+    "check_unbiased",
+    "chosen_rows",
+    "css_relative_error",
+    "d_eff",
+    "fast_sketch_rows",
+    "inclusion_probabilities",
+    "kmeans",
+    "leverage_approx_factor",
+    "leverage_quality",
+    "leverage_scores",
+    "leverage_scores_fast",
+    "nearest",
+    "nystrom_factor",
+    "pilot_rows",
+    "pivoted_rows",
+    "probabilities",
+    "ridge_leverage",
+    "ridge_leverage_recursive",
+    "ridge_psd_check",
+    "sample_columns",
+    "sample_gumbel",
+    "sample_poisson",
+    "sample_uniform",
+    "sample_with_replacement",
+    "segment_labels",
+    "segment_means",
+    "self_normalize",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -18,3 +18,28 @@ from .orthogonal import HaarSketch as HaarSketch
 from .orthogonal import SRHTSketch as SRHTSketch
 from .sparse import LessUniformSketch as LessUniformSketch
 from .sparse import SparseSketch as SparseSketch
+
+__all__ = [
+    "CountSketch",
+    "DCTSketch",
+    "DenseSketch",
+    "GaussianSketch",
+    "GivenSketch",
+    "HaarSketch",
+    "LessUniformSketch",
+    "OSNAPSketch",
+    "RademacherSketch",
+    "SJLTSketch",
+    "SRHTSketch",
+    "Sketch",
+    "SparseSketch",
+    "UniformSketch",
+    "check_sketch",
+    "compression",
+    "make_sketch",
+    "sketches",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -438,3 +438,19 @@ def compress(
     problem = AttentionProblem(q, k, key_mask=key_mask)
     made = compress_problem(problem, d_in, kind, rng, center=center)
     return made.arrays.q, made.arrays.k
+
+
+__all__ = [
+    "Compression",
+    "apply_compression",
+    "compress",
+    "compress_problem",
+    "draw_projection",
+    "fit_compression",
+    "largest_width",
+    "mean_key",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

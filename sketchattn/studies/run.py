@@ -72,8 +72,9 @@ def study(
     seeds : int or sequence of int, default 4
         A number s stands for the seeds 0..s-1.
     jobs : int, default 1
-        Heads that are computed at the same time.  Each takes its share of the threads.  The
-        numbers do not depend on it, ``seconds`` does.
+        Heads that are computed at the same time, -1 for as many as there are CPUs.  Each takes its
+        share of the threads.  The numbers do not depend on it, ``seconds`` does: with 1 it is that
+        of a head alone.
     out : path, optional
         Folder for ``results.csv``, ``references.csv``, ``study.json``, the pictures, and the
         journals in ``cells``.  Rows and bounds of other methods that are there stay, and stand in

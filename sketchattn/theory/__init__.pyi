@@ -9,6 +9,7 @@ from . import skeinformer as skeinformer
 from . import sketching as sketching
 from . import softmax as softmax
 from . import training_free as training_free
+from .engine.bounds import bound_claim as bound_claim
 from .engine.checking import bound as bound
 from .engine.checking import check as check
 from .engine.checking import default_factory as default_factory
@@ -19,6 +20,7 @@ from .engine.instances import instance as instance
 from .engine.instances import instances as instances
 from .engine.instances import spiked_attention as spiked_attention
 from .engine.records import Claim as Claim
+from .engine.records import Curve as Curve
 from .engine.records import Observations as Observations
 from .engine.records import Series as Series
 from .engine.records import Verdict as Verdict

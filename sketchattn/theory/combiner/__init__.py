@@ -25,3 +25,16 @@ from .formulas import Setting as Setting
 from .formulas import pair_span as pair_span
 from .formulas import specht_log as specht_log
 from .formulas import structural_floor as structural_floor
+
+__all__ = [
+    "Case",
+    "Setting",
+    "extremal_row",
+    "pair_span",
+    "specht_log",
+    "structural_floor",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

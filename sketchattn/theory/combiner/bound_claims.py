@@ -17,7 +17,6 @@ from ...problem import AttentionProblem
 from ...zoo.combiner.method import Combiner
 from ..engine.arguments import Array
 from ..engine.assumptions import VALUES
-from ..engine.curves import curve
 from ..engine.observers import (
     few,
     implemented,
@@ -26,7 +25,7 @@ from ..engine.observers import (
     logit_rounding,
     problem_of,
 )
-from ..engine.records import Observations
+from ..engine.records import Curve, Observations
 from ..engine.registry import Context, claim
 from ..softmax.formulas import diameter
 from .cases import DERIVED, EVERYWHERE, ON, cases, largest_ratio, names_of, over_cases, ratios
@@ -188,6 +187,8 @@ def _certificate_output(context: Context, *, constant: float = 1.0) -> Observati
         "heads": "vacuous",
     },
     ladder=tuple({"rank": r} for r in (8, 16, 32, 64)),
+    # Certificates of rows, which are computed from the matrix of the method itself.
+    curve=Curve("combiner", field="row_tv_mean"),
 )
 def _mean_certificate(context: Context, *, rank: int | None = None) -> Observations:
     problem = problem_of(context.instance)
@@ -206,7 +207,9 @@ def _mean_certificate(context: Context, *, rank: int | None = None) -> Observati
     flat = seen / seen.sum(axis=1, keepdims=True)
     trivial = float(np.abs(a - flat).sum(axis=1).mean()) / 2
     found = float(np.abs(operator.to_dense() - a).sum(axis=1).mean()) / 2
-    return Observations([found], bound, rank=r, trivial=trivial, rounding=1e-9)
+    return Observations(
+        [found], bound, rank=r, predictor="the mean of V", trivial=trivial, rounding=1e-9
+    )
 
 
 # --- T8: outputs ----------------------------------------------------------------------------------
@@ -587,7 +590,3 @@ def _promotion(context: Context, *, constant: float = 1.0) -> Observations:
         after = np.maximum(case.log_z - lse, 0.0)
         values.append(largest_ratio(after, before, case.nothing))
     return Observations(values, float(constant), rounding=2 * logit_rounding(problem))
-
-
-# Certificates of rows, which are computed from the matrix of the method itself.
-curve("combiner.certificate", "combiner", field="row_tv_mean")

@@ -43,3 +43,26 @@ from .formulas import rrqr_factor as rrqr_factor
 from .formulas import skeleton_residual as skeleton_residual
 from .formulas import strong_rrqr as strong_rrqr
 from .formulas import volume_sampling as volume_sampling
+
+__all__ = [
+    "Oblique",
+    "OutputFactors",
+    "VolumeSampling",
+    "exact_projector",
+    "exponential_determinant",
+    "jl_logit_width",
+    "largest_volume",
+    "logit_decoder",
+    "minors",
+    "numerical_rank",
+    "oblique_maps",
+    "output_factors",
+    "rrqr_factor",
+    "skeleton_residual",
+    "strong_rrqr",
+    "volume_sampling",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -471,7 +471,15 @@ def _mean_variation(
     value = float(found.mean()) if ratio <= 1 else max(float(found.mean()), most * ratio)
     value = math.inf if wrong else value
     trivial = float(_variation(a, np.full_like(a, 1 / a.shape[1])).mean())
-    return Observations([value], most, rank=rank, rounding=1e-11, trivial=trivial, notes=notes)
+    return Observations(
+        [value],
+        most,
+        rank=rank,
+        rounding=1e-11,
+        predictor="the mean of V",
+        trivial=trivial,
+        notes=notes,
+    )
 
 
 def _clusters(context: Context, rank: int | None) -> tuple[Clusters, Clusters]:
@@ -629,4 +637,6 @@ def _lipschitz(context: Context, *, rank: int | None = None) -> Observations:
     bound = float(np.linalg.norm(lipschitz_bound(change)))
     trivial = float(np.linalg.norm(a - 1 / a.shape[1]))
     found = float(np.linalg.norm(a - ahat))
-    return Observations([found], bound, rank=r, rounding=1e-11, trivial=trivial)
+    return Observations(
+        [found], bound, rank=r, rounding=1e-11, predictor="the mean of V", trivial=trivial
+    )

@@ -61,7 +61,19 @@ def check_confidence(confidence: object) -> float:
     return float(confidence)
 
 
-def _parameters(entry: Entry, given: Mapping[str, Any]) -> dict[str, Any]:
+def _instance_of(entry: Entry, problem: object) -> Instance:
+    """Return what to check a claim on: by default what it has a record for, or a bundled head."""
+    if problem is not None:
+        return as_instance(problem)
+    if entry.claim.instances:
+        return as_instance(entry.claim.instances[0])
+    from ...heads.files import load_heads
+
+    return as_instance(load_heads()[0])
+
+
+def check_parameters(entry: Entry, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a claim, with those that are given in place of the defaults."""
     known = entry.parameters
     for name in given:
         if name not in known:
@@ -127,7 +139,8 @@ def check(
     id : str
         A key of `claims`.
     problem : AttentionProblem, Instance, name of an instance, or pair (A, V), optional
-        By default the first instance that the claim has a record for.
+        By default the first instance that the claim has a record for; without one the first
+        bundled head.
     trials : int, default 200
         Independent draws.
     confidence : float, default 0.95
@@ -164,6 +177,7 @@ def check(
       What is inconclusive ``needs`` a number of trials, which the notes name.
     - *vacuous*: not violated, but the bound is not below what the trivial predictor (zero, or the
       mean of V) reaches, or it asks for as many rows as there are columns; then nothing is drawn.
+      The notes name the predictor, its error, and the rank from which on the bound is below it.
     - *not applicable*: an assumption fails; the notes say which.
 
     Examples
@@ -175,13 +189,13 @@ def check(
     """
     entry = get_entry(id)
     count, level = check_trials(trials), check_confidence(confidence)
-    chosen = _parameters(entry, parameters)
+    chosen = check_parameters(entry, parameters)
     if sketch is not None and not callable(sketch):
         raise TypeError(
             f"sketch must be callable, got {type(sketch).__name__}; "
             f"pass a function of kind, r, n and rng"
         )
-    instance = as_instance(entry.claim.instances[0] if problem is None else problem)
+    instance = _instance_of(entry, problem)
     with limit_threads(1):  # a trial is small, and must round the same everywhere
         return run(entry, instance, count, level, entropy_of(rng), chosen, sketch)
 
@@ -242,9 +256,37 @@ def run(
         notes.insert(0, f"the draws are not those of the claim: {broken}")
     elif verdict.vacuous and status in ("holds", "inconclusive"):
         status = "vacuous"
+        since = "" if seen.trivial is None else _since(entry, context, parameters, verdict.rank)
+        verdict = replace(verdict, vacuous=verdict.vacuous + since)
         notes.append(verdict.vacuous)
     text = "; ".join(x for x in notes if x)
     return replace(verdict, status=status, notes=text, instance=instance.name)
+
+
+def _since(entry: Entry, context: Context, parameters: Mapping[str, Any], rank: int | None) -> str:
+    """Return from which rank on the bound of a vacuous claim would be below the predictor."""
+    if rank is None or "rank" not in entry.parameters:
+        return ""
+    silent = replace(context, trials=0, audits={}, fingerprints=[])
+    n = context.instance.n
+
+    def is_below(r: int) -> bool:
+        try:
+            seen = entry.observe(silent, **{**parameters, "rank": r})
+        except (Stop, ValueError, ArithmeticError):  # of a rank that the operator cannot have
+            return False
+        limit = np.asarray(seen.bound, np.float64)
+        return seen.trivial is not None and limit.size > 0 and bool(limit.max() < seen.trivial)
+
+    low = high = rank
+    while high < n and not is_below(high):
+        low, high = high, 2 * high
+    if high >= n:
+        return f"; it is at no rank below n = {n}" if rank < n else ""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_below(middle) else (middle, high)
+    return f"; it is from rank {high} on"
 
 
 def sample(
@@ -291,8 +333,8 @@ def bound(id: str, problem: object = None, **parameters: Any) -> float:  # noqa:
     2.0
     """
     entry = get_entry(id)
-    chosen = _parameters(entry, parameters)
-    instance = as_instance(entry.claim.instances[0] if problem is None else problem)
+    chosen = check_parameters(entry, parameters)
+    instance = _instance_of(entry, problem)
     for assumption in entry.assumptions:
         if assumption.test(instance) is not None:
             return math.nan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,28 +13,9 @@ import numpy as np
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import bound
-from .instances import Instance, as_instance
-from .records import reduced
-from .registry import get_record
-from .topics import load
-
-# From the units of a claim to those of a field of `ErrorReport`.
-Convert = Callable[[float, Instance], float]
-
-
-def same(value: float, instance: Instance) -> float:
-    """Take a bound as it stands."""
-    return value
-
-
-def root(value: float, instance: Instance) -> float:
-    """Turn a bound of a square into one of its root."""
-    return math.sqrt(value)
-
-
-def root_relative(value: float, instance: Instance) -> float:
-    """Turn a bound of ``|Ahat V - A V|_F^2`` into one of its root relative to ``|A|_F |V|_F``."""
-    return math.sqrt(value) / instance.fro
+from .instances import as_instance
+from .records import Claim, Curve, reduced, same
+from .registry import claims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +41,31 @@ class ErrorBound:
     what: str
     method: str
     parameters: Mapping[str, Any]
-    _convert: Convert = dataclasses.field(repr=False, default=same)
+    _curve: Curve = dataclasses.field(repr=False, default=Curve(""))
+
+    @classmethod
+    def of(cls, claim: Claim, curve: Curve) -> ErrorBound:
+        """Return the bound of a claim that can be drawn."""
+        delta = claim.constants.get("delta")
+        if delta is not None:
+            what = f"{100 * (1 - delta):g} % of draws"
+        else:
+            what = "mean" if curve.convert is same else "root mean square"
+        parameters = MappingProxyType(dict(curve.parameters or {}))
+        return cls(claim.id, curve.field, what, curve.name, parameters, curve)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduced(self)
 
     def __str__(self) -> str:
-        listed = ", ".join(f"{name}={value!r}" for name, value in self.parameters.items())
-        return f"{self.method}({listed})"
+        return str(self._curve)
 
     def is_about(self, method: Any) -> bool:
         """Return whether the claim is about the approximations of a method, at any rank."""
         from ...zoo.base import methods
 
-        cls = methods()[self.method]
+        wanted_cls = self._curve.method
+        cls = methods()[wanted_cls] if isinstance(wanted_cls, str) else wanted_cls
         if type(method) is not cls:
             return False
         given = _resolved(method.get_params(deep=False))
@@ -102,7 +94,7 @@ class ErrorBound:
             if rank > instance.n:
                 return math.nan
             value = bound(self.claim, problem, rank=rank)
-            return self._convert(value, instance) if value >= 0 else math.nan
+            return self._curve.convert(value, instance) if value >= 0 else math.nan
 
 
 def _resolved(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,50 +126,15 @@ def _equal(given: Any, wanted: Any) -> bool:
     return isinstance(given, plain) and isinstance(wanted, plain) and bool(given == wanted)
 
 
-_CURVES: dict[str, ErrorBound] = {}
-
-
-def curve(
-    name: str,
-    method: str,
-    parameters: Mapping[str, Any] | None = None,
-    *,
-    convert: Convert = same,
-    field: str = "output_fro_amm",
-) -> None:
-    """Register that a claim bounds an error measure of a method at each rank.
-
-    Parameters
-    ----------
-    name : str
-        Id of a registered claim whose parameter ``rank`` is that of the method.
-    method : str
-        Registered name of the method.
-    parameters : mapping, optional
-        Those that the method must have; the others as by default.
-    convert : callable, default `same`
-        From the units of the claim to those of ``field``: `same`, `root` or `root_relative`.
-    field : str, default "output_fro_amm"
-        Field of `ErrorReport`.
-    """
-    delta = get_record(name).constants.get("delta")
-    if delta is not None:
-        what = f"{100 * (1 - delta):g} % of draws"
-    else:
-        what = "mean" if convert is same else "root mean square"
-    _CURVES[name] = ErrorBound(
-        name, field, what, method, MappingProxyType(dict(parameters or {})), convert
-    )
-
-
 def error_bounds() -> dict[str, ErrorBound]:
     """Return the claims that bound an error measure of a method at each rank, by id.
 
     Returns
     -------
     dict from str to ErrorBound
-        Claims with the parameter ``rank`` whose observation is a field of `ErrorReport`, or the
-        square of one: what ``study(..., bounds=...)`` can draw over the measured curves.
+        Claims that have a ``curve``: their parameter ``rank`` is that of a method, and their
+        observation a field of `ErrorReport` or the square of one.  It is what
+        ``study(..., bounds=...)`` can draw over the measured curves.
 
     Examples
     --------
@@ -188,5 +145,5 @@ def error_bounds() -> dict[str, ErrorBound]:
     >>> curve.at(sa.make_heads("gaussian", n=64, d=8, rng=0)[0], 32)
     0.25
     """
-    load()
-    return dict(sorted(_CURVES.items()))
+    known = claims().items()
+    return {name: ErrorBound.of(x, x.curve) for name, x in known if x.curve is not None}

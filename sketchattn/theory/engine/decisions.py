@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...base.words import number
 from .arguments import smallest
 from .records import Claim, Observations, Verdict
 
@@ -210,10 +211,13 @@ def _ratio(bound: float, observed: float) -> float:
     return math.inf if bound > 0 else 1.0
 
 
-def _vacuous(bound: float, trivial: float | None) -> str:
-    if trivial is None or bound < trivial:
+def _vacuous(bound: float, seen: Observations) -> str:
+    if seen.trivial is None or bound < seen.trivial:
         return ""
-    return f"the bound {bound:.4g} is not below the trivial predictor's {trivial:.4g}"
+    return (
+        f"the bound {number(bound)} is not below {number(seen.trivial)}, the error of "
+        f"{seen.predictor}"
+    )
 
 
 def decide(claim: Claim, seen: Observations, confidence: float) -> Verdict:
@@ -249,7 +253,7 @@ def _decide_tail(claim: Claim, seen: Observations, values: Array, confidence: fl
     bound = float(np.median(bounds))
     observed = float(np.quantile(ratios, max(0.0, 1 - delta), method="higher"))
     observed *= bound if bound > 0 else 1.0
-    vacuous = _vacuous(float(bounds.max()), seen.trivial)
+    vacuous = _vacuous(float(bounds.max()), seen)
     if delta >= 1:
         vacuous = f"the claimed rate of failure is {delta:.3g}"
     return Verdict(
@@ -353,7 +357,7 @@ def _decide_mean(claim: Claim, seen: Observations, values: Array, confidence: fl
         "; ".join(notes),
         rank=seen.rank,
         z=found.z,
-        vacuous=_vacuous(target, seen.trivial),
+        vacuous=_vacuous(target, seen),
         needs=needs,
     )
 
@@ -376,5 +380,5 @@ def _decide_each(claim: Claim, seen: Observations, values: Array) -> Verdict:
         None,
         "",
         rank=seen.rank,
-        vacuous=_vacuous(float(bounds[worst]), seen.trivial),
+        vacuous=_vacuous(float(bounds[worst]), seen),
     )

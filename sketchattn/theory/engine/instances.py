@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,10 @@ DENSE_ENTRIES = 1 << 22
 class Instance:
     """Hold the factors of one product ``A V``, and what is computed of them once.
 
+    It is what an observer of a claim sees of a problem, as ``context.instance``: ``a`` (m, n) and
+    ``v`` (n, d_v) in float64, their ``product``, and ``problem``, the queries, keys and options,
+    which is None where only the matrices are known.
+
     Parameters
     ----------
     name : str
@@ -51,6 +55,8 @@ class Instance:
     >>> instance = Instance("pair", (np.eye(2), np.ones((2, 1))))
     >>> instance.m, instance.n, instance.product.ravel().tolist()
     (2, 2, [1.0, 1.0])
+    >>> instance.trivial, instance.predictor, instance.problem is None
+    (0.0, 'the mean of V', True)
     """
 
     def __init__(self, name: str, made: Made, note: str = "") -> None:
@@ -145,12 +151,23 @@ class Instance:
         return float(np.linalg.norm(self.a)) * float(np.linalg.norm(self.v))
 
     @cached_property
+    def _predictors(self) -> dict[str, float]:
+        """Frobenius errors of the trivial predictors."""
+        found = {"zero": float(np.linalg.norm(self.product))}
+        if self.stochastic:
+            centred = self.product - self.v.mean(axis=0)
+            found["the mean of V"] = float(np.linalg.norm(centred))
+        return found
+
+    @property
     def trivial(self) -> float:
         """Frobenius error of the better trivial predictor: zero, or the mean of V."""
-        zero = float(np.linalg.norm(self.product))
-        if not self.stochastic:
-            return zero
-        return min(zero, float(np.linalg.norm(self.product - self.v.mean(axis=0))))
+        return min(self._predictors.values())
+
+    @property
+    def predictor(self) -> str:
+        """Which one that is."""
+        return min(self._predictors, key=lambda name: self._predictors[name])
 
     @cached_property
     def svd(self) -> tuple[Array, Array, Array]:
@@ -212,6 +229,12 @@ def instance(name: str, note: str) -> Callable[[Callable[[], Made]], Callable[[]
     return register
 
 
+def instance_names() -> tuple[str, ...]:
+    """Return the names of the built-in instances, none of which is made for it."""
+    load()
+    return tuple(_BUILDERS)
+
+
 def get_instance(name: str) -> Instance:
     """Return a named instance, made on first use."""
     load()
@@ -240,6 +263,14 @@ def instances() -> dict[str, Instance]:
     return {name: get_instance(name) for name in _BUILDERS}
 
 
+def is_pair(problem: object) -> TypeGuard[tuple[Any, Any]]:
+    """Return whether something is a pair of matrices (A, V)."""
+    known = (AttentionProblem, Instance, str)
+    if not isinstance(problem, tuple) or len(problem) != 2:
+        return False
+    return not any(isinstance(x, known) for x in problem)
+
+
 def as_instance(problem: object) -> Instance:
     """Return what ``problem`` stands for: an instance, its name, a problem, or a pair (A, V)."""
     if isinstance(problem, Instance):
@@ -249,8 +280,8 @@ def as_instance(problem: object) -> Instance:
     if isinstance(problem, AttentionProblem):
         found = problem
         return problem.cached("instance", lambda: Instance(found.name or "problem", found))
-    if isinstance(problem, tuple) and len(problem) == 2:
-        return Instance("pair", (as_array(problem[0], "A"), as_array(problem[1], "V")))
+    if is_pair(problem):
+        return Instance("pair", problem)
     raise TypeError(
         f"problem must be an AttentionProblem, the name of an instance or a pair (A, V), got "
         f"{type(problem).__name__}; make one with sketchattn.AttentionProblem(q, k, v)"

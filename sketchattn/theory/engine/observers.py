@@ -26,6 +26,9 @@ EPS = float(np.finfo(np.float64).eps)
 # 2048 EPS is 5e-13, and all that is observed is made of fewer than a hundred of these.
 ROUNDING = 1e-10
 
+# The predictor of an error of which it is not recorded which of the two is the better one.
+BETTER = "the better of zero and the mean of V"
+
 # Rows of the pictures of claims that are about an error.
 RANKS = tuple({"rank": r} for r in (8, 16, 32, 64))
 TAIL_RANKS = tuple({"rank": r} for r in (32, 64, 128, 256))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,10 +15,11 @@ from ...problem import AttentionProblem
 from .checking import sample
 from .instances import Instance, as_instance
 from .records import Claim, Observations
-from .registry import get_entry
+from .registry import Entry, adopt, get_entry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Trials of each step of a picture.
 TRIALS = 30
@@ -27,7 +28,7 @@ TRIALS = 30
 class Panel(NamedTuple):
     """Name one problem of a picture, with the verdict on it; a built-in instance by its name."""
 
-    problem: str | AttentionProblem
+    problem: str | AttentionProblem | Instance
     name: str
     status: str
 
@@ -38,27 +39,33 @@ class Picture(NamedTuple):
     claim: str
     panels: tuple[Panel, ...]
     entropy: int
+    own: tuple[Entry, ...] = ()
 
 
 def picture(task: Picture) -> tuple[str, bytes | str]:
     """Return the id of a claim and its picture as PNG, or why there is none."""
-    claim = get_entry(task.claim).claim
     try:
-        with limit_threads(1), plain_style():
-            figure = make_figure(
-                figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained"
-            )
-            for i, panel in enumerate(task.panels):
-                axes = figure.add_subplot(1, len(task.panels), i + 1)
-                draw(axes, claim, steps_of(claim, as_instance(panel.problem), task.entropy))
-                title = f"{panel.name}: {panel.status}"
-                axes.set_title(title, fontsize=9, parse_math=False)
-            title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
-            figure.suptitle(title, fontsize=10, parse_math=False)
-            figure.supylabel(textwrap.fill(claim.observes, 60), fontsize=8, parse_math=False)
-            return task.claim, as_png(figure)
+        adopt(task.own)
+        with plain_style():
+            return task.claim, as_png(figure_of(task))
     except Exception as error:  # of the drawing, or of a claim at other parameters
         return task.claim, f"{type(error).__name__}: {error}"
+
+
+def figure_of(task: Picture) -> Figure:
+    """Return the picture of a claim as a figure, in the style that is set."""
+    claim = get_entry(task.claim).claim
+    with limit_threads(1):
+        figure = make_figure(figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained")
+        for i, panel in enumerate(task.panels):
+            axes = figure.add_subplot(1, len(task.panels), i + 1)
+            draw(axes, claim, steps_of(claim, as_instance(panel.problem), task.entropy))
+            title = f"{panel.name}: {panel.status}"
+            axes.set_title(title, fontsize=9, parse_math=False)
+    title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.supylabel(textwrap.fill(claim.observes, 60), fontsize=8, parse_math=False)
+    return figure
 
 
 class Step(NamedTuple):
@@ -133,7 +140,13 @@ def draw(axes: Axes, claim: Claim, steps: Sequence[Step]) -> None:
     axes.plot(ranks, bounds, "-", color="black", marker="_", label=label, zorder=2)
     trivial = [step.seen.trivial for step in steps if step.seen.trivial is not None]
     if len(trivial) == len(ranks):
-        axes.plot(ranks, trivial, "--", color="0.45", label="trivial predictor", zorder=1)
+        style: dict[str, Any] = {"color": "0.45", "label": steps[0].seen.predictor, "zorder": 1}
+        if len(ranks) > 1:
+            axes.plot(ranks, trivial, "--", **style)
+        else:  # a line through one point has no length
+            axes.axhline(trivial[0], linestyle="--", **style)
+    if len(ranks) == 1:
+        axes.axhline(bounds[0], color="black", zorder=2)
     axes.set_xlabel("r", fontsize=9)
     axes.set_xscale("log", base=2)
     shown = [*bounds, *(x for x in middle if math.isfinite(x))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...base.words import Phrase, Worded, counted, number, shown
+
 Array = NDArray[Any]
 
-STATUSES = ("published", "derived", "refuted")
+STATUSES = ("published", "derived", "refuted", "own")
 KINDS = ("equality", "expectation", "tail", "inequality", "existence")
 VERDICTS = ("holds", "violated", "vacuous", "not applicable", "inconclusive")
 
@@ -21,8 +23,55 @@ VERDICTS = ("holds", "violated", "vacuous", "not applicable", "inconclusive")
 HEADS = "heads"
 
 
-@dataclass(frozen=True)
-class Claim:
+def same(value: float, instance: Any) -> float:
+    """Take a bound as it stands."""
+    return value
+
+
+def root(value: float, instance: Any) -> float:
+    """Turn a bound of a square into one of its root."""
+    return math.sqrt(value)
+
+
+def root_relative(value: float, instance: Any) -> float:
+    """Turn a bound of ``|Ahat V - A V|_F^2`` into one of its root relative to ``|A|_F |V|_F``."""
+    return math.sqrt(value) / float(instance.fro)
+
+
+class Curve(NamedTuple):
+    """Say that a claim bounds an error measure of a method at each rank, so that it can be drawn.
+
+    Attributes
+    ----------
+    method : str or class
+        Registered name of the method, or its class; its ``rank`` is that of the claim.
+    parameters : mapping, optional
+        Those that the method must have; the others as by default.
+    field : str
+        The field of `ErrorReport`.
+    convert : callable
+        From the units of the claim to those of the field: `same`, `root` or `root_relative`.
+    """
+
+    method: str | type[Any]
+    parameters: Mapping[str, Any] | None = None
+    field: str = "output_fro_amm"
+    convert: Callable[[float, Any], float] = same
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name}={value!r}" for name, value in (self.parameters or {}).items())
+        return f"{self.name}({listed})"
+
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        if isinstance(self.method, str):
+            return self.method
+        return str(getattr(self.method, "name", self.method.__name__))
+
+
+@dataclass(frozen=True, repr=False)
+class Claim(Worded):
     """Hold a statement with its constants, its source, and the verdicts that it gets.
 
     Attributes
@@ -31,7 +80,8 @@ class Claim:
         ``topic.name``.
     title, statement, source : str
         The exact statement as text, and where it comes from.
-    status : {"published", "derived", "refuted"}
+    status : {"published", "derived", "refuted", "own"}
+        "own" is a claim of the user.
     kind : {"equality", "expectation", "tail", "inequality", "existence"}
     observes : str
         The observed quantity: which norm, and over which denominator.
@@ -39,9 +89,11 @@ class Claim:
         Evaluated on the problem; where one fails the claim is not applicable.
     recorded : mapping from str to str
         The verdict on named instances, on single heads, and under "heads" on the bundled heads
-        that are not named.
+        that are not named.  Empty for a claim without a record, which is checked everywhere.
     constants : mapping from str to float
         The constants of the theorem, and the parameters with which it is checked by default.
+    curve : Curve or None
+        Which measured curve it bounds, for pictures of studies.
     """
 
     id: str
@@ -54,19 +106,42 @@ class Claim:
     assumptions: tuple[str, ...]
     recorded: Mapping[str, str]
     constants: Mapping[str, float]
+    curve: Curve | None = None
 
     @property
     def instances(self) -> tuple[str, ...]:
         """Names of the built-in instances that have a record, in order."""
         return tuple(x for x in self.recorded if x != HEADS and "/" not in x)
 
+    _brief = ("id", "status", "kind")
+
     def __reduce__(self) -> tuple[Any, ...]:
         return reduced(self)
+
+    def _title(self) -> str:
+        return f"{self.id}: {self.title}"
+
+    def _phrases(self) -> list[Phrase]:
+        given = ", ".join(f"{name} = {number(x)}" for name, x in self.constants.items())
+        about = {
+            "id": self.id,
+            "status": self.status,
+            "kind": self.kind,
+            "statement": self.statement,
+            "source": self.source,
+            "observes": self.observes,
+            "assumptions": "; ".join(self.assumptions),
+            "constants": given,
+            "curve": "" if self.curve is None else f"{self.curve.field} of {self.curve}",
+        }
+        return [Phrase(name, text, "") for name, text in about.items() if text]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python objects, for JSON."""
         out = asdict_shallow(self)
         out["assumptions"] = list(self.assumptions)
+        curve = self.curve
+        out["curve"] = None if curve is None else {"method": str(curve), "field": curve.field}
         return out
 
 
@@ -101,8 +176,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Worded):
     """Hold the outcome of a check.
 
     Attributes
@@ -161,13 +236,31 @@ class Verdict:
         return asdict_shallow(self)
 
     def __str__(self) -> str:
-        numbers_ = f"observed {self.observed:.4g}, bound {self.bound:.4g}"
-        count = "" if self.failures is None else f", {self.failures} failures"
-        trials = f"{self.trials} trials" if self.trials != 1 else "1 trial"
+        numbers_ = f"observed {number(self.observed)}, bound {number(self.bound)}"
+        count = "" if self.failures is None else f", {counted(self.failures, 'failure')}"
         note = f" ({self.notes})" if self.notes else ""
-        return (
-            f"{self.claim} on {self.instance}: {self.status}; {numbers_}{count} in {trials}{note}"
-        )
+        return f"{self._title()}; {numbers_}{count} in {counted(self.trials, 'trial')}{note}"
+
+    def __repr__(self) -> str:
+        return f"<Verdict {self._title()}>"
+
+    def _title(self) -> str:
+        return f"{self.claim} on {self.instance}: {self.status}"
+
+    def _phrases(self) -> list[Phrase]:
+        about = {
+            "observed": "a quantile of a tail, a mean, or the observation nearest to its bound",
+            "bound": "what the claim puts against it",
+            "slack": "bound / observed: how loose the claim is",
+            "rank": "rows, columns or products that were used",
+            "failures": f"observations beyond the bound, in {counted(self.trials, 'trial')}",
+            "delta": "the rate of failure that the claim allows",
+            "interval": "of the rate of failure, or of the mean",
+            "z": "standard errors between the mean and the claim",
+            "notes": "",
+        }
+        values = {name: shown(getattr(self, name)) for name in about}
+        return [Phrase(name, x, about[name]) for name, x in values.items() if x not in ("", "-")]
 
 
 class Series(NamedTuple):
@@ -209,6 +302,8 @@ class Observations:
         Further means that must be right, such as a bias of zero.
     notes : str
         Particulars.
+    predictor : str
+        Which one ``trivial`` is of, such as "zero" or "the mean of V".
     """
 
     values: Sequence[float] | Array
@@ -221,3 +316,4 @@ class Observations:
     spread: float = 0.0
     series: tuple[Series, ...] = ()
     notes: str = ""
+    predictor: str = "the trivial predictor"

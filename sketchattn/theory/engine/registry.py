@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...base.arguments import closest
+from ...base.arguments import guesses
 from .instances import Instance
-from .records import KINDS, STATUSES, VERDICTS, Claim, Observations
-from .topics import load
+from .records import KINDS, STATUSES, VERDICTS, Claim, Curve, Observations
+from .topics import ENGINE, load
 
 # --- what an observer is given and gives --------------------------------------------------------
 
@@ -52,10 +52,31 @@ class Context:
     Attributes
     ----------
     instance : Instance
-        The matrices A (m, n) and V (n, d_v), or the problem itself.
+        The matrices ``a`` (m, n) and ``v`` (n, d_v) in float64, and ``problem``, None for a pair.
     trials : int
+        How many observations to make; 0 asks for the bound alone.
     factory : callable
         ``factory(kind, r, n, rng, **parameters)`` makes a random S (r, n).
+
+    Examples
+    --------
+    What an observer does, here for ``|S x|^2 <= 2 |x|^2`` with the first column x of V:
+
+    >>> import numpy as np, sketchattn as sa
+    >>> @sa.theory.claim(
+    ...     "mine.norm", title="A norm survives", statement="P(|S x|^2 > 2 |x|^2) <= delta",
+    ...     kind="tail", observes="|S x|^2 / |x|^2",
+    ... )
+    ... def observe(context, *, rank=64, delta=0.1):
+    ...     x = context.instance.v[:, 0]
+    ...     context.require(x.any(), "the first column of V is zero")
+    ...     seen = []
+    ...     for rng in context.generators():
+    ...         s = context.operator("gaussian", rank, context.instance.n, rng)
+    ...         seen.append(np.sum(s.apply(x[:, None]) ** 2) / (x @ x))
+    ...     return sa.theory.Observations(seen, 2.0, delta=delta, rank=rank)
+    >>> print(sa.theory.check("mine.norm", "reference").status)
+    holds
     """
 
     instance: Instance
@@ -117,6 +138,7 @@ class Entry(NamedTuple):
     parameters: Mapping[str, Any]
     ladder: tuple[Mapping[str, Any], ...]
     effects: Mapping[str, float] = MappingProxyType({})
+    own: bool = False
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -127,22 +149,28 @@ def claim(
     *,
     title: str,
     statement: str,
-    source: str,
-    status: str,
     kind: str,
     observes: str,
-    recorded: Mapping[str, str],
+    source: str = "own",
+    status: str = "own",
+    recorded: Mapping[str, str] | None = None,
     assumptions: Sequence[Assumption] = (),
     constants: Mapping[str, float] | None = None,
     ladder: Sequence[Mapping[str, Any]] = (),
     effects: Mapping[str, float] | None = None,
+    curve: Curve | None = None,
 ) -> Callable[[Observer], Observer]:
     """Register the observer of a claim.
 
+    `bound_claim` does it in one call where the claim is a bound of an error of a method.
+
     Parameters
     ----------
-    id, title, statement, source, status, kind, observes, recorded
+    id, title, statement, kind, observes, source, status
         As in `Claim`.
+    recorded : mapping, optional
+        As in `Claim`; without it the claim is checked on all instances and all heads, and no
+        verdict differs from a record.
     assumptions : sequence of Assumption
     constants : mapping, optional
         Constants of the theorem; numeric parameters of the observer are added.
@@ -152,34 +180,45 @@ def claim(
         How far a refuted claim is off on named instances, where that takes some trials to see: of a
         mean the difference from its target in standard deviations of one trial, otherwise the
         share of observations beyond the bound.
+    curve : Curve, optional
+        Which measured curve the claim bounds, for pictures of studies.
 
     Returns
     -------
     callable
         Decorator of ``observe(context, *, parameter=default, ...) -> Observations``, whose
         keyword-only parameters are those of the claim.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind, status or verdict, and an id that is taken: of your own claims the
+        last one counts.
+
+    Examples
+    --------
+    An observer is given a `Context`: the matrices of the problem, its trials, each with a
+    generator of its own, and random operators.  It returns one number a trial and what the claim
+    puts against it:
+
+    >>> import numpy as np, sketchattn as sa
+    >>> @sa.theory.claim(
+    ...     "mine.rows", title="Rows sum to one", kind="inequality",
+    ...     statement="| sum_j A_ij - 1 | <= tol", observes="max_i | sum_j A_ij - 1 |",
+    ... )
+    ... def observe(context, *, tol=1e-6):
+    ...     sums = context.instance.a.sum(axis=1)
+    ...     return sa.theory.Observations([float(np.abs(sums - 1).max())], tol)
+    >>> print(sa.theory.check("mine.rows", "reference").status)
+    holds
     """
-    for value, name, known in ((status, "status", STATUSES), (kind, "kind", KINDS)):
-        if value not in known:
-            raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}; choose one")
-    wrong = [x for x in recorded.values() if x not in VERDICTS]
-    if wrong:
-        raise ValueError(f"recorded must hold verdicts, got {wrong[0]!r}; choose from {VERDICTS}")
-    if "." not in id:
-        raise ValueError(f"id must be topic.name, got {id!r}; name the topic")
+    check_fields(id, status, kind, recorded or {})
 
     def register(observe: Observer) -> Observer:
-        if id in _ENTRIES:
-            raise ValueError(f"id must be unique, got {id!r} twice; rename one")
         parameters = {
             name: p.default
             for name, p in inspect.signature(observe).parameters.items()
             if p.kind is p.KEYWORD_ONLY
-        }
-        numeric = {
-            name: float(x)
-            for name, x in parameters.items()
-            if isinstance(x, numbers.Real) and not isinstance(x, bool)
         }
         record = Claim(
             id,
@@ -190,14 +229,48 @@ def claim(
             kind,
             observes,
             tuple(a.text for a in assumptions),
-            MappingProxyType(dict(recorded)),
-            MappingProxyType({**(constants or {}), **numeric}),
+            MappingProxyType(dict(recorded or {})),
+            MappingProxyType({**(constants or {}), **numeric(parameters)}),
+            curve,
         )
-        off = MappingProxyType(dict(effects or {}))
-        _ENTRIES[id] = Entry(record, observe, tuple(assumptions), parameters, tuple(ladder), off)
+        module = str(getattr(observe, "__module__", ""))
+        own = not module.startswith(f"{ENGINE.rpartition('.')[0]}.")
+        off = dict(effects or {})
+        enter(Entry(record, observe, tuple(assumptions), parameters, tuple(ladder), off, own))
         return observe
 
     return register
+
+
+def check_fields(id: str, status: str, kind: str, recorded: Mapping[str, str]) -> None:  # noqa: A002
+    """Refuse what is no field of a claim."""
+    for value, name, known in ((status, "status", STATUSES), (kind, "kind", KINDS)):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}; choose one")
+    wrong = [x for x in recorded.values() if x not in VERDICTS]
+    if wrong:
+        raise ValueError(f"recorded must hold verdicts, got {wrong[0]!r}; choose from {VERDICTS}")
+    if "." not in id:
+        raise ValueError(f"id must be topic.name, got {id!r}; name the topic")
+
+
+def numeric(parameters: Mapping[str, Any]) -> dict[str, float]:
+    """Return the parameters that are numbers."""
+    return {
+        name: float(x)
+        for name, x in parameters.items()
+        if isinstance(x, numbers.Real) and not isinstance(x, bool)
+    }
+
+
+def enter(entry: Entry) -> None:
+    """Register a claim; one of the user's replaces another of the user's."""
+    name = entry.claim.id
+    if entry.own:
+        load()
+    if name in _ENTRIES and not (entry.own and _ENTRIES[name].own):
+        raise ValueError(f"id must be unique, got {name!r} twice; rename one")
+    _ENTRIES[name] = entry
 
 
 def claims() -> dict[str, Claim]:
@@ -213,9 +286,15 @@ def claims() -> dict[str, Claim]:
     return {name: _ENTRIES[name].claim for name in sorted(_ENTRIES)}
 
 
-def get_record(name: str) -> Claim:
-    """Return the record of a claim that is registered already; topics are not loaded."""
-    return _ENTRIES[name].claim
+def own_entries(names: Iterable[str]) -> tuple[Entry, ...]:
+    """Return those of the named claims that are the user's: other processes do not know them."""
+    return tuple(_ENTRIES[name] for name in names if _ENTRIES[name].own)
+
+
+def adopt(entries: Iterable[Entry]) -> None:
+    """Register claims of the user that came from another process."""
+    for entry in entries:
+        _ENTRIES[entry.claim.id] = entry
 
 
 def get_entry(id: str) -> Entry:  # noqa: A002  (the name of the field)
@@ -226,5 +305,5 @@ def get_entry(id: str) -> Entry:  # noqa: A002  (the name of the field)
             f"id must be a string, got {type(id).__name__}; see sketchattn.theory.claims()"
         )
     if id not in _ENTRIES:
-        raise ValueError(f"id must be that of a claim, got {id!r}{closest(id, _ENTRIES)}")
+        raise ValueError(f"id must be that of a claim, got {id!r}{guesses(id, _ENTRIES)}")
     return _ENTRIES[id]

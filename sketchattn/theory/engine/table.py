@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...base.words import number
 from .records import Claim, Verdict
 
 COLUMNS = (
@@ -58,13 +59,14 @@ class Row:
     def expected(self) -> bool:
         """Whether the verdict is the recorded one.
 
-        Without a record everything but the violation of a claim that is not refuted is expected.
+        Without a record everything but the violation of a claim that is not refuted is expected;
+        of a claim of the user nothing is, so that nothing differs.
         With another seed, or other trials, "inconclusive" and "holds" do not contradict each
         other, and what needs more trials than there were contradicts no record.
         """
         status = self.verdict.status
         if self.recorded is None:
-            return status != "violated" or self.claim.status == "refuted"
+            return status != "violated" or self.claim.status in ("refuted", "own")
         if status == self.recorded:
             return True
         if self.repeats:
@@ -72,6 +74,17 @@ class Row:
         needs = self.verdict.needs
         too_few = status == "inconclusive" and needs is not None and needs > self.verdict.trials
         return too_few or {status, self.recorded} == {"inconclusive", "holds"}
+
+    @property
+    def lost(self) -> bool:
+        """Whether a claim of the user without a record is violated."""
+        own = self.claim.status == "own" and self.recorded is None
+        return own and self.verdict.status == "violated"
+
+    @property
+    def checked(self) -> bool:
+        """Whether the claim applies, or is recorded as one that does not."""
+        return self.verdict.status != "not applicable" or self.recorded == "not applicable"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict with the source, the record and whether it is expected, for JSON."""
@@ -130,9 +143,9 @@ def render(rows: Sequence[Row], heads: Iterable[str], trials: int, confidence: f
                 on,
                 _short_source(row.claim),
                 v.status,
-                _number(v.observed),
-                _number(v.bound),
-                _number(v.slack),
+                number(v.observed),
+                number(v.bound),
+                number(v.slack),
                 "" if v.failures is None else f"{v.failures}/{v.trials}",
                 _interval(v),
             ]
@@ -163,8 +176,21 @@ def render(rows: Sequence[Row], heads: Iterable[str], trials: int, confidence: f
             recorded = row.recorded or "anything but violated"
             lines.append(f"! {row.verdict} [recorded: {recorded}]")
     else:
-        lines.append("all verdicts are the recorded ones")
+        lines.append(outcome(rows))
     return "\n".join(lines)
+
+
+def outcome(rows: Sequence[Row]) -> str:
+    """Return what is to be said where no verdict differs from the record."""
+    if not any(row.checked for row in rows):
+        reasons = list(dict.fromkeys(row.verdict.notes for row in rows))
+        why = f" ({'; '.join(reasons[:3])})" if reasons else ""
+        return f"nothing was checked: no claim applies to a problem{why}"
+    if all(row.claim.status == "own" and row.recorded is None for row in rows):
+        return "your own claims have no record"
+    if any(row.recorded is not None for row in rows):
+        return "all verdicts are the recorded ones"
+    return "nothing is recorded for these; no theorem fails"
 
 
 def groups(rows: Sequence[Row], heads: Iterable[str]) -> Iterator[list[Row]]:
@@ -184,17 +210,11 @@ def groups(rows: Sequence[Row], heads: Iterable[str]) -> Iterator[list[Row]]:
     return iter(order)
 
 
-def _number(x: float) -> str:
-    if math.isnan(x):
-        return "-"
-    return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{x:.3g}").replace("e+", "e")
-
-
 def _interval(verdict: Verdict) -> str:
     if verdict.interval is None:
         return ""
     low, high = verdict.interval
-    return f"{_number(low)}..{_number(high)}"
+    return f"{number(low)}..{number(high)}"
 
 
 def _short_source(claim: Claim) -> str:

@@ -6,7 +6,7 @@ import fnmatch
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,33 +14,41 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
 
-from ...base.arguments import closest
+from ...base.arguments import closest, guesses
 from ...base.draws import Rng, entropy_of
 from ...base.files import make_folder, write_bytes, write_text
 from ...base.floating import without_floating_errors
 from ...base.parallel import check_jobs, check_progress, in_parallel
+from ...base.words import Phrase, Worded
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
-from .checking import check_confidence, check_trials, run
-from .instances import as_instance
+from .checking import check_confidence, check_parameters, check_trials, run
+from .inputs import Problem, as_problems
+from .instances import as_instance, instance_names
 from .page import verdicts_page
-from .pictures import Panel, Picture, picture
+from .pictures import Panel, Picture, figure_of, picture
 from .records import HEADS, Claim, Verdict, plain
+from .registry import Entry, adopt, get_entry, own_entries
 from .registry import claims as all_claims
-from .registry import get_entry
+from .summary import as_html, as_text, headline
 from .table import COLUMNS, RECORDED_WITH, Row, render
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 Array = NDArray[Any]
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class ValidationResult:
+@dataclass(frozen=True, repr=False)
+class ValidationResult(Worded):
     """Hold the verdicts of many claims.
+
+    Printed it is what a person asks first: topics with their counts of verdicts, what differs from
+    the record, and the refuted claims with their counterexamples; ``render(every=True)`` is the
+    table of all checks.
 
     Attributes
     ----------
@@ -48,17 +56,24 @@ class ValidationResult:
         By claim; named instances first, then heads.
     trials : int
     confidence : float
+    parameters : mapping
+        Those that were given in place of the defaults.
     """
 
     rows: tuple[Row, ...]
     trials: int
     confidence: float
     entropy: int
-    _heads: dict[str, AttentionProblem] = field(repr=False)
+    _heads: Mapping[str, Problem] = field(repr=False)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The rows as a pandas DataFrame with the columns ``COLUMNS``."""
+        """The rows as a pandas DataFrame with the columns ``COLUMNS``.
+
+        ``frame.to_csv(path)`` writes what ``validate --out`` calls verdicts.csv, and
+        ``frame.to_latex()``, or that of some columns of it, a table for a paper.
+        """
         import pandas as pd
 
         frame = pd.DataFrame([row.cells() for row in self.rows], columns=list(COLUMNS))
@@ -69,21 +84,104 @@ class ValidationResult:
         """Rows whose verdict differs from the record."""
         return tuple(row for row in self.rows if not row.expected)
 
+    @property
+    def checked(self) -> tuple[Row, ...]:
+        """Rows in which something was checked, or is recorded as not applicable."""
+        return tuple(row for row in self.rows if row.checked)
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no bad news.
+
+        Something was checked, every verdict is the recorded one, and no claim of your own without
+        a record is violated.
+        """
+        return bool(self.checked) and all(row.expected and not row.lost for row in self.rows)
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain Python objects, for JSON."""
         return {
             "trials": self.trials,
             "confidence": plain(self.confidence),
+            "parameters": plain(self.parameters),
             "unexpected": len(self.unexpected),
+            "passed": self.passed,
             "rows": [row.as_dict() for row in self.rows],
         }
 
-    def render(self) -> str:
-        """Return a table as text: of heads with the same verdict the one with the least slack."""
-        return render(self.rows, self._heads, self.trials, self.confidence)
+    def render(self, *, every: bool = False) -> str:
+        """Return the result as text.
+
+        Parameters
+        ----------
+        every : bool, default False
+            A line for every check, but of heads with the same verdict the one with the least
+            slack; otherwise a line a topic, what differs from the record, and counterexamples.
+        """
+        if every:
+            return render(self.rows, self._names, self.trials, self.confidence)
+        return as_text(self.rows, self._names, self.trials)
 
     def __str__(self) -> str:
         return self.render()
+
+    def __repr__(self) -> str:
+        return f"<ValidationResult: {headline(self.rows, self.trials)}>"
+
+    def _phrases(self) -> list[Phrase]:
+        return []
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return as_html(self.rows, self._names, self.trials)
+
+    def figure(self, id: str) -> Figure:  # noqa: A002  (the name of the field)
+        """Return the picture of a claim as a Matplotlib figure, drawn with your own settings.
+
+        Observations over r against the bound and the trivial predictor, on the first named
+        instance and the first head that the claim was checked on; 30 trials for each r.
+
+        Parameters
+        ----------
+        id : str
+            Of a claim that was checked.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            ``figure.savefig("claim.pdf")`` writes it in any format.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For an id that was not checked.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> head = sa.make_heads("clustered", n=64, d=8, rng=0)
+        >>> result = sa.theory.validate("sketching.amm_jl_moment", head, trials=20)
+        >>> len(result.figure("sketching.amm_jl_moment").axes)
+        2
+        """
+        by_claim = self._by_claim()
+        get_entry(id)  # refuses what is no claim
+        if id not in by_claim:
+            raise ValueError(
+                f"id must be that of a claim which was checked, got {id!r}{guesses(id, by_claim)}"
+            )
+        return figure_of(Picture(id, self._panels(by_claim[id]), self.entropy))
+
+    @property
+    def _names(self) -> set[str]:
+        """Names of heads, which are put together in tables."""
+        return {name for name, x in self._heads.items() if isinstance(x, AttentionProblem)}
+
+    def _by_claim(self) -> dict[str, list[Verdict]]:
+        found: dict[str, list[Verdict]] = {}
+        for row in self.rows:
+            found.setdefault(row.claim.id, []).append(row.verdict)
+        return found
 
     def plot(
         self, out: str | PathLike[str], jobs: int = 1, *, progress: bool | None = None
@@ -99,7 +197,7 @@ class ValidationResult:
             Folder; made if there is none.  ``<claim>.png`` is replaced in one step; those of
             claims without a row are deleted.
         jobs : int, default 1
-            Claims that are drawn at the same time.
+            Claims that are drawn at the same time; -1 for as many as there are CPUs.
         progress : bool, optional
             Show a bar on stderr; by default where stderr is a terminal.
 
@@ -114,10 +212,11 @@ class ValidationResult:
             If pictures are missing, and why the first is.
         """
         workers, show = check_jobs(jobs, "claim"), check_progress(progress)
-        by_claim: dict[str, list[Verdict]] = {}
-        for row in self.rows:
-            by_claim.setdefault(row.claim.id, []).append(row.verdict)
-        tasks = [Picture(name, self._panels(x), self.entropy) for name, x in by_claim.items()]
+        by_claim = self._by_claim()
+        tasks = [
+            Picture(name, self._panels(x), self.entropy, own_entries([name]))
+            for name, x in by_claim.items()
+        ]
         folder = make_folder(os.path.expanduser(out))
         for name in all_claims():  # of an earlier run
             if name not in by_claim:
@@ -185,24 +284,26 @@ def _refusal(path: Path, data: bytes) -> str | None:
 
 
 class _Task(NamedTuple):
-    problem: str | AttentionProblem
+    problem: str | Problem
     claims: tuple[str, ...]
     trials: int
     confidence: float
     entropy: int
+    parameters: Mapping[str, Any]
+    own: tuple[Entry, ...]
 
 
 def _run(task: _Task) -> list[Verdict]:
     """Check the claims of one problem, whose matrix is computed once."""
+    adopt(task.own)
     instance = as_instance(task.problem)
     found = []
     with limit_threads(1):
         for name in task.claims:
             entry = get_entry(name)
             try:
-                verdict = run(
-                    entry, instance, task.trials, task.confidence, task.entropy, entry.parameters
-                )
+                chosen = _changed(entry, task.parameters)[0]
+                verdict = run(entry, instance, task.trials, task.confidence, task.entropy, chosen)
             except Exception as error:
                 raise RuntimeError(
                     f"claim {name!r} failed on {instance.name!r}: {type(error).__name__}: {error}"
@@ -211,7 +312,31 @@ def _run(task: _Task) -> list[Verdict]:
     return found
 
 
-def _chosen(claims: Any) -> dict[str, Claim]:
+def _changed(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return the parameters of a claim with those given that it has, and whether one differs."""
+    known = {name: x for name, x in given.items() if name in entry.parameters}
+    changed = any(entry.parameters[name] != x for name, x in known.items())
+    return check_parameters(entry, known), changed
+
+
+def _check_given(given: Any, chosen: Iterable[str]) -> dict[str, Any]:
+    """Return parameters, each of which one of the claims has."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"parameters must be a mapping from names to values, got {type(given).__name__}; for "
+            f"instance parameters={{'eps': 0.9}}"
+        )
+    known = {name for claim in chosen for name in get_entry(claim).parameters}
+    for name in given:
+        if name not in known:
+            hint = closest(str(name), known) if known else "; they take none"
+            raise TypeError(f"parameters must be those of a claim, got {name!r}{hint}")
+    return dict(given)
+
+
+def choose(claims: Any) -> dict[str, Claim]:
     """Return claims by ids, topics or patterns."""
     known = all_claims()
     if claims is None:
@@ -243,7 +368,7 @@ def _chosen(claims: Any) -> dict[str, Claim]:
                 )
             found.update({x: known[x] for x in matching})
         else:
-            hint = closest(name, {*known, *topics}) if "." in name else closest(name, topics)
+            hint = guesses(name, [*known, *topics]) if "." in name else closest(name, topics)
             raise ValueError(f"claims must hold ids or topics, got {name!r}{hint}")
     if not found:
         raise ValueError("claims must hold at least one id, got none; leave claims out")
@@ -266,6 +391,7 @@ def validate(
     jobs: int = 1,
     *,
     progress: bool | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> ValidationResult:
     """Check claims on heads and on the built-in instances, counterexamples among them.
 
@@ -274,9 +400,9 @@ def validate(
     claims : id, topic, pattern, or sequence of these, optional
         A topic is what stands before the point; a pattern has ``*``, ``?`` or ``[...]``, as
         "sketching.amm_*".  By default all claims.
-    heads : Heads, AttentionProblem, sequence of AttentionProblem, path, or name, optional
-        By default the bundled heads.  Claims that are about instances only are not checked on
-        heads.
+    heads : Heads, AttentionProblem, Instance, pair (A, V), path, name, or sequence of these
+        A name is that of a bundled set or of an instance.  By default the bundled heads.  Claims
+        that are about instances only are not checked on heads.
     trials : int, default 200
         Independent draws for each check.
     confidence : float, default 0.95
@@ -284,14 +410,18 @@ def validate(
     rng : None, int or numpy.random.Generator
         The same integer gives the same verdicts, whatever ``jobs``.
     jobs : int, default 1
-        Problems that are checked at the same time.
+        Problems that are checked at the same time; -1 for as many as there are CPUs.
     progress : bool, optional
         Show a bar on stderr; by default where stderr is a terminal.
+    parameters : mapping, optional
+        Parameters of claims, such as ``{"eps": 0.9}``: each claim takes those that it has, and
+        where one is not the default its verdict has no record.
 
     Returns
     -------
     ValidationResult
-        ``rows``, ``frame``, ``unexpected``, ``render()``, ``plot(out)``, ``report(path)``.
+        ``rows``, ``frame``, ``unexpected``, ``passed``, ``render()``, ``figure(id)``,
+        ``plot(out)``, ``report(path)``.
 
     Raises
     ------
@@ -310,27 +440,32 @@ def validate(
     >>> len(result.unexpected)
     0
     """
-    from ...heads.inputs import as_heads
-
-    chosen = _chosen(claims)
+    chosen = choose(claims)
+    given = _check_given(parameters, chosen)
     count, level = check_trials(trials), check_confidence(confidence)
     workers, show = check_jobs(jobs, "problem"), check_progress(progress)
-    problems = {str(p.name): p for p in as_heads("minilm" if heads is None else heads)}
+    problems = as_problems("minilm" if heads is None else heads)
     entropy = entropy_of(rng)
     bundled = _bundled()
 
     work: dict[str, list[str]] = {}
     for name, record in chosen.items():
-        for instance in record.instances:
+        for instance in record.instances if record.recorded else instance_names():
             work.setdefault(instance, []).append(name)
-    for name in [name for name in problems if name in work]:
-        raise ValueError(
-            f"heads must not have the name of an instance, got {name!r}; give it another name"
-        )
-    on_heads = [name for name, record in chosen.items() if HEADS in record.recorded]
-    work |= {name: on_heads for name in problems if on_heads}
+    everywhere = [name for name, x in chosen.items() if HEADS in x.recorded or not x.recorded]
+    for name, problem in problems.items():
+        if isinstance(problem, str):  # a named instance is checked anyway, if not by all of these
+            work[name] = list(dict.fromkeys([*work.get(name, []), *everywhere]))
+        elif name in work:
+            raise ValueError(
+                f"heads must not have the name of an instance, got {name!r}; give it another name"
+            )
+        elif everywhere:
+            work[name] = everywhere
     tasks = [
-        _Task(problems.get(name, name), tuple(names), count, level, entropy)
+        _Task(
+            problems.get(name, name), tuple(names), count, level, entropy, given, own_entries(names)
+        )
         for name, names in work.items()
     ]
     # Heads first: they take longest.
@@ -340,18 +475,20 @@ def validate(
     repeats = (entropy, count, level) == RECORDED_WITH
     rows = []
     for name, record in chosen.items():
+        changed = _changed(get_entry(name), given)[1]
         for instance in work:
             if (name, instance) not in verdicts:
                 continue
-            problem = problems.get(instance)
-            if problem is None:
-                recorded: str | None = record.recorded[instance]
-            elif (problem.name, problem.digest) in bundled:
-                recorded = record.recorded.get(instance, record.recorded[HEADS])
-            else:
+            seen, recorded = problems.get(instance, instance), None
+            if changed:
                 recorded = None
+            elif isinstance(seen, str):
+                recorded = record.recorded.get(seen)
+            elif isinstance(seen, AttentionProblem) and (seen.name, seen.digest) in bundled:
+                recorded = record.recorded.get(instance, record.recorded.get(HEADS))
             rows.append(Row(record, verdicts[name, instance], recorded, level, repeats))
-    return ValidationResult(tuple(rows), count, level, entropy, problems)
+    own = {name: x for name, x in problems.items() if not isinstance(x, str)}
+    return ValidationResult(tuple(rows), count, level, entropy, own, given)
 
 
 def _in_parallel(

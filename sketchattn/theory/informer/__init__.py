@@ -24,3 +24,21 @@ from .formulas import variation_bound as variation_bound
 from .selection_claims import EVERYWHERE as EVERYWHERE
 from .selection_claims import ON as ON
 from .selection_claims import WITH_VALUES as WITH_VALUES
+
+__all__ = [
+    "DERIVED",
+    "EVERYWHERE",
+    "ON",
+    "PAPER",
+    "RankAgreement",
+    "WITH_VALUES",
+    "miss_probability",
+    "rank_agreement",
+    "selection_bound",
+    "value_diameter",
+    "variation_bound",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

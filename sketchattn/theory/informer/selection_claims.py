@@ -512,7 +512,9 @@ def _register_total(name: str, measure: str, words: str, source: str, close: str
         # The divergences, rounded as logits are, and the rows.
         off = diameter**2 * problem.n_q * 3 * logit_rounding(problem)
         rounding = total * _rounded(total, context.instance) + off
-        return Observations([left], bound, rank=r, trivial=total, rounding=rounding)
+        return Observations(
+            [left], bound, rank=r, predictor="the mean of V", trivial=total, rounding=rounding
+        )
 
 
 _register_total(

@@ -31,3 +31,32 @@ from .formulas import spectrum as spectrum
 from .formulas import unreduced_vs_reduced_gap as unreduced_vs_reduced_gap
 from .projection_claims import EPS as EPS
 from .projection_claims import REDUCED as REDUCED
+
+__all__ = [
+    "DERIVED",
+    "EPS",
+    "Gap",
+    "OracleFloor",
+    "PAPER",
+    "REDUCED",
+    "RegimeFlags",
+    "Spectrum",
+    "constant_value_invariance",
+    "eckart_young_floor",
+    "failure_of",
+    "linformer_thm1_failure",
+    "linformer_thm1_k",
+    "linformer_thm2_construction",
+    "linformer_thm2_k",
+    "oracle_floor",
+    "perturbation_bound",
+    "pooling_bound",
+    "rate_of",
+    "regime_flags",
+    "spectrum",
+    "unreduced_vs_reduced_gap",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

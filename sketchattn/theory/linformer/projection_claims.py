@@ -13,7 +13,6 @@ from ...zoo.linformer.method import Linformer
 from ..engine.arguments import Array, real
 from ..engine.assumptions import DENSE, PRODUCT
 from ..engine.audited import errors, sketched
-from ..engine.curves import curve, root
 from ..engine.instances import Instance, instance
 from ..engine.observers import (
     RANKS,
@@ -25,7 +24,7 @@ from ..engine.observers import (
     square,
     weight_rounding,
 )
-from ..engine.records import Observations
+from ..engine.records import Curve, Observations, root
 from ..engine.registry import Assumption, Context, claim
 from ..sketching.lowrank import eckart_young_floor
 from ..sketching.moments import amm_stats
@@ -157,7 +156,12 @@ def _inner_products(context: Context, eps: float, rank: int, relative: bool) -> 
     ]
     delta = 2 * math.exp(-float(rate_of(real(eps, "eps", 0, 1))) * rank)
     return Observations(
-        values, eps, delta=delta, rank=rank, trivial=None if relative else abs(exact) / size
+        values,
+        eps,
+        delta=delta,
+        rank=rank,
+        predictor="zero",
+        trivial=None if relative else abs(exact) / size,
     )
 
 
@@ -256,7 +260,7 @@ def _thm2(context: Context, *, eps: float = 0.5, delta_mode: str | float = "1/n"
         out = weights @ (math.exp(-small) * matrix @ seen.v)
         values.append(float(np.linalg.norm(out[0] - seen.product[0])) / size)
     trivial = float(np.linalg.norm(seen.product[0])) / size
-    return Observations(values, eps, delta=rate, rank=r, trivial=trivial)
+    return Observations(values, eps, delta=rate, rank=r, predictor="zero", trivial=trivial)
 
 
 @claim(
@@ -312,7 +316,7 @@ def _additive(context: Context, *, eps: float = 0.5, delta: float = 0.05) -> Obs
         float((np.linalg.norm(err, axis=1) * scale).max()) for err in errors(context, "gaussian", r)
     ]
     trivial = float((np.linalg.norm(seen.product, axis=1) * scale).max())
-    return Observations(values, eps, delta=delta, rank=r, trivial=trivial)
+    return Observations(values, eps, delta=delta, rank=r, predictor="zero", trivial=trivial)
 
 
 @claim(
@@ -328,6 +332,7 @@ def _additive(context: Context, *, eps: float = 0.5, delta: float = 0.05) -> Obs
     assumptions=PRODUCT,
     recorded={"reference": "vacuous", "uniform-spike": "vacuous", "uniform-ones": "vacuous"},
     ladder=RANKS,
+    curve=Curve("jl", {"sketch": "gaussian"}, convert=root),
 )
 def _mean_square(context: Context, *, rank: int | None = None) -> Observations:
     seen = context.instance
@@ -335,7 +340,12 @@ def _mean_square(context: Context, *, rank: int | None = None) -> Observations:
     rho = amm_stats(seen.a, seen.v).rho
     values = [square(err) / seen.fro**2 for err in errors(context, "gaussian", r)]
     return Observations(
-        values, (1 + rho) / r, rank=r, trivial=(seen.trivial / seen.fro) ** 2, rounding=1e-12
+        values,
+        (1 + rho) / r,
+        rank=r,
+        predictor=seen.predictor,
+        trivial=(seen.trivial / seen.fro) ** 2,
+        rounding=1e-12,
     )
 
 
@@ -393,6 +403,7 @@ def _pooling(context: Context, *, rank: int = 8) -> Observations:
         bounds,
         rank=rank,
         rounding=output_rounding(context.instance),
+        predictor="the exact output, and in no row below that of the mean of V",
         trivial=None if useful else 0.0,
         notes=f"the bound is below the error of the mean of V in {useful} of {len(mean)} rows",
     )
@@ -478,6 +489,3 @@ def _eckart_young(context: Context, *, rank: int = 4) -> Observations:
         # Both are rounded in the size of the largest singular value.
         values.append(quotient(floor, error, ROUNDING * float(sigma[0])))
     return Observations(values, 1.0, rank=rank)
-
-
-curve("linformer.mean_square", "jl", {"sketch": "gaussian"}, convert=root)

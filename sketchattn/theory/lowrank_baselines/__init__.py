@@ -32,3 +32,18 @@ from .features import uniform_convergence_scale as uniform_convergence_scale
 from .residuals import floor_errors as floor_errors
 from .residuals import median_errors as median_errors
 from .residuals import residual_after as residual_after
+
+__all__ = [
+    "chebyshev_features",
+    "feature_kurtosis",
+    "floor_errors",
+    "median_errors",
+    "residual_after",
+    "smreg_ratio",
+    "theorem2_gain",
+    "uniform_convergence_scale",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

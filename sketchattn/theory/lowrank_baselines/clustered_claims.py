@@ -186,6 +186,7 @@ def _clustered_inertia(context: Context, *, rank: int | None = None) -> Observat
         values,
         bounds or math.nan,
         rank=used,
+        predictor="the mean of V",
         trivial=trivial,
         rounding=math.sqrt(len(a)) * weight_rounding(context.instance),
     )

@@ -616,6 +616,7 @@ def _fourier_tail(context: Context, *, rank: int = 64, delta: float = 0.05) -> O
         eps,
         delta=delta,
         rank=rank,
+        predictor="zero",
         trivial=math.exp(-pair.t / 2),
         notes=f"t = {pair.t:.3g}",
     )

@@ -34,3 +34,26 @@ from .column_bounds import sampling_inflation as sampling_inflation
 from .scope import StructuralFacts as StructuralFacts
 from .scope import proposition1_scope as proposition1_scope
 from .scope import structural_facts as structural_facts
+
+__all__ = [
+    "ProductBounds",
+    "StructuralFacts",
+    "break_even_rank",
+    "coherence_pilots",
+    "column_coherence",
+    "column_floor",
+    "contributions",
+    "lemma1_pilots",
+    "pilot_probabilities",
+    "product_bounds",
+    "product_range",
+    "proposition1_scope",
+    "realised_beta",
+    "sampled_sqerr",
+    "sampling_inflation",
+    "structural_facts",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -260,6 +260,7 @@ def _of_method(context: Context, method: Method, delta: float, pick: Pick) -> Ob
         bounds if bounds else math.nan,
         delta=delta,
         rank=rank,
+        predictor=instance.predictor,
         trivial=(instance.trivial / instance.fro) ** 2,
         rounding=1e-13,
         notes=note,
@@ -294,6 +295,7 @@ def _against(
         pick(found) / instance.fro**2,
         delta=delta,
         rank=r,
+        predictor=instance.predictor,
         trivial=(instance.trivial / instance.fro) ** 2,
         rounding=1e-13,
         notes=f"{note}; dkm below |A V|_F^2 from r = {found.informative_rank:.3g} on",
@@ -524,7 +526,12 @@ def _proposition1_pilot(
         bounds.append(eta**2 / (beta * r))
     trivial = (instance.trivial / instance.fro) ** 2
     return Observations(
-        values, bounds if bounds else math.nan, delta=delta, rank=r, trivial=trivial
+        values,
+        bounds if bounds else math.nan,
+        delta=delta,
+        rank=r,
+        predictor=instance.predictor,
+        trivial=trivial,
     )
 
 

@@ -498,6 +498,7 @@ def _posterior(context: Context, *, rank: int | None = None) -> Observations:
         values,
         bounds if bounds else math.nan,
         rank=default_rank(context, rank),
+        predictor="the mean of V",
         trivial=trivial,
         rounding=math.sqrt(instance.m) * output_rounding(instance),
     )

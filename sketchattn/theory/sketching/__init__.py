@@ -15,7 +15,6 @@ arrays int64, or float64 where an entry is 2^63 or more.
 
 from __future__ import annotations
 
-from . import curves as curves
 from . import embedding_claims as embedding_claims
 from . import leverage_claims as leverage_claims
 from . import lowrank_claims as lowrank_claims
@@ -57,3 +56,46 @@ from .products import amm_gaussian_tail as amm_gaussian_tail
 from .products import amm_spectral_bernstein as amm_spectral_bernstein
 from .products import amm_spectral_expected as amm_spectral_expected
 from .products import amm_spectral_min_dim as amm_spectral_min_dim
+
+__all__ = [
+    "AmmStats",
+    "amm_entrywise_min_dim",
+    "amm_expected_sqerr",
+    "amm_fro_markov",
+    "amm_fro_sampling_tail",
+    "amm_gaussian_tail",
+    "amm_spectral_bernstein",
+    "amm_spectral_expected",
+    "amm_spectral_min_dim",
+    "amm_stats",
+    "eckart_young_floor",
+    "hutchinson_fro",
+    "hutchinson_min_dim",
+    "hutchinson_tail",
+    "inner_product_min_dim",
+    "inner_product_tail",
+    "jl_min_dim",
+    "jl_min_dim_achlioptas",
+    "jl_min_dim_chebyshev",
+    "jl_min_dim_dg",
+    "jl_min_dim_exact_gaussian",
+    "jl_sparse_chebyshev",
+    "jl_tail_gaussian",
+    "known_spectrum",
+    "ose_countsketch",
+    "ose_gaussian",
+    "ose_gaussian_sv",
+    "ose_leverage",
+    "ose_sjlt",
+    "ose_srht",
+    "ose_uniform",
+    "posterior_factor",
+    "posterior_spectral_bound",
+    "power_lower_bound",
+    "rsvd_expected",
+    "rsvd_tail",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

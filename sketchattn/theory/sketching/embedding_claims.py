@@ -69,7 +69,7 @@ def _norm_errors(
         abs(square(image) - 1.0)
         for image in sketched(context, kind, r, x, "spikiest row", **parameters)
     ]
-    return Observations(values, eps, delta=delta, rank=r, trivial=1.0)
+    return Observations(values, eps, delta=delta, rank=r, predictor="zero", trivial=1.0)
 
 
 NORM_ERROR = "| |Sx|^2 - |x|^2 | / |x|^2 for the row x of A with the largest |x|_4^4/|x|_2^4"
@@ -220,7 +220,7 @@ def _pair_errors(
         difference = image[:, first] - image[:, second]
         ratios = np.einsum("ij,ij->j", difference, difference) / distances**2
         values.append(float(np.abs(ratios - 1).max()))
-    return Observations(values, eps, delta=failure, rank=r, trivial=1.0)
+    return Observations(values, eps, delta=failure, rank=r, predictor="zero", trivial=1.0)
 
 
 PAIR_ERROR = "max over pairs of 32 rows x, y of A of | |S(x-y)|^2 - |x-y|^2 | / |x-y|^2"
@@ -393,7 +393,7 @@ def _register_inner(kind: str) -> None:
             for image in sketched(context, kind, r, pair, "nearest pair")
         ]
         # Zero is off by |<x, y>|.
-        return Observations(values, eps, delta=delta, rank=r, trivial=abs(exact))
+        return Observations(values, eps, delta=delta, rank=r, predictor="zero", trivial=abs(exact))
 
 
 for _kind in ("gaussian", "rademacher"):
@@ -423,7 +423,7 @@ def _embedding(
     else:
         images = sketched(context, kind, rows, basis, "basis", **parameters)
     values = [observe(image) for image in images]
-    return Observations(values, eps, delta=delta, rank=rows, trivial=1.0)
+    return Observations(values, eps, delta=delta, rank=rows, predictor="zero", trivial=1.0)
 
 
 DISTORTION = "|U^T S^T S U - I|_2 for an orthonormal basis U of range(V), by eigenvalues"

@@ -17,7 +17,7 @@ from ..engine.audited import (
     subspace_dimension,
 )
 from ..engine.observers import TAIL_RANKS, default_rank, on_heads, spectral, square
-from ..engine.records import Observations
+from ..engine.records import Curve, Observations, root
 from ..engine.registry import Context, claim
 from .shared import AMM_RECORD, range_basis, residual_norms
 
@@ -110,6 +110,7 @@ def _leverage_beta(context: Context, *, rank: int | None = None) -> Observations
     assumptions=PRODUCT,
     recorded=AMM_RECORD,
     ladder=TAIL_RANKS,
+    curve=Curve("column_sampling", {"law": "leverage"}, convert=root),
 )
 def _leverage_sampling(context: Context, *, rank: int | None = None) -> Observations:
     instance = context.instance
@@ -117,7 +118,9 @@ def _leverage_sampling(context: Context, *, rank: int | None = None) -> Observat
     size = square(instance.a) * spectral(instance.v) ** 2
     bound = (subspace_dimension(instance) * size - square(instance.product)) / (r * instance.fro**2)
     values = [x**2 for x in fro_errors(context, "sample_wr", r, law="leverage")]
-    return Observations(values, bound, rank=r, trivial=relative_trivial(instance) ** 2)
+    return Observations(
+        values, bound, rank=r, predictor=instance.predictor, trivial=relative_trivial(instance) ** 2
+    )
 
 
 @claim(
@@ -152,7 +155,9 @@ def _ridge_columns(context: Context, *, size: float = 4.0, delta: float = 0.05) 
     for image in sampled(context, "sample_wr", r, columns, law):
         distinct = np.unique(image, axis=0).T
         values.append(residual_norms(sigma, range_basis(distinct))[1] ** 2 / lam)
-    return Observations(values, 2.0, delta=delta, rank=r, trivial=float(squares[0]) / lam)
+    return Observations(
+        values, 2.0, delta=delta, rank=r, predictor="zero", trivial=float(squares[0]) / lam
+    )
 
 
 def _ridge_of_size(squares: Array, size: float) -> float:

@@ -12,6 +12,7 @@ from ..engine.assumptions import DENSE
 from ..engine.audited import sketched
 from ..engine.instances import Instance, Made, cosines, instance
 from ..engine.observers import (
+    BETTER,
     ROUNDING,
     on_heads,
     quotient,
@@ -111,7 +112,9 @@ def _rsvd_fro(context: Context, *, k: int = 10, o: int = 10) -> Observations:
     values = [(residual_norms(sigma, q)[0] / size) ** 2 for _, q in _ranges(context, k, o)]
     bound = (rsvd_expected(sigma, k, o) / size) ** 2
     trivial = (_matrix_trivial(instance)[0] / size) ** 2
-    return Observations(values, bound, rank=k + o, trivial=trivial, rounding=1e-14)
+    return Observations(
+        values, bound, rank=k + o, predictor=BETTER, trivial=trivial, rounding=1e-14
+    )
 
 
 def _register_rsvd_spectral(power: int) -> None:
@@ -148,7 +151,9 @@ def _register_rsvd_spectral(power: int) -> None:
         values = [residual_norms(sigma, q)[1] / top for _, q in _ranges(context, k, o, power)]
         bound = rsvd_expected(sigma, k, o, "spectral", power=power) / top
         trivial = _matrix_trivial(instance)[1] / top
-        return Observations(values, bound, rank=k + o, trivial=trivial, rounding=1e-7)
+        return Observations(
+            values, bound, rank=k + o, predictor=BETTER, trivial=trivial, rounding=1e-7
+        )
 
 
 _register_rsvd_spectral(0)
@@ -194,6 +199,7 @@ def _register_rsvd_tail(norm: str) -> None:
             tail.bound / size,
             delta=tail.failure,
             rank=k + o,
+            predictor=BETTER,
             trivial=_matrix_trivial(instance)[which] / size,
             rounding=1e-7,
         )
@@ -434,4 +440,4 @@ def _hutchinson_tail(context: Context, *, eps: float = 0.5, delta: float = 0.05)
     size = square(rest)
     r = int(hutchinson_min_dim(eps, delta))
     values = [abs(square(x) / r / size - 1) for x in _images(context, r, rest)]
-    return Observations(values, eps, delta=delta, rank=r, trivial=1.0)
+    return Observations(values, eps, delta=delta, rank=r, predictor="zero", trivial=1.0)

@@ -12,7 +12,7 @@ from ..engine.assumptions import PRODUCT
 from ..engine.audited import errors, factors, law_of
 from ..engine.instances import Instance
 from ..engine.observers import RANKS, default_rank, on_heads, square
-from ..engine.records import Observations, Series
+from ..engine.records import Curve, Observations, Series, root_relative
 from ..engine.registry import Context, claim
 from .moments import amm_expected_sqerr, amm_stats, gumbel_moment, square_norms
 from .shared import DERIVED
@@ -112,6 +112,12 @@ def _sampling_spread(
     return math.sqrt(fourth / r**3 + 2 * second**2 / r**2), np.sqrt(variances)
 
 
+def _jl(kind: str) -> dict[str, Any]:
+    """Return the parameters of the method with this sketch; any s of block sketches will do."""
+    options = {k: x for k, x in MOMENT_PARAMETERS.get(kind, {}).items() if k != "s"}
+    return {"sketch": kind, **({"sketch_options": options} if options else {})}
+
+
 def _register_moment(kind: str) -> None:
     parameters = MOMENT_PARAMETERS.get(kind, {})
 
@@ -129,6 +135,7 @@ def _register_moment(kind: str) -> None:
         recorded={"reference": "holds", "clusters": "holds", "heads": "holds"},
         constants=parameters,
         ladder=RANKS,
+        curve=Curve("jl", _jl(kind), convert=root_relative),
     )
     def observe(context: Context, *, rank: int | None = None) -> Observations:
         instance = context.instance
@@ -178,6 +185,12 @@ SAMPLERS: dict[str, tuple[str, str | None, str, str]] = {
 }
 
 
+def _columns(law: str, replace: bool) -> Curve:
+    """Return the curve of columns drawn by a law."""
+    parameters = {"law": law} if replace else {"law": law, "replace": False}
+    return Curve("column_sampling", parameters, convert=root_relative)
+
+
 def _register_sampler(name: str) -> None:
     kind, law, how, formula = SAMPLERS[name]
 
@@ -203,6 +216,7 @@ def _register_sampler(name: str) -> None:
             ),
         },
         ladder=RANKS,
+        curve=None if kind == "sample_poisson" else _columns(law or "uniform", law is not None),
     )
     def observe(context: Context, *, rank: int | None = None) -> Observations:
         instance = context.instance
@@ -235,6 +249,7 @@ for _name in SAMPLERS:
     assumptions=PRODUCT,
     recorded={"reference": "holds", "clusters": "holds", "heads": "holds"},
     ladder=RANKS,
+    curve=_columns("optimal", replace=False),
 )
 def _moment_gumbel(
     context: Context, *, rank: int | None = None, simulations: int = 2048

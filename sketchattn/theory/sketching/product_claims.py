@@ -9,8 +9,8 @@ import numpy as np
 from ..engine.assumptions import PRODUCT
 from ..engine.audited import distortion, errors, factors, fro_errors, relative_trivial, sketched
 from ..engine.instances import Instance
-from ..engine.observers import TAIL_RANKS, default_rank, on_heads, spectral, square
-from ..engine.records import Observations
+from ..engine.observers import BETTER, TAIL_RANKS, default_rank, on_heads, spectral, square
+from ..engine.records import Curve, Observations, root
 from ..engine.registry import Context, claim
 from .moments import amm_expected_sqerr, square_norms
 from .products import (
@@ -37,12 +37,15 @@ FRO_ERROR = "|A S^T S V - A V|_F / (|A|_F |V|_F)"
     assumptions=PRODUCT,
     recorded={**AMM_RECORD, **on_heads("vacuous", holds="0.6")},
     ladder=TAIL_RANKS,
+    curve=Curve("jl", {"sketch": "gaussian"}, convert=root),
 )
 def _amm_jl_moment(context: Context, *, rank: int | None = None) -> Observations:
     r = default_rank(context, rank, most=256)
     values = [x**2 for x in fro_errors(context, "gaussian", r)]
     trivial = relative_trivial(context.instance) ** 2
-    return Observations(values, 2 / r, rank=r, trivial=trivial)
+    return Observations(
+        values, 2 / r, rank=r, predictor=context.instance.predictor, trivial=trivial
+    )
 
 
 @claim(
@@ -58,6 +61,7 @@ def _amm_jl_moment(context: Context, *, rank: int | None = None) -> Observations
     assumptions=PRODUCT,
     recorded=AMM_RECORD,
     ladder=TAIL_RANKS,
+    curve=Curve("jl", {"sketch": "countsketch"}),
 )
 def _amm_markov(context: Context, *, rank: int | None = None, delta: float = 0.05) -> Observations:
     instance = context.instance
@@ -65,7 +69,14 @@ def _amm_markov(context: Context, *, rank: int | None = None, delta: float = 0.0
     moment = float(amm_expected_sqerr("countsketch", instance.a, instance.v, r))
     eps = math.sqrt(moment / delta) / instance.fro
     values = fro_errors(context, "countsketch", r)
-    return Observations(values, eps, delta=delta, rank=r, trivial=relative_trivial(instance))
+    return Observations(
+        values,
+        eps,
+        delta=delta,
+        rank=r,
+        predictor=instance.predictor,
+        trivial=relative_trivial(instance),
+    )
 
 
 def _register_sampling_tail(sharp: bool) -> None:
@@ -91,6 +102,7 @@ def _register_sampling_tail(sharp: bool) -> None:
         recorded=AMM_RECORD,
         constants={"beta": 1.0, "factor": float(factor)},
         ladder=TAIL_RANKS,
+        curve=Curve("column_sampling", {"law": "optimal"}),
     )
     def observe(context: Context, *, rank: int | None = None, delta: float = 0.05) -> Observations:
         instance = context.instance
@@ -101,7 +113,9 @@ def _register_sampling_tail(sharp: bool) -> None:
             bound *= float(np.sqrt(columns) @ np.sqrt(rows)) / instance.fro
         values = fro_errors(context, "sample_wr", r, law="optimal")
         trivial = relative_trivial(instance)
-        return Observations(values, bound, delta=delta, rank=r, trivial=trivial)
+        return Observations(
+            values, bound, delta=delta, rank=r, predictor=instance.predictor, trivial=trivial
+        )
 
 
 _register_sampling_tail(False)
@@ -133,7 +147,7 @@ def _amm_entrywise(context: Context, *, eps: float = 0.5, delta: float = 0.05) -
     if instance.stochastic:
         centred = instance.product - instance.v.mean(axis=0)
         trivial = min(trivial, float(np.abs(centred * scale).max()))
-    return Observations(values, eps, delta=delta, rank=r, trivial=trivial)
+    return Observations(values, eps, delta=delta, rank=r, predictor=BETTER, trivial=trivial)
 
 
 @claim(
@@ -166,7 +180,7 @@ def _amm_gaussian_columns(
         centred = np.linalg.norm(instance.product - instance.v.mean(axis=0), axis=0)
         exact = np.minimum(exact, centred)
     trivial = float((exact * scale).max())
-    return Observations(values, 1.0, delta=delta, rank=r, trivial=trivial)
+    return Observations(values, 1.0, delta=delta, rank=r, predictor=BETTER, trivial=trivial)
 
 
 @claim(
@@ -241,7 +255,7 @@ def _amm_bernstein(context: Context, *, t: float = 0.5, delta: float = 0.05) -> 
     context.below(r, instance.n, t, delta)
     values = [spectral(e) / size for e in errors(context, "sample_wr", r, law="spectral")]
     trivial = spectral(instance.product) / size
-    return Observations(values, t, delta=delta, rank=r, trivial=trivial)
+    return Observations(values, t, delta=delta, rank=r, predictor="zero", trivial=trivial)
 
 
 @claim(
@@ -255,6 +269,7 @@ def _amm_bernstein(context: Context, *, t: float = 0.5, delta: float = 0.05) -> 
     assumptions=PRODUCT,
     recorded={"clusters": "holds", "heads": "vacuous"},
     ladder=TAIL_RANKS,
+    curve=Curve("column_sampling", {"law": "spectral"}, "output_spec_amm"),
 )
 def _amm_bernstein_mean(context: Context, *, rank: int | None = None) -> Observations:
     instance = context.instance
@@ -262,4 +277,6 @@ def _amm_bernstein_mean(context: Context, *, rank: int | None = None) -> Observa
     r = default_rank(context, rank, most=256)
     bound = float(amm_spectral_expected(asr, instance.m, instance.v.shape[1], r))
     values = [spectral(e) / size for e in errors(context, "sample_wr", r, law="spectral")]
-    return Observations(values, bound, rank=r, trivial=spectral(instance.product) / size)
+    return Observations(
+        values, bound, rank=r, predictor="zero", trivial=spectral(instance.product) / size
+    )

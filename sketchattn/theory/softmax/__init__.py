@@ -17,3 +17,18 @@ from .norm_claims import MATRIX as MATRIX
 from .norm_claims import ROUNDING as ROUNDING
 from .norm_claims import ROWS as ROWS
 from .norm_claims import VYAS as VYAS
+
+__all__ = [
+    "DERIVED",
+    "KEYS",
+    "MATRIX",
+    "ROUNDING",
+    "ROWS",
+    "STOCHASTIC",
+    "VYAS",
+    "perturbation_bound",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -36,3 +36,21 @@ from .thinning import denominator_bound as denominator_bound
 from .thinning import signed_sum as signed_sum
 from .wildcat import trace_bound as trace_bound
 from .wildcat import trace_share as trace_share
+
+__all__ = [
+    "SignedSum",
+    "composed_error",
+    "denominator_bound",
+    "floor_mean",
+    "joint_probability",
+    "magicpig_variance",
+    "merged_mean",
+    "row_statistics",
+    "signed_sum",
+    "trace_bound",
+    "trace_share",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

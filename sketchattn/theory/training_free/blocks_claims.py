@@ -18,6 +18,7 @@ from ..engine.arguments import Array
 from ..engine.assumptions import DENSE, NOT_CAUSAL, PRODUCT, ROWS, VALUES
 from ..engine.instances import Instance, instance
 from ..engine.observers import (
+    BETTER,
     ROUNDING,
     default_rank,
     few,
@@ -350,7 +351,12 @@ def _mixed_expected_error(context: Context, *, rank: int | None = None) -> Obser
     values = [square(err) for err in _products(context, law, s)]
     trivial = context.instance.trivial**2
     return Observations(
-        values, theory, rank=s, trivial=trivial, rounding=ROUNDING * context.instance.fro**2
+        values,
+        theory,
+        rank=s,
+        predictor=context.instance.predictor,
+        trivial=trivial,
+        rounding=ROUNDING * context.instance.fro**2,
     )
 
 
@@ -385,7 +391,7 @@ def _mixed_bernstein(
     trivial = spectral(seen.product) / size
     if seen.stochastic:
         trivial = min(trivial, spectral(seen.product - seen.v.mean(axis=0)) / size)
-    return Observations(values, bound, delta=delta, rank=s, trivial=trivial)
+    return Observations(values, bound, delta=delta, rank=s, predictor=BETTER, trivial=trivial)
 
 
 @claim(

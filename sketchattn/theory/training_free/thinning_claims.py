@@ -205,6 +205,7 @@ def _halving_bound(context: Context, *, delta: float = 0.5) -> Observations:
         float(bounds[row]),
         delta=failure + delta / 2,
         rank=n // 2,
+        predictor="zero",
         trivial=1.0,
         rounding=1e-12,
         notes=f"C = {constants.c:.3f}, sigma^2 = {constants.ratio:.3f} b_max^2",

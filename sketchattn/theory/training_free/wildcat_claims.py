@@ -231,7 +231,7 @@ def _trace(context: Context, *, rank: int | None = None) -> Observations:
         pivots = _pivots(context, problem, r, rng)
         left = Coreset.of(keys, pivots).residuals()
         values.append(float(weight @ left / weight.sum()))
-    return Observations(values, bound, rank=r, trivial=1.0, rounding=NOTHING)
+    return Observations(values, bound, rank=r, predictor="zero", trivial=1.0, rounding=NOTHING)
 
 
 @claim(
