@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from .application import JSON_HELP, app, print_json
-from .inputs import HEADS_HELP, parse_heads, split_integers, split_words
+from .inputs import HeadsArgument, HeadsOption, given_heads, split_ranks, split_words
 
 
 @app.command("study")
 def _study(
-    heads: Annotated[str, typer.Option(help=HEADS_HELP, metavar="HEADS")] = "minilm",
+    heads: HeadsArgument = None,
+    heads_option: HeadsOption = None,
     methods: Annotated[
         str | None,
         typer.Option(help="Names separated by commas; all that apply by default.", metavar="A,B"),
@@ -21,7 +22,8 @@ def _study(
     ranks: Annotated[
         str | None,
         typer.Option(
-            help="Ranks separated by commas; powers of two from 8 to n/2 by default.",
+            help="Ranks separated by commas, 0.25 for a quarter of the keys of each head; powers "
+            "of two from 8 to n/2 by default.",
             metavar="R,R",
         ),
     ] = None,
@@ -66,9 +68,9 @@ def _study(
     from ..studies.run import study
 
     result = study(
-        parse_heads(heads),
+        given_heads(heads, heads_option),
         methods=split_words(methods),
-        ranks=split_integers(ranks, "ranks"),
+        ranks=split_ranks(ranks),
         seeds=seeds,
         jobs=cpu_count() if jobs is None else jobs,
         out=out,

@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from .application import DIFFERS, JSON_HELP, app, print_json
-from .inputs import HEADS_HELP, parse_heads, split_words
+from .inputs import HeadsArgument, HeadsOption, given_heads, split_words
 
 
 @app.command("validate")
 def _validate(
+    heads: HeadsArgument = None,
+    heads_option: HeadsOption = None,
     claims: Annotated[
         str | None,
         typer.Option(
@@ -22,7 +24,6 @@ def _validate(
             metavar="A,B",
         ),
     ] = None,
-    heads: Annotated[str, typer.Option(help=HEADS_HELP, metavar="HEADS")] = "minilm",
     trials: Annotated[int, typer.Option(help="Independent draws for each check.")] = 200,
     confidence: Annotated[
         float, typer.Option(help="Of the limits of rates of failure, each one-sided.")
@@ -60,7 +61,7 @@ def _validate(
     workers = cpu_count() if jobs is None else jobs
     result = validate(
         split_words(claims),
-        parse_heads(heads),
+        given_heads(heads, heads_option),
         trials,
         confidence,
         seed,
