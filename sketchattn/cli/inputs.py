@@ -55,8 +55,9 @@ def parse_heads(text: str | Sequence[str]) -> Heads:
     Parameters
     ----------
     text : str or sequence of str
-        ``FILE``, ``FOLDER``, ``PATTERN``, ``NAME``, or ``FAMILY:n=N[,d=D][,heads=H][,rng=SEED][,PARAMETER=X]``; the seed is
-        0 unless given, so that the same words are the same heads.
+        ``FILE``, ``FOLDER``, ``PATTERN``, ``NAME``, or
+        ``FAMILY:n=N[,d=D][,heads=H][,rng=SEED][,PARAMETER=X]``; the seed is 0 unless given, so that
+        the same words are the same heads.
 
     Raises
     ------

@@ -45,6 +45,24 @@ def _study(
             metavar="CLAIM,CLAIM",
         ),
     ] = None,
+    floors: Annotated[
+        bool,
+        typer.Option("--floors/--no-floors", help="Compute the floors: slow for long heads."),
+    ] = True,
+    spectral: Annotated[
+        bool,
+        typer.Option(
+            "--spectral/--no-spectral", help="Compute spectral norms: slow for long heads."
+        ),
+    ] = True,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Measure errors on a random sample of so many rows; all by default, and 512 from "
+            "n = 65536 on.",
+            show_default=False,
+        ),
+    ] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")
     ] = True,
@@ -78,6 +96,9 @@ def _study(
         pictures=pictures,
         progress=progress,
         bounds=split_words(bounds),
+        floors=floors,
+        spectral=spectral,
+        rows=rows,
     )
     folder = result.out or out
     if as_json:
@@ -90,6 +111,7 @@ def _study(
                 "bounds": folder / "bounds.csv" if len(result.bounds) else None,
                 "pictures": result.pictures,
                 "left_out": result.left_out,
+                "notes": result.notes,
                 "computed": result.computed,
                 "reused": result.reused,
                 "summary": [

@@ -300,6 +300,52 @@ def _check_confidence(confidence: object) -> float:
     return float(confidence)
 
 
+def check_output(problem: AttentionProblem, output: object) -> tuple[Array, float]:
+    """Return an output (n_q, d_v) that has an error, and the power of two that it is scaled by.
+
+    Squares of the scaled output, and of values that are scaled alike, are finite.
+    """
+    values = problem.values
+    seen = problem.visible_counts()
+    if not seen.any():
+        raise ValueError(
+            f"problem must have a query that sees a key, got n_q = {problem.n_q} and "
+            f"{len(problem.kept_keys)} keys; there is nothing to certify"
+        )
+    # With a causal mask the first keys are seen by most rows and the last ones perhaps by none.
+    kept = values if problem.key_mask is None else values[problem.kept_keys]
+    largest = float(np.abs(kept[: seen.max()]).max(initial=0.0))
+    if largest == 0.0:
+        raise ValueError(
+            "v must not be zero at every visible key, got an exact output that is zero; a relative "
+            "error has no denominator there"
+        )
+    array = as_array(output, "output")
+    if array.shape != (problem.n_q, problem.d_v):
+        raise ValueError(
+            f"output must have shape (n_q, d_v) = {(problem.n_q, problem.d_v)}, got {array.shape}; "
+            f"pass the output of this one head"
+        )
+    float_dtype(array, "output")
+    with np.errstate(invalid="ignore"):
+        peak = max(float(array.max()), -float(array.min()))  # NaN and infinities survive
+    if not math.isfinite(peak):
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(
+            f"output must be finite, got {array[where]} at index {where}; a wrong number has an "
+            f"error, this has none"
+        )
+    # Squares of ordinary numbers are safe; others are brought there by a power of two.
+    exponent = math.frexp(largest)[1]
+    factor = 1.0 if abs(exponent) <= 100 else 2.0 ** min(-exponent, 1022)
+    if factor * peak > LARGEST_OUTPUT:
+        raise ValueError(
+            f"output must be at most {LARGEST_OUTPUT / factor:.3g} where values are at most "
+            f"{largest:.3g}, got {peak:.3g}; its square would overflow"
+        )
+    return array, factor
+
+
 @without_floating_errors
 def certify(
     problem: AttentionProblem,
@@ -393,7 +439,7 @@ def certify(
             f"problem must be an AttentionProblem, got {type(problem).__name__}; "
             f"make one with sketchattn.AttentionProblem(q, k, v)"
         )
-    values = problem.values
+    _ = problem.values
     count = _check_rows(rows)
     level = _check_confidence(confidence)
     if kind not in KINDS:
@@ -402,43 +448,7 @@ def certify(
             f"{closest(str(kind), KINDS)}"
         )
     generator = as_generator(rng)
-    seen = problem.visible_counts()
-    if not seen.any():
-        raise ValueError(
-            f"problem must have a query that sees a key, got n_q = {problem.n_q} and "
-            f"{len(problem.kept_keys)} keys; there is nothing to certify"
-        )
-    # With a causal mask the first keys are seen by most rows and the last ones perhaps by none.
-    kept = values if problem.key_mask is None else values[problem.kept_keys]
-    largest = float(np.abs(kept[: seen.max()]).max(initial=0.0))
-    if largest == 0.0:
-        raise ValueError(
-            "v must not be zero at every visible key, got an exact output that is zero; a relative "
-            "error has no denominator there"
-        )
-    array = as_array(output, "output")
-    if array.shape != (problem.n_q, problem.d_v):
-        raise ValueError(
-            f"output must have shape (n_q, d_v) = {(problem.n_q, problem.d_v)}, got {array.shape}; "
-            f"pass the output of this one head"
-        )
-    float_dtype(array, "output")
-    with np.errstate(invalid="ignore"):
-        peak = max(float(array.max()), -float(array.min()))  # NaN and infinities survive
-    if not math.isfinite(peak):
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(
-            f"output must be finite, got {array[where]} at index {where}; a wrong number has an "
-            f"error, this has none"
-        )
-    # Squares of ordinary numbers are safe; others are brought there by a power of two.
-    exponent = math.frexp(largest)[1]
-    factor = 1.0 if abs(exponent) <= 100 else 2.0 ** min(-exponent, 1022)
-    if factor * peak > LARGEST_OUTPUT:
-        raise ValueError(
-            f"output must be at most {LARGEST_OUTPUT / factor:.3g} where values are at most "
-            f"{largest:.3g}, got {peak:.3g}; its square would overflow"
-        )
+    array, factor = check_output(problem, output)
     known = know(problem, array, factor, guess=kind == "approximate")
     return certify_known(
         known,

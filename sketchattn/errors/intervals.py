@@ -246,7 +246,7 @@ def weigh_squares(known: Known) -> Array:
 
 def draw(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Draw ``rows < m`` rows in turn without replacement; return position, leverage, inclusion."""
-    return _race(weigh(known), rows, 0, rng)
+    return race(weigh(known), rows, 0, rng)
 
 
 def draw_heavy(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
@@ -258,13 +258,13 @@ def draw_heavy(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array
     weights = weigh_squares(known)
     most = rows // 2
     if most == 0:
-        return _race(weights, rows, 0, rng)
+        return race(weights, rows, 0, rng)
     heavy = -np.sort(np.partition(-weights, most)[:most])
     left = weights.sum() - (np.cumsum(heavy) - heavy)
-    return _race(weights, rows, _run_length(heavy * (rows - np.arange(most)) >= left), rng)
+    return race(weights, rows, _run_length(heavy * (rows - np.arange(most)) >= left), rng)
 
 
-def _race(
+def race(
     weights: Array, rows: int, sure: int, rng: np.random.Generator
 ) -> tuple[Array, Array, Array]:
     """Take the ``sure`` heaviest rows, then draw in turn; their leverage is 0, inclusion 1.

@@ -81,7 +81,7 @@ class ErrorReport:
 FIELDS = tuple(f.name for f in fields(ErrorReport))
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def ratio(numerator: float, denominator: float) -> float:
     """Return the quotient, 0 for 0/0 and infinity for other divisions by zero."""
     if numerator == 0.0:
         return 0.0
@@ -98,7 +98,7 @@ class _Rows:
     divergence: Array
 
 
-def _dense_rows(exact: Array, other: Array) -> _Rows:
+def dense_rows(exact: Array, other: Array) -> _Rows:
     """Return the sums from rows of A and Ahat, float64 (b, n_k) each."""
     difference = other - exact
     support = exact >= np.finfo(np.float64).tiny  # the kernels, too, take what is below as zero
@@ -130,7 +130,7 @@ def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
         part = slice(start, min(start + block, wide.n_q))
         rows = ahat.rows(part)
         if steep[part].any():
-            found = _dense_rows(wide.exact.rows(part), np.asarray(rows, np.float64))
+            found = dense_rows(wide.exact.rows(part), np.asarray(rows, np.float64))
             out[part] = np.stack(
                 [found.exact_square, found.square, 2.0 * found.variation, found.divergence], axis=1
             )
@@ -194,14 +194,14 @@ def _output_fields(
     size, base = float(np.linalg.norm(error)), _mean_error(problem, exact)
     v_fro, v_spec = value_norms(problem)
     found = {
-        "output_fro_rel": _ratio(size, float(np.linalg.norm(exact))),
-        "output_fro_amm": _ratio(size, exact_fro * v_fro),
-        "skill": 0.0 if size == base == 0.0 else 1.0 - _ratio(size, base),
+        "output_fro_rel": ratio(size, float(np.linalg.norm(exact))),
+        "output_fro_amm": ratio(size, exact_fro * v_fro),
+        "skill": 0.0 if size == base == 0.0 else 1.0 - ratio(size, base),
     }
     if spectral:
         size = dense_spectral_norm(error)
-        found["output_spec_rel"] = _ratio(size, dense_spectral_norm(exact))
-        found["output_spec_amm"] = _ratio(size, exact_spectral_norm(problem) * v_spec)
+        found["output_spec_rel"] = ratio(size, dense_spectral_norm(exact))
+        found["output_spec_amm"] = ratio(size, exact_spectral_norm(problem) * v_spec)
     return found
 
 
@@ -289,7 +289,7 @@ def error_report(
     if dense:
         exact = wide.cached("dense", wide.exact.to_dense)
         other = np.asarray(operator.wide().to_dense(), np.float64)
-        rows = _dense_rows(exact, other)
+        rows = dense_rows(exact, other)
         difference = other - exact
     else:
         rows = _streamed_rows(wide, operator.wide())
@@ -309,7 +309,7 @@ def error_report(
             size = dense_spectral_norm(difference)
         else:
             size = difference_norm(problem, operator.wide())
-        matrix_spec_rel = _ratio(size, exact_spectral_norm(problem))
+        matrix_spec_rel = ratio(size, exact_spectral_norm(problem))
     values = dict.fromkeys(FIELDS, math.nan)
     if problem.v is not None:
         # The dense path is a second computation from its own matrix, not the streamed output.
@@ -318,7 +318,7 @@ def error_report(
     return ErrorReport(
         **values
         | {
-            "matrix_fro_rel": _ratio(matrix_fro, exact_fro),
+            "matrix_fro_rel": ratio(matrix_fro, exact_fro),
             "matrix_spec_rel": matrix_spec_rel,
             "row_tv_mean": float(rows.variation[seen].mean()) if seen.any() else 0.0,
             "row_tv_max": float(rows.variation[seen].max(initial=0.0)),

@@ -21,7 +21,12 @@ Key = tuple[str, int | None]
 FLOORS = ("svd", "topk")
 PREDICTORS = ("zero", "vmean")
 REFERENCES = (*FLOORS, *PREDICTORS)
-COLUMNS = ("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank")
+# The finite-sample interval of ``output_fro_rel``, and the exact rows that errors are from.
+SAMPLED_COLUMNS = ("output_fro_rel_low", "output_fro_rel_high", "rows")
+COLUMNS = (
+    *("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank"),
+    *SAMPLED_COLUMNS,
+)
 
 # Of the bounds of claims: ``bound`` is that of ``field``, below which lies ``what``.
 BOUND_COLUMNS = ("claim", "method", "head", "rank", "field", "what", "bound")
@@ -38,6 +43,10 @@ class StudyResult:
     ----------
     frame : pandas.DataFrame
         One row for each head, method, rank and seed, in this order; columns ``COLUMNS``.
+        ``rows`` are the exact rows that the errors of a row are from: n_q, or those of a sample,
+        the same for all methods on a head.  Then ``output_fro_rel_low`` and
+        ``output_fro_rel_high`` are the finite-sample interval at confidence 0.95, each by itself
+        (NaN for ``topk``); otherwise both are the error.
     references : pandas.DataFrame
         The same columns for the floors ``svd`` and ``topk`` and the predictors ``zero`` and
         ``vmean``, at all ranks and one seed.
@@ -52,6 +61,8 @@ class StudyResult:
     bounds : pandas.DataFrame
         Bounds of claims, those asked for, with the columns ``BOUND_COLUMNS``; ``bounds.csv`` in
         the folder.
+    notes : tuple of str
+        What was not measured, and why.
     """
 
     frame: pd.DataFrame
@@ -62,6 +73,7 @@ class StudyResult:
     computed: int
     reused: int
     bounds: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> pd.DataFrame:
         """Return medians and quartiles over heads and seeds, floors and predictors beside.
@@ -108,6 +120,7 @@ class StudyResult:
             "zero, vmean: what an approximation must beat (skill 0 is the mean of V).",
         ]
         lines += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def __str__(self) -> str:
