@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,6 +150,16 @@ def split_ranks(text: str | None) -> list[int | float] | None:
         ) from None
 
 
+def shapes_of(heads: Heads) -> Iterator[tuple[int, int]]:
+    """Yield the shape of the output of each head; no head is read for it."""
+    from ..heads.stored import MixedHeads
+
+    if isinstance(heads, MixedHeads):
+        yield from ((problem.n_q, problem.d_v or 0) for problem in heads.problems)
+    else:
+        yield from [(heads.n_q, heads.d_v)] * len(heads)
+
+
 def read_output(path: Path) -> NDArray[Any]:
     """Return the array of an output file: ``.npy``, or ``output`` or the only one of the others.
 
@@ -157,6 +167,17 @@ def read_output(path: Path) -> NDArray[Any]:
     ------
     ValueError
         For another ending, no such file, a damaged file, or several arrays without ``output``.
+    """
+    return only_array(read_arrays(path))
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an output file by name, that of ``.npy`` as ``output``.
+
+    Raises
+    ------
+    ValueError
+        For another ending, no such file or a damaged file.
     """
     import io
 
@@ -187,6 +208,11 @@ def read_output(path: Path) -> NDArray[Any]:
             ) from error
     for name, x in arrays.items():
         refuse_nameless(x, name)
+    return arrays
+
+
+def only_array(arrays: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    """Return the array named ``output``, or the only one."""
     if "output" in arrays:
         return arrays["output"]
     if len(arrays) != 1:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from ..base.arguments import as_array, closest, float_dtype
 from ..base.draws import Rng, as_generator
 from ..base.floating import without_floating_errors
 from ..problem import AttentionProblem
+from .frames import by_head, is_many
 from .intervals import (
     FAR,
     SLACK,
@@ -39,6 +41,9 @@ from .intervals import (
     point_estimate,
 )
 from .pilots import Guess, guess_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Array = NDArray[Any]
 
@@ -346,7 +351,7 @@ def check_output(problem: AttentionProblem, output: object) -> tuple[Array, floa
     return array, factor
 
 
-@without_floating_errors
+@overload
 def certify(
     problem: AttentionProblem,
     output: object,
@@ -355,7 +360,27 @@ def certify(
     rng: Rng = 0,
     *,
     kind: str = "finite-sample",
-) -> ErrorCertificate:
+) -> ErrorCertificate: ...
+@overload
+def certify(
+    problem: Sequence[AttentionProblem] | str | PathLike[str],
+    output: object,
+    rows: int = 256,
+    confidence: float = 0.95,
+    rng: Rng = 0,
+    *,
+    kind: str = "finite-sample",
+) -> pd.DataFrame: ...
+@without_floating_errors
+def certify(
+    problem: AttentionProblem | Sequence[AttentionProblem] | str | PathLike[str],
+    output: object,
+    rows: int = 256,
+    confidence: float = 0.95,
+    rng: Rng = 0,
+    *,
+    kind: str = "finite-sample",
+) -> ErrorCertificate | pd.DataFrame:
     """Return a confidence interval for the relative error of any output array.
 
     ``theta = |Ohat - O|_F / |O|_F``, from exact rows of O at a random sample: nothing has to be
@@ -363,9 +388,9 @@ def certify(
 
     Parameters
     ----------
-    problem : AttentionProblem
+    problem : AttentionProblem, or Heads, problems, files or the name of a set as for `study`
         The exact side; its rows are computed in float64 from the numbers that it holds.
-    output : array of shape (n_q, d_v)
+    output : array of shape (n_q, d_v); of many heads (heads, n_q, d_v) or a list of such arrays
         Ohat: float16, bfloat16, float32 or float64, in anything with ``__array__`` or
         ``__dlpack__`` on the CPU.  It need not be an output of attention at all.
     rows : int, default 256
@@ -384,6 +409,8 @@ def certify(
     Returns
     -------
     ErrorCertificate
+        Of many heads a frame with a row for each: ``head``, the fields, and ``width``.  Each
+        interval has the confidence by itself.
 
     Raises
     ------
@@ -434,6 +461,13 @@ def certify(
     >>> sa.certify(problem, output, rows=128).kind
     'exact'
     """
+    if is_many(problem):
+
+        def one(head: AttentionProblem, part: Any) -> dict[str, Any]:
+            found = certify(head, part, rows, confidence, rng, kind=kind)
+            return found.as_dict() | {"width": found.width}
+
+        return by_head(problem, output, "output", one)
     if not isinstance(problem, AttentionProblem):
         raise TypeError(
             f"problem must be an AttentionProblem, got {type(problem).__name__}; "

@@ -223,7 +223,7 @@ def _notes(
     counts = sorted({rows for rows in samples.values() if rows is not None})
     if not counts:
         return ()
-    where = "heads" if None not in samples.values() else "the longer heads"
+    where = "all heads" if None not in samples.values() else "the longer heads"
     noted = [
         f"errors of {where} are from {' or '.join(map(str, counts))} exact rows, the same for all "
         f"methods (rows= changes that); spectral norms and the worst row are NaN there, since no "

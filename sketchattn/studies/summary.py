@@ -96,6 +96,8 @@ class StudyResult:
                 role = roles.get(str(method), "method")
                 if role == "predictor" and rank != frame["rank"].iloc[0]:
                     continue  # the same at every rank
+                if role == "predictor":  # heads may have other ranks
+                    part = frame[frame["method"] == method].drop_duplicates("head")
                 row: Values = {
                     "method": method,
                     "role": role,
