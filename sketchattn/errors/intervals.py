@@ -309,11 +309,11 @@ def _certain(known: Known, sample: Sample) -> tuple[float, float]:
         bound[sample.position] = 0.0
     x = known.fixed + float(sample.x.sum())
     y = float(sample.y.sum())
-    low = _quotient(x + float(a.sum()), y + float(h.sum()))
-    return low, _quotient(x + float(b.sum()), y + float(g.sum()))
+    low = quotient(x + float(a.sum()), y + float(h.sum()))
+    return low, quotient(x + float(b.sum()), y + float(g.sum()))
 
 
-def _quotient(x: float, y: float) -> float:
+def quotient(x: float, y: float) -> float:
     """Return ``x / y``, with 0 for 0/0 and inf for other divisions by zero."""
     if x == 0.0:
         return 0.0
@@ -323,7 +323,7 @@ def _quotient(x: float, y: float) -> float:
 def point_estimate(known: Known, sample: Sample) -> float:
     """Return the ratio estimate of ``theta^2``."""
     x = known.fixed + float((sample.x / sample.inclusion).sum())
-    return _quotient(x, float((sample.y / sample.inclusion).sum()))
+    return quotient(x, float((sample.y / sample.inclusion).sum()))
 
 
 # --- the finite-sample interval -------------------------------------------------------------

@@ -87,7 +87,7 @@ class ErrorReport:
 FIELDS = tuple(f.name for f in fields(ErrorReport))
 
 
-def ratio(numerator: float, denominator: float) -> float:
+def _ratio(numerator: float, denominator: float) -> float:
     """Return the quotient, 0 for 0/0 and infinity for other divisions by zero."""
     if numerator == 0.0:
         return 0.0
@@ -104,7 +104,7 @@ class _Rows:
     divergence: Array
 
 
-def dense_rows(exact: Array, other: Array) -> _Rows:
+def _dense_rows(exact: Array, other: Array) -> _Rows:
     """Return the sums from rows of A and Ahat, float64 (b, n_k) each."""
     difference = other - exact
     support = exact >= np.finfo(np.float64).tiny  # the kernels, too, take what is below as zero
@@ -136,7 +136,7 @@ def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
         part = slice(start, min(start + block, wide.n_q))
         rows = ahat.rows(part)
         if steep[part].any():
-            found = dense_rows(wide.exact.rows(part), np.asarray(rows, np.float64))
+            found = _dense_rows(wide.exact.rows(part), np.asarray(rows, np.float64))
             out[part] = np.stack(
                 [found.exact_square, found.square, 2.0 * found.variation, found.divergence], axis=1
             )
@@ -200,14 +200,14 @@ def _output_fields(
     size, base = float(np.linalg.norm(error)), _mean_error(problem, exact)
     v_fro, v_spec = value_norms(problem)
     found = {
-        "output_fro_rel": ratio(size, float(np.linalg.norm(exact))),
-        "output_fro_amm": ratio(size, exact_fro * v_fro),
-        "skill": 0.0 if size == base == 0.0 else 1.0 - ratio(size, base),
+        "output_fro_rel": _ratio(size, float(np.linalg.norm(exact))),
+        "output_fro_amm": _ratio(size, exact_fro * v_fro),
+        "skill": 0.0 if size == base == 0.0 else 1.0 - _ratio(size, base),
     }
     if spectral:
         size = dense_spectral_norm(error)
-        found["output_spec_rel"] = ratio(size, dense_spectral_norm(exact))
-        found["output_spec_amm"] = ratio(size, exact_spectral_norm(problem) * v_spec)
+        found["output_spec_rel"] = _ratio(size, dense_spectral_norm(exact))
+        found["output_spec_amm"] = _ratio(size, exact_spectral_norm(problem) * v_spec)
     return found
 
 
@@ -328,7 +328,7 @@ def error_report(
     if dense:
         exact = wide.cached("dense", wide.exact.to_dense)
         other = np.asarray(operator.wide().to_dense(), np.float64)
-        rows = dense_rows(exact, other)
+        rows = _dense_rows(exact, other)
         difference = other - exact
     else:
         rows = _streamed_rows(wide, operator.wide())
@@ -348,7 +348,7 @@ def error_report(
             size = dense_spectral_norm(difference)
         else:
             size = difference_norm(problem, operator.wide())
-        matrix_spec_rel = ratio(size, exact_spectral_norm(problem))
+        matrix_spec_rel = _ratio(size, exact_spectral_norm(problem))
     values = dict.fromkeys(FIELDS, math.nan)
     if problem.v is not None:
         # The dense path is a second computation from its own matrix, not the streamed output.
@@ -357,10 +357,15 @@ def error_report(
     return ErrorReport(
         **values
         | {
-            "matrix_fro_rel": ratio(matrix_fro, exact_fro),
+            "matrix_fro_rel": _ratio(matrix_fro, exact_fro),
             "matrix_spec_rel": matrix_spec_rel,
             "row_tv_mean": float(rows.variation[seen].mean()) if seen.any() else 0.0,
             "row_tv_max": float(rows.variation[seen].max(initial=0.0)),
             "row_kl_mean": float(rows.divergence[seen].mean()) if seen.any() else 0.0,
         }
     )
+
+
+def row_sums(exact: Array, other: Array) -> _Rows:
+    """Return the sums of rows of A and Ahat, float64 (b, n_k) each, that reports are made of."""
+    return _dense_rows(exact, other)

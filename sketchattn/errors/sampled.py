@@ -26,8 +26,8 @@ from ..kernels._threads import blas_single_thread, product
 from ..operators.wrapped import as_operator
 from ..problem import AttentionProblem
 from .certificates import check_output, exact_rows, know
-from .intervals import Sample, finite_sample, point_estimate, race
-from .reports import FIELDS, ErrorReport, dense_rows, ratio
+from .intervals import Sample, finite_sample, point_estimate, quotient, race
+from .reports import FIELDS, ErrorReport, row_sums
 
 Array = NDArray[Any]
 
@@ -36,8 +36,8 @@ UNKNOWN = ("output_spec_rel", "output_spec_amm", "matrix_spec_rel", "row_tv_max"
 CONFIDENCE = 0.95
 # Entries of the block of rows of A that is compared in one piece.
 BLOCK_ENTRIES = 1 << 22
-# Entries of sampled rows of A that are kept for the next approximation: 512 MB.
-KEPT_ENTRIES = 1 << 26
+# Entries of sampled rows of A that are kept for the next approximation: 1 GB.
+KEPT_ENTRIES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,8 @@ def seeing_rows(problem: AttentionProblem) -> int:
 def exact_weights(problem: AttentionProblem, index: Array) -> Array:
     """Return rows ``index`` of A, float64 (len(index), n_k), each divided by its own sum."""
     q = problem.scale * problem.q[index].astype(np.float64)
-    logits = np.empty((len(index), problem.n_k))
-    step = max(1, BLOCK_ENTRIES // max(problem.d, 1))
-    for start in range(0, problem.n_k, step):  # keys in float64 would be as large as the problem
-        part = slice(start, start + step)
-        logits[:, part] = product(q, np.ascontiguousarray(problem.k[part].astype(np.float64).T))
+    keys = problem.cached("wide keys", lambda: problem.k.astype(np.float64))
+    logits = product(q, keys.T)
     if problem.causal or problem.key_mask is not None:
         np.copyto(logits, -np.inf, where=~problem.visible(index))
     logits -= logits.max(axis=1, keepdims=True)
@@ -238,26 +235,15 @@ def sampled_topk(
         if renormalize:
             weights /= weights.sum(axis=1, keepdims=True)
         np.put_along_axis(kept, chosen, weights, axis=1)
-        error[part] = _squares(_times_values(problem, kept) - drawn.output[part])
+        for i, row in enumerate(range(part.start, min(part.stop, len(error)))):
+            found = weights[i] @ problem.values[chosen[i]].astype(np.float64)
+            error[row] = float(((found - drawn.output[row]) ** 2).sum())
         return kept
 
     matrix = _matrix(drawn, keep)
     size = math.sqrt(drawn.total(error))
-    relative = ratio(size, math.sqrt(drawn.total(_squares(drawn.output))))
+    relative = quotient(size, math.sqrt(drawn.total(_squares(drawn.output))))
     return SampledReport(_report(drawn, relative, size, matrix), math.nan, math.nan, rows)
-
-
-def _times_values(problem: AttentionProblem, weights: Array) -> Array:
-    """Return ``weights @ V``, float64, without all values in float64 at once."""
-    out = np.zeros((len(weights), problem.values.shape[1]))
-    step = max(1, BLOCK_ENTRIES // max(out.shape[1], 1))
-    for start in range(0, problem.n_k, step):
-        part = slice(start, start + step)
-        values = problem.values[part].astype(np.float64)
-        if problem.key_mask is not None:  # what is hidden may be anything
-            values[~problem.key_mask[part]] = 0.0
-        out += product(np.ascontiguousarray(weights[:, part]), values)
-    return out
 
 
 def _matrix(
@@ -269,7 +255,7 @@ def _matrix(
         if rows_of is None:
             square[part] = _squares(exact)
             continue
-        found = dense_rows(exact, np.asarray(rows_of(part, exact), np.float64))
+        found = row_sums(exact, np.asarray(rows_of(part, exact), np.float64))
         square[part], off[part] = found.exact_square, found.square
         variation[part], divergence[part] = found.variation, found.divergence
     if not np.isfinite(variation).all():
@@ -281,7 +267,7 @@ def _matrix(
     if rows_of is None:
         return fro, {}
     return fro, {
-        "matrix_fro_rel": ratio(math.sqrt(drawn.total(off)), fro),
+        "matrix_fro_rel": quotient(math.sqrt(drawn.total(off)), fro),
         "row_tv_mean": drawn.total(variation) / weight,
         "row_kl_mean": drawn.total(divergence) / weight,
     }
@@ -298,8 +284,8 @@ def _report(
         | fields
         | {
             "output_fro_rel": relative,
-            "output_fro_amm": ratio(size, fro * _value_norm(drawn.problem)),
-            "skill": 0.0 if size == base == 0.0 else 1.0 - ratio(size, base),
+            "output_fro_amm": quotient(size, fro * _value_norm(drawn.problem)),
+            "skill": 0.0 if size == base == 0.0 else 1.0 - quotient(size, base),
         }
     )
 
