@@ -1251,7 +1251,7 @@ OUTPUT = np.ones((6, 3))
 
 
 def test_rows_must_be_a_positive_integer() -> None:
-    sa.certify(some(6, 6), OUTPUT, rows=np.int64(1))  # type: ignore[arg-type]  # any integer
+    sa.certify(some(6, 6), OUTPUT, rows=np.int64(1))  # type: ignore[call-overload]  # any integer
     refused(ValueError, "rows must be at least 1, got 0; the default is 256", OUTPUT, rows=0)
     refused(ValueError, "rows must be at least 1, got -3; the default is 256", OUTPUT, rows=-3)
     text = "rows must be an integer, got float; give how many rows to compute"
@@ -1273,7 +1273,7 @@ def test_confidence_must_be_a_number() -> None:
     text = "confidence must be a number, got str; the default is 0.95"
     refused(TypeError, text, OUTPUT, confidence="high")
     refused(TypeError, text.replace("str", "bool"), OUTPUT, confidence=True)
-    assert sa.certify(some(6, 6), OUTPUT, 3, np.float32(0.5)).confidence == 0.5  # type: ignore[arg-type]  # any real number
+    assert sa.certify(some(6, 6), OUTPUT, 3, np.float32(0.5)).confidence == 0.5  # type: ignore[call-overload]  # any real number
     # ends of the open interval
     for confidence in (1e-300, 1.0 - 2.0**-53):
         assert sa.certify(some(6, 6), OUTPUT, 3, confidence).confidence == confidence

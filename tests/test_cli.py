@@ -212,6 +212,9 @@ def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
         "pictures": True,
         "progress": None,
         "bounds": None,
+        "floors": True,
+        "spectral": True,
+        "rows": None,
     }
 
 
@@ -281,7 +284,8 @@ REFUSED = [
     ),
     (
         ["study", "--heads", MADE, "--ranks", "8;16"],
-        "ranks must be integers separated by commas, got '8;16'; for instance 8,16,32",
+        "ranks must be integers, or shares such as 0.25, separated by commas, got '8;16'; for "
+        "instance 8,16,32",
     ),
     (
         ["study", "--heads", MADE, "--ranks", "8,64"],

@@ -378,25 +378,29 @@ Q, K, V = arrays()
             lambda: sa.Heads.from_problems([some()[0], sa.AttentionProblem(Q[0, :2], K[0], V[0])]),
             ValueError,
             "problems must share (n_q, n_k, d, d_v), got (5, 5, 4, 3) in problem 0 and "
-            "(2, 5, 4, 3) in problem 1; use one set of heads for each",
+            "(2, 5, 4, 3) in problem 1; use one set of heads for each, or keep the list of "
+            "problems: study, validate and certify take it",
         ),
         (
             lambda: sa.Heads.from_problems([some()[0], some()[1].astype(np.float64)]),
             ValueError,
             "problems must share dtype, got float32 in problem 0 and float64 in problem 1; "
-            "use one set of heads for each",
+            "use one set of heads for each, or keep the list of "
+            "problems: study, validate and certify take it",
         ),
         (
             lambda: sa.Heads.from_problems([some()[0], some(scale=1.0)[1]]),
             ValueError,
             "problems must share scale, got 0.5 in problem 0 and 1.0 in problem 1; "
-            "use one set of heads for each",
+            "use one set of heads for each, or keep the list of "
+            "problems: study, validate and certify take it",
         ),
         (
             lambda: sa.Heads.from_problems([some()[0], some(causal=True)[1]]),
             ValueError,
             "problems must share causal, got False in problem 0 and True in problem 1; "
-            "use one set of heads for each",
+            "use one set of heads for each, or keep the list of "
+            "problems: study, validate and certify take it",
         ),
         (
             lambda: sa.Heads.from_problems([some()[0], some()[0]]),

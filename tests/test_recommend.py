@@ -50,7 +50,7 @@ class Planted(Method):
     def _approximate(self, problem: sa.AttentionProblem, draw: Any) -> Any:
         raise NotImplementedError
 
-    def _attend(self, problem: sa.AttentionProblem, rng: Any, draw: Any) -> Array:
+    def _run(self, problem: sa.AttentionProblem, rng: Any, draw: Any) -> Array:
         exact = np.array(problem.output, np.float64)
         generator = np.random.default_rng([self.salt, int(rng)])
         noise = generator.standard_normal(exact.shape)
@@ -64,7 +64,7 @@ class Failing(Planted):
 
     name = "failing"
 
-    def _attend(self, problem: sa.AttentionProblem, rng: Any, draw: Any) -> Array:
+    def _run(self, problem: sa.AttentionProblem, rng: Any, draw: Any) -> Array:
         raise np.linalg.LinAlgError("singular\nvalues")
 
 

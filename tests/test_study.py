@@ -46,7 +46,13 @@ from sketchattn.problem import AttentionProblem
 from sketchattn.studies import grid, measure
 from sketchattn.studies import journal as journal_module
 from sketchattn.studies import run as run_module
-from sketchattn.studies.columns import BOUND_COLUMNS, COLUMNS, REFERENCES, quantiles
+from sketchattn.studies.columns import (
+    BOUND_COLUMNS,
+    COLUMNS,
+    REFERENCES,
+    SAMPLED_COLUMNS,
+    quantiles,
+)
 from sketchattn.studies.grid import default_methods, default_ranks, describe_method
 from sketchattn.studies.plots import PICTURES
 from sketchattn.zoo import base as _base
@@ -72,8 +78,8 @@ def read_rows(path: Path) -> pd.DataFrame:
     """Read what a study wrote, each number as Python reads it."""
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
-    kinds: dict[str, Callable[[str], Any]] = dict.fromkeys(("rank", "seed", "bytes"), int)
-    kinds |= dict.fromkeys((*FIELDS, "seconds", "work"), float)
+    kinds: dict[str, Callable[[str], Any]] = dict.fromkeys(("rank", "seed", "bytes", "rows"), int)
+    kinds |= dict.fromkeys((*FIELDS, "seconds", "work", *SAMPLED_COLUMNS[:2]), float)
     kinds["effective_rank"] = lambda text: int(text) if text else None
     table = [[kinds.get(c, str)(x) for c, x in zip(rows[0], row, strict=True)] for row in rows[1:]]
     return pd.DataFrame(table, columns=rows[0]).astype({"effective_rank": "Int64"})
@@ -1268,9 +1274,10 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "ranks must be at least 1, got 0; give ranks as integers",
     ),
     (
-        lambda: sa.study(BASE, ranks=[2.0]),  # type: ignore[list-item]
-        TypeError,
-        "ranks must be an integer, got float; give ranks as integers",
+        lambda: sa.study(BASE, ranks=[2.0]),
+        ValueError,
+        "ranks must be integers or shares in (0, 1] of the keys of each head, got 2.0; write a "
+        "rank without a point",
     ),
     (
         lambda: sa.study(BASE, ranks=[]),

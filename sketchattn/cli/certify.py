@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .application import DIFFERS, JSON_HELP, app, print_json
-from .inputs import HEADS_HELP, parse_heads, pick, read_output
+from .inputs import HEADS_HELP, only_array, parse_heads, pick, read_arrays, shapes_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,8 @@ def _certify(
         Path,
         typer.Argument(
             help="Output of any implementation: .npy, .npz or .safetensors, shape (n_q, d_v) for "
-            "one head or (heads, n_q, d_v); the array named output, or the only one.",
+            "one head or (heads, n_q, d_v); the array named output, or the only one, or one for "
+            "each head, by its name.",
             metavar="OUTPUT",
         ),
     ],
@@ -60,7 +61,7 @@ def _certify(
         raise ValueError(f"max-error must be at least 0, got {max_error}; 0.05 is 5 %")
     given = parse_heads(heads)
     chosen = pick(given, head)
-    outputs = _per_head(read_output(output), given, chosen, head)
+    outputs = _per_head(output, given, chosen, head)
     records, lines = [], []
     for i, array in zip(chosen, outputs, strict=True):
         certificate = certify(given[i], array, rows, confidence, seed, kind=kind)
@@ -94,20 +95,31 @@ def _judged(certificate: ErrorCertificate, most: float | None) -> str:
 
 
 def _per_head(
-    array: NDArray[np.generic], heads: Heads, chosen: list[int], head: str | None
+    path: Path, heads: Heads, chosen: list[int], head: str | None
 ) -> list[NDArray[np.generic]]:
     """Return the output of each chosen head."""
-    one = (heads.n_q, heads.d_v)
-    if array.shape == (len(heads), *one):
+    shapes = list(shapes_of(heads))
+    arrays = read_arrays(path)
+    if all(heads.names[i] in arrays for i in chosen):  # an array a head, by its name
+        return [arrays[heads.names[i]] for i in chosen]
+    array = only_array(arrays)
+    if len(set(shapes)) == 1 and array.shape == (len(heads), *shapes[0]):
         return [array[i] for i in chosen]
-    if array.shape == one:
-        if len(chosen) == 1:
-            return [array]
+    if len(chosen) == 1 and array.shape == shapes[chosen[0]]:
+        return [array]
+    if array.shape in shapes and len(chosen) > 1:
         raise ValueError(
             f"head must be given for an output of one head, got {len(heads)} heads; "
             f"add --head NAME or --head NUMBER"
         )
+    if len(set(shapes)) > 1 and head is None:
+        raise ValueError(
+            f"output must hold an array for each head, by its name, where heads differ in shape, "
+            f"got one of shape {array.shape}; write an .npz or .safetensors file, or add --head"
+        )
+    one = shapes[chosen[0]]
+    many = f" or {(len(heads), *one)} of all" if len(set(shapes)) == 1 else ""
     raise ValueError(
-        f"output must have the shape {one} of one head or {(len(heads), *one)} of all, got "
+        f"output must have the shape {one} of one head{many}, got "
         f"{array.shape}; check that it belongs to these heads"
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -15,20 +18,47 @@ from .application import one_line
 
 IMPORT_HELP = "A Python file whose methods and claims are used beside the built-in ones."
 HEADS_HELP = (
-    "A .safetensors or .npz file, the name of a bundled set (minilm), or made heads such as "
-    "clustered:n=512,d=64,heads=2,rng=0."
+    "Files (.safetensors or .npz), folders of files, patterns such as 'layers/*.npz', the name of "
+    "a bundled set (minilm), or made heads such as clustered:n=512,d=64,heads=2,rng=0."
 )
+HeadsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help=f"{HEADS_HELP} The bundled set by default.", metavar="[HEADS]...", show_default=False
+    ),
+]
+HeadsOption = Annotated[
+    str | None,
+    typer.Option("--heads", help="HEADS, as an option.", metavar="HEADS", show_default=False),
+]
 CASES_HELP = "Names of cases, patterns such as 'exact-*' among them; all by default."
 
 
-def parse_heads(text: str) -> Heads:
-    """Return the heads that an argument names: a file, a bundled set, or a family to make.
+def given_heads(words: Sequence[str] | None, option: str | None, default: str = "minilm") -> Heads:
+    """Return the heads that a verb is given, by position or as ``--heads``.
+
+    Raises
+    ------
+    ValueError
+        For both at once, and what `parse_heads` refuses.
+    """
+    if words and option is not None:
+        raise ValueError(
+            f"heads must be given once, got {' '.join(words)!r} and --heads {option!r}; leave "
+            f"--heads out"
+        )
+    return parse_heads(words or option or default)
+
+
+def parse_heads(text: str | Sequence[str]) -> Heads:
+    """Return the heads that arguments name: files, a bundled set, or a family to make.
 
     Parameters
     ----------
-    text : str
-        ``FILE``, ``NAME``, or ``FAMILY:n=N[,d=D][,heads=H][,rng=SEED][,PARAMETER=X]``; the seed is
-        0 unless given, so that the same words are the same heads.
+    text : str or sequence of str
+        ``FILE``, ``FOLDER``, ``PATTERN``, ``NAME``, or
+        ``FAMILY:n=N[,d=D][,heads=H][,rng=SEED][,PARAMETER=X]``; the seed is 0 unless given, so that
+        the same words are the same heads.
 
     Raises
     ------
@@ -43,10 +73,15 @@ def parse_heads(text: str) -> Heads:
     from ..base.arguments import closest
     from ..heads.families import FAMILIES, make_heads
     from ..heads.files import BUNDLED, load_heads, read_heads
+    from ..heads.inputs import names_files
+    from ..heads.stored import joined
 
-    path = Path(os.path.expanduser(text))
-    if path.suffix in (".safetensors", ".npz") or path.is_file():
-        return read_heads(path)
+    if not isinstance(text, str):
+        if all(map(names_files, text)):  # as what one pattern matches, in the order given
+            return read_heads(text)
+        return joined([(word, parse_heads(word)) for word in text])
+    if names_files(text):
+        return read_heads(text)
     family, colon, rest = text.partition(":")
     if not colon:
         if text in BUNDLED:
@@ -109,6 +144,30 @@ def split_integers(text: str | None, name: str) -> list[int] | None:
         ) from None
 
 
+def split_ranks(text: str | None) -> list[int | float] | None:
+    """Return the ranks between commas, those with a point or an exponent as floats."""
+    words = split_words(text)
+    if words is None:
+        return None
+    try:
+        return [float(x) if any(sign in x for sign in ".eE") else int(x) for x in words]
+    except ValueError:
+        raise ValueError(
+            f"ranks must be integers, or shares such as 0.25, separated by commas, got {text!r}; "
+            f"for instance 8,16,32"
+        ) from None
+
+
+def shapes_of(heads: Heads) -> Iterator[tuple[int, int]]:
+    """Yield the shape of the output of each head; no head is read for it."""
+    from ..heads.stored import MixedHeads
+
+    if isinstance(heads, MixedHeads):
+        yield from ((problem.n_q, problem.d_v or 0) for problem in heads.problems)
+    else:
+        yield from [(heads.n_q, heads.d_v)] * len(heads)
+
+
 def read_output(path: Path) -> NDArray[Any]:
     """Return the array of an output file: ``.npy``, or ``output`` or the only one of the others.
 
@@ -116,6 +175,17 @@ def read_output(path: Path) -> NDArray[Any]:
     ------
     ValueError
         For another ending, no such file, a damaged file, or several arrays without ``output``.
+    """
+    return only_array(read_arrays(path))
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an output file by name, that of ``.npy`` as ``output``.
+
+    Raises
+    ------
+    ValueError
+        For another ending, no such file or a damaged file.
     """
     import io
 
@@ -130,7 +200,7 @@ def read_output(path: Path) -> NDArray[Any]:
     if not path.is_file():
         raise ValueError(f"output must be an existing file, got {str(path)!r}; check its name")
     raw = path.read_bytes()
-    from ..heads.files import from_safetensors, refuse_nameless
+    from ..heads.tensors import from_safetensors, refuse_nameless
 
     if path.suffix == ".safetensors":
         arrays: dict[str, NDArray[Any]] = from_safetensors(raw)[0]
@@ -146,6 +216,11 @@ def read_output(path: Path) -> NDArray[Any]:
             ) from error
     for name, x in arrays.items():
         refuse_nameless(x, name)
+    return arrays
+
+
+def only_array(arrays: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    """Return the array named ``output``, or the only one."""
     if "output" in arrays:
         return arrays["output"]
     if len(arrays) != 1:

@@ -9,12 +9,13 @@ import typer
 
 from .application import JSON_HELP, app, print_json
 from .inputs import (
-    HEADS_HELP,
     IMPORT_HELP,
+    HeadsArgument,
+    HeadsOption,
+    given_heads,
     import_files,
-    parse_heads,
-    split_integers,
     split_methods,
+    split_ranks,
     split_words,
 )
 
@@ -37,7 +38,8 @@ def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 @app.command("study")
 def _study(
-    heads: Annotated[str, typer.Option(help=HEADS_HELP, metavar="HEADS")] = "minilm",
+    heads: HeadsArgument = None,
+    heads_option: HeadsOption = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +51,8 @@ def _study(
     ranks: Annotated[
         str | None,
         typer.Option(
-            help="Ranks separated by commas; powers of two from 8 to n/2 by default.",
+            help="Ranks separated by commas, 0.25 for a quarter of the keys of each head; powers "
+            "of two from 8 to n/2 by default.",
             metavar="R,R",
         ),
     ] = None,
@@ -73,6 +76,24 @@ def _study(
     imports: Annotated[
         list[Path] | None,
         typer.Option("--import", help=IMPORT_HELP, metavar="FILE.py", show_default=False),
+    ] = None,
+    floors: Annotated[
+        bool,
+        typer.Option("--floors/--no-floors", help="Compute the floors: slow for long heads."),
+    ] = True,
+    spectral: Annotated[
+        bool,
+        typer.Option(
+            "--spectral/--no-spectral", help="Compute spectral norms: slow for long heads."
+        ),
+    ] = True,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Measure errors on a random sample of so many rows; all by default, and 512 from "
+            "n = 65536 on.",
+            show_default=False,
+        ),
     ] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")
@@ -120,9 +141,9 @@ def _study(
 
     import_files(imports)
     result = study(
-        parse_heads(heads),
+        given_heads(heads, heads_option),
         methods=split_methods(methods),
-        ranks=split_integers(ranks, "ranks"),
+        ranks=split_ranks(ranks),
         seeds=seeds,
         jobs=jobs,
         out=out,
@@ -132,6 +153,9 @@ def _study(
         bounds=split_words(bounds),
         report=report,
         dask=dask,
+        floors=floors,
+        spectral=spectral,
+        rows=rows,
     )
     folder = result.out or out
     page = folder / REPORT
@@ -149,6 +173,7 @@ def _study(
                 "report": written,
                 "left_out": result.left_out,
                 "target": None if reached is None else as_records(reached),
+                "notes": result.notes,
                 "computed": result.computed,
                 "reused": result.reused,
                 "summary": as_records(summary),

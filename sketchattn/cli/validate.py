@@ -9,11 +9,21 @@ from typing import Annotated
 import typer
 
 from .application import DIFFERS, JSON_HELP, app, print_json
-from .inputs import HEADS_HELP, IMPORT_HELP, import_files, parse_heads, parse_settings, split_words
+from .inputs import (
+    IMPORT_HELP,
+    HeadsArgument,
+    HeadsOption,
+    given_heads,
+    import_files,
+    parse_settings,
+    split_words,
+)
 
 
 @app.command("validate")
 def _validate(
+    heads: HeadsArgument = None,
+    heads_option: HeadsOption = None,
     claims: Annotated[
         str | None,
         typer.Option(
@@ -22,7 +32,6 @@ def _validate(
             metavar="A,B",
         ),
     ] = None,
-    heads: Annotated[str, typer.Option(help=HEADS_HELP, metavar="HEADS")] = "minilm",
     trials: Annotated[int, typer.Option(help="Independent draws for each check.")] = 200,
     confidence: Annotated[
         float, typer.Option(help="Of the limits of rates of failure, each one-sided.")
@@ -34,8 +43,7 @@ def _validate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for verdicts.json, verdicts.csv, a picture a claim, and verdicts.html with "
-            "all of it.",
+            help="Folder for verdicts.json, verdicts.csv, verdicts.html and a picture a claim.",
             show_default=False,
         ),
     ] = None,
@@ -77,7 +85,7 @@ def _validate(
     import_files(imports)
     result = validate(
         split_words(claims),
-        parse_heads(heads),
+        given_heads(heads, heads_option),
         trials,
         confidence,
         seed,

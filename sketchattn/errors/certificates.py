@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from ..base.draws import Rng, as_generator
 from ..base.floating import without_floating_errors
 from ..base.words import Phrase, Worded, number, shown
 from ..problem import AttentionProblem
+from .frames import by_head, is_many
 from .intervals import (
     FAR,
     SLACK,
@@ -40,6 +42,9 @@ from .intervals import (
     point_estimate,
 )
 from .pilots import Guess, guess_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Array = NDArray[Any]
 
@@ -392,8 +397,11 @@ def scale_of(problem: AttentionProblem) -> tuple[float, float]:
     return largest, 1.0 if abs(exponent) <= 100 else 2.0 ** min(-exponent, 1022)
 
 
-def judged(problem: AttentionProblem, output: object) -> tuple[Array, float]:
-    """Return an output that can be certified, and the factor of `scale_of`."""
+def check_output(problem: AttentionProblem, output: object) -> tuple[Array, float]:
+    """Return an output (n_q, d_v) that has an error, and the power of two that it is scaled by.
+
+    Squares of the scaled output, and of values that are scaled alike, are finite.
+    """
     largest, factor = scale_of(problem)
     array = as_array(output, "output")
     if array.shape != (problem.n_q, problem.d_v):
@@ -418,7 +426,7 @@ def judged(problem: AttentionProblem, output: object) -> tuple[Array, float]:
     return array, factor
 
 
-@without_floating_errors
+@overload
 def certify(
     problem: AttentionProblem,
     output: object,
@@ -427,7 +435,27 @@ def certify(
     rng: Rng = 0,
     *,
     kind: str = "finite-sample",
-) -> ErrorCertificate:
+) -> ErrorCertificate: ...
+@overload
+def certify(
+    problem: Sequence[AttentionProblem] | str | PathLike[str],
+    output: object,
+    rows: int = 256,
+    confidence: float = 0.95,
+    rng: Rng = 0,
+    *,
+    kind: str = "finite-sample",
+) -> pd.DataFrame: ...
+@without_floating_errors
+def certify(
+    problem: AttentionProblem | Sequence[AttentionProblem] | str | PathLike[str],
+    output: object,
+    rows: int = 256,
+    confidence: float = 0.95,
+    rng: Rng = 0,
+    *,
+    kind: str = "finite-sample",
+) -> ErrorCertificate | pd.DataFrame:
     """Return a confidence interval for the relative error of any output array.
 
     ``theta = |Ohat - O|_F / |O|_F``, from exact rows of O at a random sample: nothing has to be
@@ -435,9 +463,9 @@ def certify(
 
     Parameters
     ----------
-    problem : AttentionProblem
+    problem : AttentionProblem, or Heads, problems, files or the name of a set as for `study`
         The exact side; its rows are computed in float64 from the numbers that it holds.
-    output : array of shape (n_q, d_v)
+    output : array of shape (n_q, d_v); of many heads (heads, n_q, d_v) or a list of such arrays
         Ohat: float16, bfloat16, float32 or float64, in anything with ``__array__`` or
         ``__dlpack__`` on the CPU.  It need not be an output of attention at all.
     rows : int, default 256
@@ -456,6 +484,8 @@ def certify(
     Returns
     -------
     ErrorCertificate
+        Of many heads a frame with a row for each: ``head``, the fields, and ``width``.  Each
+        interval has the confidence by itself.
 
     Raises
     ------
@@ -506,16 +536,24 @@ def certify(
     >>> sa.certify(problem, output, rows=128).kind
     'exact'
     """
+    if is_many(problem):
+
+        def one(head: AttentionProblem, part: Any) -> dict[str, Any]:
+            found = certify(head, part, rows, confidence, rng, kind=kind)
+            return found.as_dict() | {"width": found.width}
+
+        return by_head(problem, output, "output", one)
     if not isinstance(problem, AttentionProblem):
         raise TypeError(
             f"problem must be an AttentionProblem, got {type(problem).__name__}; "
             f"make one with sketchattn.AttentionProblem(q, k, v)"
         )
+    _ = problem.values
     count = check_rows(rows)
     level = check_confidence(confidence)
     check_kind(kind)
     generator = as_generator(rng)
-    array, factor = judged(problem, output)
+    array, factor = check_output(problem, output)
     known = know(problem, array, factor, guess=kind == "approximate")
     return certify_known(
         known,

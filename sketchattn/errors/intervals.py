@@ -246,7 +246,7 @@ def weigh_squares(known: Known) -> Array:
 
 def draw(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Draw ``rows < m`` rows in turn without replacement; return position, leverage, inclusion."""
-    return _race(weigh(known), rows, 0, rng)
+    return race(weigh(known), rows, 0, rng)
 
 
 def draw_heavy(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
@@ -258,13 +258,13 @@ def draw_heavy(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array
     weights = weigh_squares(known)
     most = rows // 2
     if most == 0:
-        return _race(weights, rows, 0, rng)
+        return race(weights, rows, 0, rng)
     heavy = -np.sort(np.partition(-weights, most)[:most])
     left = weights.sum() - (np.cumsum(heavy) - heavy)
-    return _race(weights, rows, _run_length(heavy * (rows - np.arange(most)) >= left), rng)
+    return race(weights, rows, _run_length(heavy * (rows - np.arange(most)) >= left), rng)
 
 
-def _race(
+def race(
     weights: Array, rows: int, sure: int, rng: np.random.Generator
 ) -> tuple[Array, Array, Array]:
     """Take the ``sure`` heaviest rows, then draw in turn; their leverage is 0, inclusion 1.
@@ -309,11 +309,11 @@ def _certain(known: Known, sample: Sample) -> tuple[float, float]:
         bound[sample.position] = 0.0
     x = known.fixed + float(sample.x.sum())
     y = float(sample.y.sum())
-    low = _quotient(x + float(a.sum()), y + float(h.sum()))
-    return low, _quotient(x + float(b.sum()), y + float(g.sum()))
+    low = quotient(x + float(a.sum()), y + float(h.sum()))
+    return low, quotient(x + float(b.sum()), y + float(g.sum()))
 
 
-def _quotient(x: float, y: float) -> float:
+def quotient(x: float, y: float) -> float:
     """Return ``x / y``, with 0 for 0/0 and inf for other divisions by zero."""
     if x == 0.0:
         return 0.0
@@ -323,7 +323,7 @@ def _quotient(x: float, y: float) -> float:
 def point_estimate(known: Known, sample: Sample) -> float:
     """Return the ratio estimate of ``theta^2``."""
     x = known.fixed + float((sample.x / sample.inclusion).sum())
-    return _quotient(x, float((sample.y / sample.inclusion).sum()))
+    return quotient(x, float((sample.y / sample.inclusion).sum()))
 
 
 # --- the finite-sample interval -------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +22,10 @@ from ..operators.wrapped import as_operator
 from ..problem import AttentionProblem
 from .certificates import ErrorCertificate as ErrorCertificate
 from .certificates import certify as certify
+from .frames import by_head, is_many
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Array = NDArray[Any]
 
@@ -239,8 +245,7 @@ def _output_fields(
     return found
 
 
-@without_floating_errors
-@blas_single_thread()
+@overload
 def error_report(
     problem: AttentionProblem,
     ahat: object = None,
@@ -248,16 +253,35 @@ def error_report(
     output: ArrayLike | None = None,
     path: str | None = None,
     spectral: bool = True,
-) -> ErrorReport:
+) -> ErrorReport: ...
+@overload
+def error_report(
+    problem: Sequence[AttentionProblem] | str | PathLike[str],
+    ahat: Sequence[object] | None = None,
+    *,
+    output: object = None,
+    path: str | None = None,
+    spectral: bool = True,
+) -> pd.DataFrame: ...
+@without_floating_errors
+@blas_single_thread()
+def error_report(
+    problem: AttentionProblem | Sequence[AttentionProblem] | str | PathLike[str],
+    ahat: object = None,
+    *,
+    output: Any = None,
+    path: str | None = None,
+    spectral: bool = True,
+) -> ErrorReport | pd.DataFrame:
     """Measure how far an approximation is from exact attention, in every norm.
 
     Parameters
     ----------
-    problem : AttentionProblem
+    problem : AttentionProblem, or Heads, problems, files or the name of a set as for `study`
         The exact side, evaluated in float64 and computed once.
-    ahat : AttentionOperator, LinearOperator, or array (n_q, n_k)
+    ahat : AttentionOperator, LinearOperator, or array (n_q, n_k); of many heads a list of these
         The approximation, in whatever precision it is.
-    output : array (n_q, d_v)
+    output : array (n_q, d_v); of many heads (heads, n_q, d_v) or a list of such arrays
         In place of ``ahat``: the output of a method without a matrix, as `Method.attend` returns
         it.  Fields of the matrix are NaN.
     path : {None, "dense", "streaming"}
@@ -269,6 +293,7 @@ def error_report(
     Returns
     -------
     ErrorReport
+        Of many heads a frame with a row for each: ``head`` and the fields.
 
     Raises
     ------
@@ -289,6 +314,20 @@ def error_report(
     >>> sa.error_report(problem, sa.Zero().approximate(problem)).output_fro_rel
     1.0
     """
+    if is_many(problem):
+        if (ahat is None) == (output is None):
+            raise TypeError(
+                f"error_report must be given ahat or output, got "
+                f"{'none' if ahat is None else 'both'}; pass one of them"
+            )
+        name, parts = ("ahat", ahat) if output is None else ("output", output)
+        settings: dict[str, Any] = {"path": path, "spectral": spectral}
+        return by_head(
+            problem,
+            parts,
+            name,
+            lambda head, part: error_report(head, **{name: part}, **settings).as_dict(),
+        )
     if not isinstance(problem, AttentionProblem):
         raise TypeError(
             f"problem must be an AttentionProblem, got {type(problem).__name__}; "
@@ -360,3 +399,8 @@ def error_report(
             "row_kl_mean": float(rows.divergence[seen].mean()) if seen.any() else 0.0,
         }
     )
+
+
+def row_sums(exact: Array, other: Array) -> _Rows:
+    """Return the sums of rows of A and Ahat, float64 (b, n_k) each, that reports are made of."""
+    return _dense_rows(exact, other)

@@ -23,6 +23,7 @@ from ..base.arguments import (
     float_dtype,
 )
 from ..problem import AttentionProblem
+from .projections import split_projections
 
 Array = NDArray[Any]
 Triple = tuple[Array, Array, Array]
@@ -30,6 +31,8 @@ Triple = tuple[Array, Array, Array]
 TENSORS = ("q", "k", "v")
 # What a file says about its tensors, beside free entries.
 ENTRIES = ("scale", "causal", "heads", "description")
+# What `Heads.replace` changes.
+SETTINGS = ("scale", "causal", "key_mask", "names", "description", "metadata")
 _LAYOUT = "(head, token, dim)"
 
 
@@ -112,51 +115,24 @@ class Heads(Sequence[AttentionProblem]):
         description: str = "",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        arrays = as_arrays(q, k, v)
-        for label, x in zip(TENSORS, arrays, strict=True):
-            if x.ndim != 3:
-                raise ValueError(
-                    f"{label} must have three axes (heads, tokens, width), got shape {x.shape}; "
-                    f"one head is {label}[None]"
-                )
-            float_dtype(x, label)
-        check_same_dtype(*arrays)
-        count, n_q, d = arrays[0].shape
-        if count < 1:
-            raise ValueError("q must hold at least one head, got 0; give heads or pick others")
-        for label, x in zip("kv", arrays[1:], strict=True):
-            if x.shape[0] != count:
-                raise ValueError(
-                    f"{label} must have the {count} heads of q, got {x.shape[0]}; "
-                    f"repeat shared keys and values for each head"
-                )
-        check_width(*arrays)
-        n_k = arrays[1].shape[1]
-        factor = check_scale(scale, d)
-        order = check_causal(causal, n_q, n_k)
-        mask = None
-        if key_mask is not None:
-            checked = check_key_mask(key_mask, (count,), n_k)
-            mask = np.array(np.broadcast_to(checked, (count, n_k)), order="C")
-        labels = _check_names(names, count)
-        extra = _check_metadata(description, metadata)
+        arrays, fields = check_stack(
+            q,
+            k,
+            v,
+            scale=scale,
+            causal=causal,
+            key_mask=key_mask,
+            names=names,
+            description=description,
+            metadata=metadata,
+        )
+        mask = fields["key_mask"]
         wide = np.dtype(np.float32) if arrays[0].dtype.name == "bfloat16" else arrays[0].dtype
         owned = [np.array(x, dtype=wide.newbyteorder("="), order="C") for x in arrays]
         for label, x in zip(TENSORS, owned, strict=True):
             hidden = None if label == "q" or mask is None else ~mask
             check_finite(x if hidden is None else np.where(hidden[:, :, None], 0, x), label)
-        self._fill(
-            q=owned[0],
-            k=owned[1],
-            v=owned[2],
-            key_mask=mask,
-            scale=factor,
-            causal=order,
-            names=labels,
-            description=description,
-            metadata=extra,
-            _problems={},
-        )
+        self._fill(**fields, q=owned[0], k=owned[1], v=owned[2], _problems={})
 
     def _fill(self, **fields: Any) -> None:
         for x in fields.values():
@@ -218,7 +194,8 @@ class Heads(Sequence[AttentionProblem]):
                 if this != first:
                     raise ValueError(
                         f"problems must share {what}, got {first} in problem 0 and {this} in "
-                        f"problem {i}; use one set of heads for each"
+                        f"problem {i}; use one set of heads for each, or keep the list of "
+                        f"problems: study, validate and certify take it"
                     )
         mask = None
         if any(p.key_mask is not None for p in stack):
@@ -235,6 +212,125 @@ class Heads(Sequence[AttentionProblem]):
             names=[f"head{i}" if p.name is None else p.name for i, p in enumerate(stack)],
             description=description,
         )
+
+    @classmethod
+    def from_projections(
+        cls,
+        q: object,
+        k: object,
+        v: object,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        scale: float | None = None,
+        causal: Causal = False,
+        key_mask: ArrayLike | None = None,
+        names: Sequence[str] | None = None,
+        description: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> Heads:
+        """Split what the projections of a layer give into heads.
+
+        Columns ``h d, ..., (h + 1) d - 1`` belong to head h, as in ``x.reshape(n, num_heads, d)``.
+
+        Parameters
+        ----------
+        q : array of shape (n_q, num_heads * d) or (batch, n_q, num_heads * d)
+            What the projection of the queries gives; with rotary embedding, what comes after it.
+        k : array of shape (n_k, num_kv_heads * d) or (batch, n_k, num_kv_heads * d)
+        v : array of shape (n_k, num_kv_heads * d_v) or (batch, n_k, num_kv_heads * d_v)
+        num_heads : int
+            Query heads.
+        num_kv_heads : int, optional
+            Heads of keys and values, a divisor of ``num_heads``; each serves
+            ``num_heads / num_kv_heads`` query heads that follow each other.  By default what the
+            width of k says.
+        scale, causal, description, metadata
+            As for `Heads`.
+        key_mask : bool array of shape (n_k,) or (batch, n_k), optional
+            True for the keys that exist.
+        names : sequence of str, optional
+            One for each head and batch entry, batch entries first; by default head0, ..., or
+            batch0.head0, ...
+
+        Returns
+        -------
+        Heads
+            ``batch * num_heads`` of them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For shapes that these numbers of heads do not divide, and all that `Heads` refuses.
+
+        Examples
+        --------
+        >>> import numpy as np, sketchattn as sa
+        >>> q, kv = np.ones((1, 300, 384), np.float32), np.ones((1, 300, 64), np.float32)
+        >>> heads = sa.Heads.from_projections(q, kv, kv, num_heads=12, causal=True)
+        >>> len(heads), heads.names[1], heads.n_k, heads.d
+        (12, 'batch0.head1', 300, 32)
+        """
+        arrays, mask, labels = split_projections(q, k, v, num_heads, num_kv_heads, key_mask)
+        return cls(
+            *arrays,
+            scale=scale,
+            causal=causal,
+            key_mask=mask,
+            names=labels if names is None else names,
+            description=description,
+            metadata=metadata,
+        )
+
+    def replace(self, **changes: Any) -> Heads:
+        """Return these heads with other settings: ``scale``, ``causal``, ``key_mask``, and so on.
+
+        Parameters
+        ----------
+        **changes
+            Of ``scale``, ``causal``, ``key_mask``, ``names``, ``description`` and ``metadata``, as
+            for `Heads`: ``scale=None`` is ``1/sqrt(d)``, ``key_mask=None`` no mask.
+
+        Returns
+        -------
+        Heads
+            The arrays are shared, exact quantities are computed anew.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For other names, and what `Heads` refuses.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> heads = sa.load_heads("minilm")[:2].replace(causal=True, scale=0.25)
+        >>> heads[0].causal, heads[0].scale
+        (True, 0.25)
+        """
+        self._check_changes(changes)
+        settings = {name: getattr(self, name) for name in SETTINGS} | changes
+        if self.key_mask is not None and settings["key_mask"] is not self.key_mask:
+            # What the old mask hid may be anything.
+            return Heads(self.q, self.k, self.v, **settings)
+        made = object.__new__(Heads)
+        _, fields = check_stack(self.q, self.k, self.v, **settings)
+        made._fill(**fields, q=self.q, k=self.k, v=self.v, _problems={})
+        return made
+
+    @staticmethod
+    def _check_changes(changes: Mapping[str, Any]) -> None:
+        """Refuse what is no setting of heads."""
+        for name in changes:
+            if name in TENSORS:
+                raise TypeError(
+                    f"replace must be given settings, got the array {name!r}; make other Heads"
+                )
+            if name not in SETTINGS:
+                raise TypeError(
+                    f"replace must be given settings of heads, got {name!r}"
+                    f"{closest(name, SETTINGS)}"
+                )
 
     @property
     def n_q(self) -> int:
@@ -331,7 +427,7 @@ class Heads(Sequence[AttentionProblem]):
             raise ValueError(
                 f"a choice of heads must not be empty, got no head; pick from {len(self)}"
             )
-        names = _check_names([self.names[i] for i in chosen], len(chosen))
+        names = check_names([self.names[i] for i in chosen], len(chosen))
         part = object.__new__(Heads)
         # The arrays are valid and read-only already; problems are shared by name.
         part._fill(
@@ -368,6 +464,57 @@ class Heads(Sequence[AttentionProblem]):
         )
 
 
+def check_stack(
+    q: object,
+    k: object,
+    v: object,
+    *,
+    scale: float | None,
+    causal: Causal,
+    key_mask: ArrayLike | None,
+    names: Sequence[str] | None,
+    description: str,
+    metadata: Mapping[str, str] | None,
+) -> tuple[list[Array], dict[str, Any]]:
+    """Return the arrays of heads, as given, and the other fields; entries are not looked at."""
+    arrays = as_arrays(q, k, v)
+    for label, x in zip(TENSORS, arrays, strict=True):
+        if x.ndim != 3:
+            raise ValueError(
+                f"{label} must have three axes (heads, tokens, width), got shape {x.shape}; "
+                f"one head is {label}[None]"
+            )
+        float_dtype(x, label)
+    check_same_dtype(*arrays)
+    count, n_q, d = arrays[0].shape
+    if count < 1:
+        raise ValueError("q must hold at least one head, got 0; give heads or pick others")
+    for label, x in zip("kv", arrays[1:], strict=True):
+        if x.shape[0] != count:
+            raise ValueError(
+                f"{label} must have the {count} heads of q, got {x.shape[0]}; "
+                f"repeat shared keys and values for each head"
+            )
+    check_width(*arrays)
+    n_k = arrays[1].shape[1]
+    factor = check_scale(scale, d)
+    order = check_causal(causal, n_q, n_k)
+    mask = None
+    if key_mask is not None:
+        checked = check_key_mask(key_mask, (count,), n_k)
+        mask = np.array(np.broadcast_to(checked, (count, n_k)), order="C")
+    labels = check_names(names, count)
+    extra = check_metadata(description, metadata)
+    return arrays, {
+        "scale": factor,
+        "causal": order,
+        "key_mask": mask,
+        "names": labels,
+        "description": description,
+        "metadata": extra,
+    }
+
+
 def _rebuild(arrays: Triple, options: dict[str, Any]) -> Heads:
     return Heads(*arrays, **options)
 
@@ -377,7 +524,8 @@ def _signature(problem: AttentionProblem) -> tuple[object, ...]:
     return shape, problem.dtype, problem.scale, problem.causal
 
 
-def _check_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+def check_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return a distinct name for each of ``count`` heads."""
     if names is None:
         return tuple(f"head{i}" for i in range(count))
     if not isinstance(names, str) and isinstance(names, Iterable):
@@ -402,7 +550,8 @@ def _check_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     return names
 
 
-def _check_metadata(description: object, metadata: object) -> Mapping[str, str]:
+def check_metadata(description: object, metadata: object) -> Mapping[str, str]:
+    """Return what else is said of heads, read-only."""
     if not isinstance(description, str):
         raise TypeError(
             f"description must be a string, got {type(description).__name__}; use str(...)"

@@ -1,8 +1,9 @@
 """Files of heads, read and written without loss, and the heads that are bundled.
 
-A file holds the tensors ``q``, ``k`` and ``v`` of shape (heads, n, d), optionally ``key_mask``
-(heads, n_k), and the metadata ``scale`` (a number, or "1/sqrt(d)"), ``causal`` ("true", "false",
-"top-left" or "bottom-right"), ``heads`` (a JSON list with one entry a head) and ``description``.
+A file holds the tensors ``q``, ``k`` and ``v`` of shape (heads, n, d) or (batch, heads, n, d),
+optionally ``key_mask`` (heads, n_k), and the metadata ``scale`` (a number, or "1/sqrt(d)"),
+``causal`` ("true", "false", "top-left" or "bottom-right"), ``heads`` (a JSON list with one entry a
+head) and ``description``.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
+import re
+import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -22,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import Causal, check_scale, closest
-from ..base.files import parse_safetensors, write_bytes
+from ..base.files import write_bytes
 from ..problem import AttentionProblem
-from .container import ENTRIES, TENSORS, Heads
+from .container import ENTRIES, TENSORS, Heads, check_stack
+from .stored import joined, stored_heads
+from .tensors import from_json, from_npz, from_safetensors, open_tensors
 
 Array = NDArray[Any]
 
@@ -32,6 +37,10 @@ Array = NDArray[Any]
 BUNDLED = {"minilm": "minilm_n512.safetensors"}
 
 _DEFAULT_SCALE = "1/sqrt(d)"
+# Files that hold more than this together are read a head at a time.
+WHOLE_BYTES = 1 << 26
+# Heads are hardly wider; projections of several heads are.
+WIDE = 256
 # What Git leaves in place of a large file that was not fetched.
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -76,30 +85,45 @@ def load_heads(name: str = "minilm") -> Heads:
     return _read(source.read_bytes(), Path(BUNDLED[name]), name)
 
 
-def read_heads(path: str | PathLike[str]) -> Heads:
-    """Read heads from a ``.safetensors`` or ``.npz`` file.
+def read_heads(path: str | PathLike[str] | Iterable[str | PathLike[str]]) -> Heads:
+    """Read heads from ``.safetensors`` or ``.npz`` files.
 
     Parameters
     ----------
-    path : str or path
-        The file holds the tensors ``q`` (heads, n_q, d), ``k`` (heads, n_k, d) and ``v``
-        (heads, n_k, d_v) in float16, float32 or float64, or bfloat16 in ``.safetensors``,
-        optionally a boolean ``key_mask`` (heads, n_k), and metadata (arrays of no axis in
-        ``.npz``): ``scale``, by default "1/sqrt(d)"; ``causal``, by default "false"; ``heads``,
-        a JSON list; ``description``.
+    path : str or path, or several of them
+        A file, a folder (all files of heads in it, in the order of the numbers in their names), or
+        a pattern with ``*``, ``?``, ``[...]`` or ``**``.  A file holds the tensors ``q`` (heads,
+        n_q, d), ``k`` (heads, n_k, d) and ``v`` (heads, n_k, d_v) in float16, float32 or float64,
+        or bfloat16 in ``.safetensors``, each perhaps with an axis of a batch in front; optionally
+        a boolean ``key_mask`` (heads, n_k) or (batch, n_k); and metadata (arrays of no axis in
+        ``.npz``): ``scale``, by default "1/sqrt(d)"; ``causal``, by default "false"; ``heads``, a
+        JSON list; ``description``.
 
     Returns
     -------
     Heads
         In the precision of the file; bfloat16 is widened exactly to float32.  An entry of
         ``heads`` that is a string is the name of its head; any other is a name behind the name
-        of the file: ``{"layer": 0, "head": 6}`` in ``minilm.npz`` is "minilm/layer0.head6".
+        of the file: ``{"layer": 0, "head": 6}`` in ``minilm.npz`` is "minilm/layer0.head6", and
+        "minilm/batch1.layer0.head6" in entry 1 of a batch.  Names that several files share get the
+        names of the files, and where these are alike of their folders, in front.
+
+        Heads of several files may differ in shape, scale and causality: ``heads[i]`` is a problem
+        as ever, and ``heads.n_k`` or ``heads.q`` refuse where heads differ.  Of more than 64 MB a
+        head is read when ``heads[i]`` asks for it, and not kept.
 
     Raises
     ------
     TypeError, ValueError
-        For a name with another ending, something that is not a file or cannot be read, missing
-        or unknown tensors, and everything that `Heads` refuses.
+        For a name with another ending, something that is not a file or cannot be read, a folder
+        or pattern without a file of heads, missing or unknown tensors, and everything that
+        `Heads` refuses.
+
+    Warns
+    -----
+    RuntimeWarning
+        For heads wider than 256 in a file that does not name its heads: q, k and v may be
+        projections, which `Heads.from_projections` splits.
 
     Examples
     --------
@@ -111,13 +135,74 @@ def read_heads(path: str | PathLike[str]) -> Heads:
     ...     sa.read_heads(path).names
     ('peaked/head0', 'peaked/head1')
     """
-    source = _check_path(path)
+    sources = find_files(path)
+    large = sum(map(_content_bytes, sources)) > WHOLE_BYTES
+    parts = [(str(x), _read_lazily(x) if large else _read_file(x)) for x in sources]
+    return parts[0][1] if len(parts) == 1 else joined(parts)
+
+
+def find_files(path: object) -> list[Path]:
+    """Return the files of heads that a path, a folder, a pattern or several of these name."""
+    if isinstance(path, Iterable) and not isinstance(path, str):
+        given = list(path)
+        if not given:
+            raise ValueError("path must name at least one file, got an empty list; give some")
+        every = [source for item in given for source in find_files(item)]
+        return list({os.path.realpath(source): source for source in every}.values())
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path must be a string or a path, got {type(path).__name__}; name a file")
+    source = Path(os.path.expanduser(path))
+    if source.is_dir():
+        listed = [source / name for name in os.listdir(source) if not name.startswith(".")]
+        found = _files_of_heads(listed)
+        if not found:
+            raise ValueError(
+                f"path must be a folder with {' or '.join(_READERS)} files, got {str(source)!r}, "
+                f"which holds none; check its name"
+            )
+        return found
+    if is_pattern(source):
+        import glob
+
+        found = _files_of_heads(map(Path, glob.glob(str(source), recursive=True)))
+        if not found:
+            raise ValueError(
+                f"path must match a {' or '.join(_READERS)} file, got the pattern "
+                f"{str(source)!r}, which matches none; check its folder and name"
+            )
+        return found
+    source = _check_path(source)
     if not source.is_file():
         raise ValueError(
             f"path must be an existing file, got {str(source)!r}; check its folder and name"
         )
-    raw = source.read_bytes()
-    return _read(raw, source, source.stem)
+    return [source]
+
+
+def is_pattern(path: Path) -> bool:
+    """Say whether a path that is nothing itself may match others."""
+    return any(sign in str(path) for sign in "*?[") and not path.exists()
+
+
+def _files_of_heads(paths: Iterable[Path]) -> list[Path]:
+    """Return the files of heads among paths, layer2 before layer10."""
+
+    def order(path: Path) -> list[tuple[int, int, str]]:
+        parts = re.split(r"(\d+)", str(path))
+        return [(1, int(x), x) if x.isdecimal() else (0, 0, x) for x in parts]
+
+    return sorted((x for x in paths if x.suffix in _READERS and x.is_file()), key=order)
+
+
+def _content_bytes(source: Path) -> int:
+    """Return how many bytes the tensors of a file take once they are unpacked."""
+    if source.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(source) as archive:
+                return sum(info.file_size for info in archive.infolist())
+        except (OSError, ValueError, zipfile.BadZipFile):
+            pass  # which reading it says better
+    return source.stat().st_size
 
 
 def write_heads(
@@ -191,100 +276,51 @@ def _check_path(path: object) -> Path:
     return source
 
 
+def _read_file(source: Path) -> Heads:
+    return _read(source.read_bytes(), source, source.stem)
+
+
 def _read(raw: bytes, source: Path, stem: str) -> Heads:
-    try:
+    with _naming(source):
         if raw.startswith(_POINTER):
             raise ValueError(
                 "the file must hold the heads themselves, got a pointer of Git LFS to them; "
                 "fetch it with: git lfs pull"
             )
         tensors, entries = _READERS[source.suffix](raw)
-        return _decode(tensors, entries, stem)
+        arrays, options = _decode(tensors, entries, stem)
+        return Heads(*arrays, **options)
+
+
+def _read_lazily(source: Path) -> Heads:
+    """Return the heads of a file, each of which is read when it is asked for."""
+    with _naming(source):
+        tensors, entries = open_tensors(source)
+        # Arrays of these shapes that take no memory.
+        shapes = {
+            name: x.read() if name == "key_mask" else np.broadcast_to(x.dtype.type(0), x.shape)
+            for name, x in tensors.items()
+        }
+        arrays, options = _decode(shapes, entries, source.stem)
+        _, fields = check_stack(*arrays, **options)
+        return stored_heads((tensors["q"], tensors["k"], tensors["v"]), fields)
+
+
+@contextmanager
+def _naming(source: Path) -> Iterator[None]:
+    """Put the name of a file before what is wrong with it."""
+    try:
+        yield
     except TypeError as error:
         raise TypeError(f"{source.name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from error
 
 
-def _unreadable(error: Exception, kind: str) -> ValueError:
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-    return ValueError(
-        f"the file must be a whole {kind} file, got bytes that are not ({reason}); "
-        f"write it again with write_heads"
-    )
-
-
-def from_safetensors(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
-    """Return the tensors of a ``.safetensors`` file and its metadata; bfloat16 as float32."""
-    from safetensors import SafetensorError
-
-    try:
-        tensors, kinds, metadata = parse_safetensors(raw)
-    except SafetensorError as error:
-        raise _unreadable(error, ".safetensors") from error
-    for name, kind in kinds.items():
-        if kind not in ("F16", "BF16", "F32", "F64", "BOOL"):
-            raise TypeError(
-                f"{name} must be stored as F16, BF16, F32 or F64 (key_mask as BOOL), got {kind}; "
-                f"convert it first"
-            )
-    return tensors, metadata
-
-
-def _from_npz(raw: bytes) -> tuple[dict[str, Array], dict[str, str]]:
-    try:
-        with zipfile.ZipFile(BytesIO(raw)):
-            pass
-        with np.load(BytesIO(raw), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (
-        EOFError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise _unreadable(error, ".npz") from error
-    for name, x in arrays.items():
-        refuse_nameless(x, name)
-    named = {*TENSORS, "key_mask"}
-    tensors = {name: x for name, x in arrays.items() if name in named or np.ndim(x)}
-    entries: dict[str, str] = {}
-    for name, x in arrays.items():
-        if name not in tensors:
-            item = x.item()
-            entries[name] = item.decode(errors="replace") if isinstance(item, bytes) else str(item)
-    if "heads" in tensors and tensors["heads"].dtype.kind == "U" and tensors["heads"].ndim == 1:
-        entries["heads"] = json.dumps(tensors.pop("heads").tolist())
-    text = entries.pop("metadata", "{}")
-    free = _from_json(text)
-    if not isinstance(free, dict):
-        raise ValueError(f"metadata must be a JSON object, got {text!r}; correct the file")
-    return tensors, {name: str(x) for name, x in free.items()} | entries
-
-
-def refuse_nameless(x: object, name: str) -> None:
-    """Refuse numbers of a type that NumPy's files have no name for, such as bfloat16."""
-    # What an archive holds beside arrays comes as bytes.
-    if isinstance(x, np.ndarray) and x.dtype.kind == "V" and x.dtype.names is None:
-        raise TypeError(
-            f"{name} must be stored as float16, float32 or float64, got {x.dtype.itemsize} bytes "
-            f"a number of an unnamed type, as NumPy writes bfloat16; store it as float32, or as "
-            f"BF16 in .safetensors"
-        )
-
-
-def _from_json(text: str) -> object:
-    """Return what a JSON text stands for, None for other text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _decode(tensors: dict[str, Array], entries: dict[str, str], stem: str) -> Heads:
+def _decode(
+    tensors: dict[str, Array], entries: dict[str, str], stem: str
+) -> tuple[list[Array], dict[str, Any]]:
+    """Return q, k and v (heads, n, d), and the options of `Heads` that a file states."""
     missing = [name for name in TENSORS if name not in tensors]
     if missing:
         raise ValueError(
@@ -306,38 +342,83 @@ def _decode(tensors: dict[str, Array], entries: dict[str, str], stem: str) -> He
         ) from error
     order = entries.get("causal", "false")
     causal: Causal = {"true": True, "false": False}.get(order.lower(), order)
-    return Heads(
-        tensors["q"],
-        tensors["k"],
-        tensors["v"],
-        scale=scale,
-        causal=causal,
-        key_mask=tensors.get("key_mask"),
-        names=_names(entries.get("heads"), stem, len(tensors["q"]) if tensors["q"].ndim else 0),
-        description=entries.get("description", ""),
-        metadata={name: x for name, x in entries.items() if name not in ENTRIES},
-    )
-
-
-def _names(text: str | None, stem: str, count: int) -> list[str]:
-    """Return a name for each head from the JSON list of a file."""
-    if text is None:
-        return [f"{stem}/head{i}" for i in range(count)]
-    listed = _from_json(text)
-    if not isinstance(listed, list):
-        raise ValueError(
-            f"heads must be a JSON list with one entry for each head, got {text!r}; "
-            f"correct the metadata"
+    arrays, mask = [tensors[name] for name in TENSORS], tensors.get("key_mask")
+    batch = 0
+    if all(x.ndim == 4 for x in arrays):
+        batch, heads = arrays[0].shape[:2]
+        for label, x in zip(TENSORS, arrays, strict=True):
+            if x.shape[:2] != (batch, heads):
+                raise ValueError(
+                    f"{label} must have the batch and the heads of q, {(batch, heads)}, got "
+                    f"{x.shape[:2]}; repeat shared keys and values for each head"
+                )
+        if mask is not None:
+            mask = _mask_of_batch(mask, batch, heads, arrays[1].shape[2])
+        arrays = [x.reshape(-1, *x.shape[2:]) for x in arrays]
+    count = len(arrays[0]) if arrays[0].ndim else 0
+    options = {
+        "scale": scale,
+        "causal": causal,
+        "key_mask": mask,
+        "names": _names(entries.get("heads"), stem, count, batch),
+        "description": entries.get("description", ""),
+        "metadata": {name: x for name, x in entries.items() if name not in ENTRIES},
+    }
+    if "heads" not in entries and arrays[0].ndim == 3 and arrays[0].shape[2] > WIDE:
+        shape = tensors["q"].shape
+        warnings.warn(
+            f"q of shape {shape} is {count} head{'' if count == 1 else 's'} of width {shape[-1]}; "
+            f"if it is the projections of several heads, split it with "
+            f"sketchattn.Heads.from_projections(q, k, v, num_heads=...), and if not, name the "
+            f"heads in the metadata ({stem})",
+            RuntimeWarning,
+            stacklevel=2,
         )
-    names = []
-    for entry in listed:
-        if isinstance(entry, str):
-            names.append(entry)
-        elif isinstance(entry, dict):
-            names.append(f"{stem}/{'.'.join(f'{key}{value}' for key, value in entry.items())}")
-        else:
-            names.append(f"{stem}/head{entry}")
-    return names
+    return arrays, options
+
+
+def _mask_of_batch(mask: Array, batch: int, heads: int, n_k: int) -> Array:
+    """Return a mask (n_k,), (batch, n_k) or (batch, heads, n_k) for each head of a batch."""
+    if mask.ndim == 2:
+        mask = mask[:, None]
+    try:
+        return np.broadcast_to(mask, (batch, heads, n_k)).reshape(batch * heads, n_k)
+    except ValueError:
+        raise ValueError(
+            f"key_mask must have shape {(n_k,)}, {(batch, n_k)} or {(batch, heads, n_k)}, got "
+            f"{mask.shape}; give one entry for each key"
+        ) from None
+
+
+def _names(text: str | None, stem: str, count: int, batch: int) -> list[str]:
+    """Return a name for each of ``count`` heads from the JSON list of a file.
+
+    The list may name the heads of one entry of a batch: all others then have the same.
+    """
+    heads = count // max(batch, 1)
+    if text is None:
+        listed: Any = list(range(heads if batch else count))
+    else:
+        listed = from_json(text)
+        if not isinstance(listed, list):
+            raise ValueError(
+                f"heads must be a JSON list with one entry for each head, got {text!r}; "
+                f"correct the metadata"
+            )
+    if batch and len(listed) == heads:
+        return [_name(x, stem, f"batch{b}") for b in range(batch) for x in listed]
+    return [_name(x, stem, "") for x in listed]
+
+
+def _name(entry: Any, stem: str, where: str) -> str:
+    """Return the name of a head from its entry in a file, and from where in the batch it is."""
+    if isinstance(entry, str):
+        return f"{entry}/{where}" if where else entry
+    if isinstance(entry, dict):
+        own = ".".join(f"{key}{value}" for key, value in entry.items())
+    else:
+        own = f"head{entry}"
+    return f"{stem}/{where}.{own}" if where else f"{stem}/{own}"
 
 
 def _to_safetensors(
@@ -361,7 +442,7 @@ def _to_npz(tensors: dict[str, Array], entries: dict[str, str], metadata: dict[s
 
 _READERS: dict[str, Callable[[bytes], tuple[dict[str, Array], dict[str, str]]]] = {
     ".safetensors": from_safetensors,
-    ".npz": _from_npz,
+    ".npz": from_npz,
 }
 _WRITERS: dict[str, Callable[[dict[str, Array], dict[str, str], dict[str, str]], bytes]] = {
     ".safetensors": _to_safetensors,

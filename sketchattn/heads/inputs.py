@@ -9,29 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from ..problem import AttentionProblem
-from .files import load_heads, read_heads
+from .container import Heads
+from .files import BUNDLED, is_pattern, load_heads, read_heads
+from .stored import MixedHeads, StoredProblem, joined
 
 
-def as_heads(heads: Any) -> list[AttentionProblem]:
+def as_heads(heads: Any, *, stored: bool = False) -> list[AttentionProblem]:
     """Return what ``heads`` stands for as problems with distinct names.
 
     Parameters
     ----------
-    heads : Heads, AttentionProblem, sequence of AttentionProblem, path, or name
-        A string is the file of that name if there is one or if it ends in ``.safetensors`` or
-        ``.npz``, otherwise the name of a bundled set.
+    heads : Heads, AttentionProblem, sequence of AttentionProblem, path, name, or several of these
+        A string is a file, a folder or a pattern of files as `read_heads` takes them, if there is
+        one or if it ends in ``.safetensors`` or ``.npz``, otherwise the name of a bundled set.
+    stored : bool, default False
+        Leave heads that are in files there, as problems that read themselves when they are used.
 
     Raises
     ------
     TypeError, ValueError
         For anything else, an empty problem, a problem without values, or repeated names.
     """
-    if isinstance(heads, PathLike):
-        heads = read_heads(heads)
-    elif isinstance(heads, str):
-        path = Path(os.path.expanduser(heads))
-        named_file = path.suffix in (".safetensors", ".npz") or path.is_file()
-        heads = read_heads(heads) if named_file else load_heads(heads)
+    if isinstance(heads, str | PathLike):
+        heads = _named(heads)
+    elif isinstance(heads, list | tuple) and all(isinstance(x, str | PathLike) for x in heads):
+        heads = joined([(str(x), _named(x)) for x in heads]) if heads else heads
     if isinstance(heads, AttentionProblem):
         heads = [heads]
     if not isinstance(heads, Iterable):
@@ -39,7 +41,7 @@ def as_heads(heads: Any) -> list[AttentionProblem]:
             f"heads must be Heads, problems, a file or the name of a bundled set, got "
             f"{type(heads).__name__}; make problems with sketchattn.AttentionProblem(q, k, v)"
         )
-    problems = list(heads)
+    problems = list(heads.problems if stored and isinstance(heads, MixedHeads) else heads)
     if not problems:
         raise ValueError("heads must hold at least one problem, got 0; give some")
     seen: set[str] = set()
@@ -57,7 +59,7 @@ def as_heads(heads: Any) -> list[AttentionProblem]:
                 f"give each problem a name of its own"
             )
         seen.add(name)
-        if problem.v is None:
+        if problem.d_v is None:  # v of a stored head would be read
             raise ValueError(
                 f"heads must have values for a study, got v=None in {name!r}; "
                 f"make the problem with its values"
@@ -72,8 +74,25 @@ def as_heads(heads: Any) -> list[AttentionProblem]:
     return named
 
 
+def _named(text: str | PathLike[str]) -> Heads:
+    """Return the heads of files, or the bundled ones of a name."""
+    if isinstance(text, PathLike):
+        return read_heads(text)
+    return read_heads(text) if names_files(text) else load_heads(text)
+
+
+def names_files(text: str) -> bool:
+    """Say whether a text is a file, a folder or a pattern of files, not the name of a set."""
+    path = Path(os.path.expanduser(text))
+    if path.suffix in (".safetensors", ".npz") or path.is_file():
+        return True
+    return text not in BUNDLED and (path.is_dir() or is_pattern(path))
+
+
 def renamed(problem: AttentionProblem, name: str) -> AttentionProblem:
     """Return a problem of the same arrays under a name; exact quantities are not taken along."""
+    if isinstance(problem, StoredProblem):
+        return problem.replaced(name=name).load()
     return AttentionProblem(
         *problem.arrays,
         scale=problem.scale,

@@ -21,7 +21,7 @@ from ..errors.certificates import (
     ErrorCertificate,
     RememberedRows,
     certify_known,
-    judged,
+    check_output,
     know,
     scale_of,
 )
@@ -330,7 +330,7 @@ class _Search:
     def certificate(self, output: Array, estimate: float) -> ErrorCertificate | None:
         """Return the certificate of an output from fresh rows."""
         task = self.task
-        array, factor = judged(self.problem, output)
+        array, factor = check_output(self.problem, output)
         known = know(self.problem, array, factor, guess=task.kind == "approximate")
         level = 1.0 - (1.0 - task.confidence) / ATTEMPTS
         rows = self.seen if self.everything else task.rows

@@ -17,7 +17,12 @@ PREDICTORS = ("zero", "vmean")
 EXACT = "exact"
 REFERENCES = (*FLOORS, *PREDICTORS, EXACT)
 ROLES = dict.fromkeys(FLOORS, "floor") | dict.fromkeys(PREDICTORS, "predictor") | {EXACT: "exact"}
-COLUMNS = ("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank", "work")
+# The finite-sample interval of ``output_fro_rel``, and the exact rows that errors are from.
+SAMPLED_COLUMNS = ("output_fro_rel_low", "output_fro_rel_high", "rows")
+COLUMNS = (
+    *("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank", "work"),
+    *SAMPLED_COLUMNS,
+)
 
 # Of the bounds of claims: ``bound`` is that of ``field``, below which lies ``what``.
 BOUND_COLUMNS = ("claim", "method", "head", "rank", "field", "what", "bound")

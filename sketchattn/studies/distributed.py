@@ -30,10 +30,10 @@ from ..base.floating import without_floating_errors
 from ..base.machine import machine
 from ..kernels._threads import blas_single_thread, limit_threads
 from ..problem import AttentionProblem
+from .columns import Key, Values
 from .grid import Cell
 from .journal import check_held, format_line
 from .measure import HeadTask, run_cell
-from .columns import Key, Values
 
 # A task ends with the first cell after so many seconds: what a lost worker costs, and how long
 # idle workers wait for their share.

@@ -16,15 +16,25 @@ from ..zoo.base import methods as registered
 from ..zoo.function import Function
 from .columns import Key
 
+# Heads of this many queries or keys are measured on a sample of rows, and larger ranks than those
+# below are as dear as exact attention.
+LONG = 1 << 16
+LONG_RANKS = (64, 128, 256, 512, 1024)
+LONG_ROWS = 512
+
 
 def default_ranks(n_k: int) -> list[int]:
     """Return the powers of two from 8 to ``n_k / 2``; ``[max(1, n_k // 2)]`` if there is none.
+
+    From 64 to 1024 for long heads.
 
     Examples
     --------
     >>> default_ranks(100), default_ranks(10)
     ([8, 16, 32], [5])
     """
+    if n_k >= LONG:
+        return list(LONG_RANKS)
     powers = [2**i for i in range(3, max(n_k // 2, 1).bit_length())]
     return powers or [max(1, n_k // 2)]
 
@@ -131,6 +141,9 @@ class Cell(NamedTuple):
     seed: int
     # The method at the rank that is run first, untimed.
     first: Method
+    # Rows that errors are from, all for None, and whether spectral norms are among them.
+    rows: int | None = None
+    spectral: bool = True
 
 
 def describe_method(method: Method) -> str:
@@ -166,7 +179,20 @@ def _content_of(cls: type[Method], name: str, value: object) -> str:
         ) from error
 
 
-def make_cells(variants: Sequence[Variant], ranks: list[int], seeds: list[int]) -> list[Cell]:
+def how_measured(rows: int | None, spectral: bool) -> str:
+    """Return what keys say of how cells are measured, nothing where all of it is."""
+    if rows is not None:
+        return f" on {rows} rows"
+    return "" if spectral else " without spectral norms"
+
+
+def make_cells(
+    variants: Sequence[Variant],
+    ranks: list[int],
+    seeds: list[int],
+    rows: int | None = None,
+    spectral: bool = True,
+) -> list[Cell]:
     """Return the distinct computations behind the rows of one head, and of its references."""
     cells: dict[Key, Cell] = {}
     for variant in variants:
@@ -176,7 +202,7 @@ def make_cells(variants: Sequence[Variant], ranks: list[int], seeds: list[int]) 
         first = variant.at(order[0])
         for rank in order if variant.ranked else order[:1]:
             method = variant.at(rank)
-            text = variant.text_at(rank)
+            text = variant.text_at(rank) + how_measured(rows, spectral)
             for seed in seeds if variant.randomized else seeds[:1]:
                 key = (text, seed if variant.randomized else None)
                 cell = Cell(
@@ -186,6 +212,8 @@ def make_cells(variants: Sequence[Variant], ranks: list[int], seeds: list[int]) 
                     rank if variant.ranked else None,
                     seed,
                     first if variant.oracle else method,
+                    rows,
+                    spectral,
                 )
                 cells.setdefault(key, cell)
     return list(cells.values())

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.files import append_bytes
-from ..errors.reports import error_report
+from ..errors.reports import ErrorReport, error_report
+from ..errors.sampled import sampled_report, sampled_topk
 from ..kernels._threads import blas_single_thread, cpu_count, limit_threads
 from ..problem import AttentionProblem
 from ..zoo.base import Method
+from ..zoo.baselines import TopK
 from .columns import Key, Values
 from .grid import Cell
 from .journal import check_held, format_line, holder_of
@@ -26,6 +28,8 @@ SYNC_SECONDS = 1.0
 
 def measure(problem: AttentionProblem, cell: Cell, *, warm: bool) -> Values:
     """Return the values of one cell: what the error report says, and what it cost."""
+    if cell.rows is not None and isinstance(cell.method, TopK):
+        return _measure_floor(problem, cell.method, cell.rows)
     values = problem.values
     linear = cell.method.traits.matrix
 
@@ -44,10 +48,9 @@ def measure(problem: AttentionProblem, cell: Cell, *, warm: bool) -> Values:
         start = time.perf_counter()
         found = run(cell.method)
         times.append(time.perf_counter() - start)
-    report = error_report(problem, found) if linear else error_report(problem, output=found)
     rank = found.effective_rank if linear else None
     return {
-        **report.as_dict(),
+        **_errors(problem, cell, found),
         "seconds": statistics.median(times),
         "bytes": int(found.nbytes) if linear else None,
         "effective_rank": None if rank is None else int(rank),
@@ -72,12 +75,47 @@ def run_cell(problem: AttentionProblem, cell: Cell, warmed: set[str]) -> Values:
     return values
 
 
+def _errors(problem: AttentionProblem, cell: Cell, found: Any) -> Values:
+    """Return the errors of Ahat or of an output, and the rows that they are from."""
+    given = {"ahat": found} if cell.method.traits.matrix else {"output": found}
+    if cell.rows is None:
+        report = error_report(problem, **given, spectral=cell.spectral)
+        low = high = report.output_fro_rel
+        rows = problem.n_q
+    else:
+        report, low, high, rows = sampled_report(problem, cell.rows, **given)
+    return _listed(report, low, high, rows)
+
+
+def _listed(report: ErrorReport, low: float, high: float, rows: int) -> Values:
+    return {
+        **report.as_dict(),
+        "output_fro_rel_low": low,
+        "output_fro_rel_high": high,
+        "rows": rows,
+    }
+
+
+def _measure_floor(problem: AttentionProblem, method: TopK, rows: int) -> Values:
+    """Return the values of a floor that is computed on the sampled rows only."""
+    start = time.perf_counter()
+    found = sampled_topk(problem, rows, method.rank, renormalize=method.renormalize)
+    kept = min(method.rank, len(problem.kept_keys))
+    return {
+        **_listed(*found),
+        "seconds": time.perf_counter() - start,
+        "bytes": None,
+        "effective_rank": int(kept),
+    }
+
+
 class HeadTask(NamedTuple):
     """Hold what the worker of one head is given.
 
     ``token`` proves that the study still holds the folder of ``lock``, and ``jobs`` is the number
     of heads that are computed beside this one.  ``kept`` says whether the journal is: one that is
-    temporary moves the bar, and may be missing.
+    temporary moves the bar, and may be missing.  ``announce`` asks for a file that names the cell
+    in work, for the bar.
     """
 
     problem: AttentionProblem
@@ -87,6 +125,18 @@ class HeadTask(NamedTuple):
     token: str
     jobs: int
     kept: bool = True
+    announce: bool = False
+
+
+def now_path(journal: Path) -> Path:
+    """Return the file that names what a head works on."""
+    return journal.with_suffix(".now")
+
+
+def _announce(task: HeadTask, cell: Cell) -> None:
+    at = "" if cell.rank is None else f" at rank {cell.rank}"
+    with suppress(OSError):
+        now_path(task.journal).write_text(f"{task.problem.name}: {cell.label}{at}")
 
 
 def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
@@ -105,6 +155,8 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
         for cell in task.cells:
             if task.kept and shared:
                 check_held(task.lock, task.token)
+            if task.announce and shared:
+                _announce(task, cell)
             values = run_cell(problem, cell, warmed)
             found[cell.key] = values
             if shared:
@@ -115,4 +167,7 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
                     append_bytes(task.journal, format_line(problem.digest, cell, values), sync=sync)
                 if sync:
                     synced = time.monotonic()
+    if task.announce:
+        with suppress(OSError):
+            now_path(task.journal).unlink()
     return str(problem.name), found

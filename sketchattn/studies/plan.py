@@ -8,21 +8,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 import pandas as pd
 
-from ..base.arguments import check_count, check_flag, guesses
+from ..base.arguments import check_count, check_flag, check_name, guesses
 from ..base.files import as_folder
 from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method
 from .call import call_of
-from .columns import BOUND_COLUMNS, REFERENCES
+from .columns import BOUND_COLUMNS, FLOORS, REFERENCES
 from .distributed import check_cluster
 from .grid import (
+    LONG,
+    LONG_ROWS,
     NOT_COMPARED,
     Cell,
     Variant,
@@ -38,11 +40,34 @@ if TYPE_CHECKING:
     from ..heads.container import Heads
     from ..theory.engine.curves import ErrorBound
 
+# Heads above this length are told what takes long.
+LARGE = 4096
+
+HeadsLike = Union[  # noqa: UP007  # a name of Heads, which is not loaded here
+    "Heads",
+    AttentionProblem,
+    Sequence[AttentionProblem | str | PathLike[str]],
+    str,
+    PathLike[str],
+]
 # By name, which may carry parameters, by class, or as an object; or a plain function.
 MethodLike = str | type[Method] | Method | Callable[..., Any]
 MethodsLike = (
     MethodLike | Mapping[str, MethodLike] | Sequence[MethodLike | tuple[str, MethodLike]] | None
 )
+
+
+class Here(NamedTuple):
+    """What a study does on one head.
+
+    ``ranks`` in order; ``rows``: exact rows that errors are from, all for None; ``without``:
+    references that there are none of; ``cells``: the distinct computations, references first.
+    """
+
+    ranks: list[int]
+    rows: int | None
+    without: frozenset[str]
+    cells: list[Cell]
 
 
 @dataclass(frozen=True)
@@ -57,9 +82,15 @@ class Plan:
         The methods, and the floors and predictors beside them.
     left_out : dict from str to str
         Methods of the default choice that cannot honour all heads, and why.
-    ranks, seeds : list of int
-    cells : list of Cell
-        The distinct computations on each head, references first.
+    ranks : list of int or float
+        As given: floats are shares of the keys of each head.
+    seeds : list of int
+    here : dict from str to Here
+        What is done on each head, by its name.
+    spectral : bool
+        Whether spectral norms are computed.
+    notes, warnings : tuple of str
+        What is not measured and why, and what takes long.
     bounds : pandas.DataFrame
         Bounds of claims, with the columns ``BOUND_COLUMNS``.
     jobs : int
@@ -78,9 +109,12 @@ class Plan:
     variants: list[Variant]
     references: list[Variant]
     left_out: dict[str, str]
-    ranks: list[int]
+    ranks: list[int | float]
     seeds: list[int]
-    cells: list[Cell]
+    here: dict[str, Here]
+    spectral: bool
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     bounds: pd.DataFrame
     jobs: int
     folder: Path | None
@@ -91,12 +125,17 @@ class Plan:
     report: bool
     call: str
 
+    @property
+    def total(self) -> int:
+        """Number of cells of all heads."""
+        return sum(len(here.cells) for here in self.here.values())
+
 
 def make_plan(
-    heads: Heads | AttentionProblem | Sequence[AttentionProblem] | str | PathLike[str],
+    heads: HeadsLike,
     *,
     methods: MethodsLike,
-    ranks: Sequence[int] | None,
+    ranks: int | Sequence[int | float] | None,
     seeds: int | Sequence[int],
     jobs: int,
     out: str | PathLike[str] | None,
@@ -106,10 +145,13 @@ def make_plan(
     bounds: str | Sequence[str] | None,
     report: bool,
     dask: object,
+    floors: bool | Sequence[str],
+    spectral: bool,
+    rows: int | None,
 ) -> Plan:
     """Return the plan of a study; refuse every argument of ``study`` that does not fit."""
-    problems = as_heads(heads)
-    chosen_ranks = as_ranks(ranks, problems)
+    problems = as_heads(heads, stored=True)
+    given, by_head = as_ranks(ranks, problems)
     chosen_seeds = as_seeds(seeds)
     workers = check_jobs(jobs, "head")
     folder = as_folder(out)
@@ -118,20 +160,37 @@ def make_plan(
     report = check_flag(report, "report", "give True or False")
     show = check_progress(progress)
     cluster = check_cluster(dask)
-    variants, left_out = as_methods(methods, problems, chosen_ranks)
-    limits = as_bounds(bounds, problems, variants, chosen_ranks)
-    references = [Variant.of(name, by_name(name, chosen_ranks[0])) for name in REFERENCES]
-    cells = make_cells(references, chosen_ranks, chosen_seeds[:1])
-    taken = {cell.key for cell in cells}
-    cells += [c for c in make_cells(variants, chosen_ranks, chosen_seeds) if c.key not in taken]
+    spectral = check_flag(spectral, "spectral", "give True or False")
+    wanted = as_floors(floors)
+    samples = as_rows(rows, problems)
+    variants, left_out = as_methods(methods, problems, by_head, samples)
+    limits = as_bounds(bounds, problems, variants, by_head, samples)
+    first = next(iter(by_head.values()))[0]
+    references = [
+        Variant.of(name, by_name(name, first))
+        for name in REFERENCES
+        if name in wanted or name not in FLOORS
+    ]
+    here = {}
+    for name, sample in samples.items():
+        without = frozenset(() if sample is None else NOT_SAMPLED)
+        beside = [v for v in references if v.label not in without]
+        how = (by_head[name], chosen_seeds, sample, spectral)
+        cells = make_cells(beside, how[0], chosen_seeds[:1], *how[2:])
+        taken = {cell.key for cell in cells}
+        cells += [cell for cell in make_cells(variants, *how) if cell.key not in taken]
+        here[name] = Here(by_head[name], sample, without, cells)
     return Plan(
         problems=problems,
         variants=variants,
         references=references,
         left_out=left_out,
-        ranks=chosen_ranks,
+        ranks=given,
         seeds=chosen_seeds,
-        cells=cells,
+        here=here,
+        spectral=spectral,
+        notes=_notes(problems, samples, wanted),
+        warnings=_warnings(problems, samples, wanted, spectral),
         bounds=limits,
         jobs=workers,
         folder=folder,
@@ -141,6 +200,81 @@ def make_plan(
         progress=show,
         report=report,
         call=call_of(heads, methods=methods, ranks=ranks, seeds=seeds, bounds=bounds, out=out),
+    )
+
+
+# References that a sample of rows does not tell, or that cost what the sample saves.
+NOT_SAMPLED = ("svd", "exact")
+
+
+def as_floors(floors: Any) -> tuple[str, ...]:
+    """Return the names of the floors to compute."""
+    if isinstance(floors, bool | np.bool_):
+        return FLOORS if floors else ()
+    names = [floors] if isinstance(floors, str) else floors
+    if not isinstance(names, Iterable):
+        raise TypeError(
+            f"floors must be True, False or names, got {type(floors).__name__}; "
+            f"floors=('topk',) is one of them"
+        )
+    found = tuple(check_name(name, "floors", FLOORS) for name in names)
+    return tuple(name for name in FLOORS if name in found)
+
+
+def as_rows(rows: Any, problems: Sequence[AttentionProblem]) -> dict[str, int | None]:
+    """Return how many rows of each head are sampled, None for those that are measured whole."""
+    if rows is not None:
+        rows = check_count(rows, "rows", "rows=512 samples so many rows of each head")
+    found: dict[str, int | None] = {}
+    for problem in problems:
+        long = max(problem.n_q, problem.n_k) >= LONG
+        asked = rows if rows is not None else LONG_ROWS if long else None
+        few = asked is not None and asked < int((problem.visible_counts() > 0).sum())
+        found[str(problem.name)] = asked if few else None
+    return found
+
+
+def _notes(
+    problems: Sequence[AttentionProblem],
+    samples: Mapping[str, int | None],
+    floors: Sequence[str],
+) -> tuple[str, ...]:
+    """Return what is not measured on sampled heads, and why."""
+    counts = sorted({rows for rows in samples.values() if rows is not None})
+    if not counts:
+        return ()
+    where = "all heads" if None not in samples.values() else "the longer heads"
+    noted = [
+        f"errors of {where} are from {' or '.join(map(str, counts))} exact rows, the same for all "
+        f"methods (rows= changes that); spectral norms and the worst row are NaN there, since no "
+        f"sample of rows tells them"
+    ]
+    if "svd" in floors:
+        noted.append(f"svd is left out on {where}: it needs the whole matrix")
+    return tuple(noted)
+
+
+def _warnings(
+    problems: Sequence[AttentionProblem],
+    samples: Mapping[str, int | None],
+    floors: Sequence[str],
+    spectral: bool,
+) -> tuple[str, ...]:
+    """Return what takes long on heads that are long and measured whole."""
+    large = [p for p in problems if samples[str(p.name)] is None and max(p.n_q, p.n_k) > LARGE]
+    if not large:
+        return ()
+    most = max(large, key=lambda p: p.n_q * p.n_k)
+    slow = [*floors, *(["spectral norms"] if spectral else [])]
+    what = f"; {', '.join(slow)} take longest" if slow else ""
+    ways = [
+        *(["floors=False (--no-floors)"] if floors else []),
+        *(["spectral=False (--no-spectral)"] if spectral else []),
+    ]
+    leave = f" and {' and '.join(ways)} leave out what is dearest" if ways else ""
+    return (
+        f"each cell compares all {most.n_q} x {most.n_k} entries of {most.name!r}{what}: "
+        f"rows=512 (--rows 512) takes a sample of rows{leave}",
     )
 
 
@@ -167,43 +301,98 @@ def as_seeds(seeds: Any) -> list[int]:
     return _integers(seeds, "seeds", 0)
 
 
-def as_ranks(ranks: Any, problems: Sequence[AttentionProblem]) -> list[int]:
-    """Return the ranks, by default those that suit the smallest head."""
+def as_ranks(
+    ranks: Any, problems: Sequence[AttentionProblem]
+) -> tuple[list[int | float], dict[str, list[int]]]:
+    """Return the ranks as given, by default those that suit the smallest head, and by head.
+
+    A float is a share of the keys of each head, rounded to the nearest rank, halves up, and at
+    least 1.
+    """
     smallest = min(problems, key=lambda problem: problem.n_k)
+    names = [str(problem.name) for problem in problems]
     if ranks is None:
-        return default_ranks(smallest.n_k)
-    found = _integers([ranks] if isinstance(ranks, numbers.Integral) else ranks, "ranks", 1)
-    if max(found) > smallest.n_k:
+        found: list[int | float] = list(default_ranks(smallest.n_k))
+        return found, {name: [int(x) for x in found] for name in names}
+    if isinstance(ranks, numbers.Integral | float | np.floating):
+        ranks = [ranks]
+    given = ranks if isinstance(ranks, str) or not isinstance(ranks, Iterable) else list(ranks)
+    shares: list[float] = []
+    if isinstance(given, list):
+        shares = [_share(x) for x in given if isinstance(x, float | np.floating)]
+    for i, x in enumerate(shares):
+        if x in shares[:i]:
+            raise ValueError(f"ranks must be distinct, got {x} twice; delete one of them")
+    if not shares:
+        found = list(_integers(given, "ranks", 1))
+    else:
+        rest = [x for x in given if not isinstance(x, float | np.floating)]
+        whole = iter(_integers(rest, "ranks", 1) if rest else [])
+        share = iter(shares)
+        found = [next(share if isinstance(x, float | np.floating) else whole) for x in given]
+    largest = max((x for x in found if not isinstance(x, float)), default=0)
+    if largest > smallest.n_k:
         raise ValueError(
             f"ranks must be at most n_k = {smallest.n_k} of head {smallest.name!r}, got "
-            f"{max(found)}; lower it or leave the head out"
+            f"{largest}; lower it or leave the head out"
         )
-    return found
+    return found, {
+        str(p.name): list(dict.fromkeys(_rank_of(x, p.n_k) for x in found)) for p in problems
+    }
+
+
+def _share(x: Any) -> float:
+    """Return a share of the keys."""
+    value = float(x)
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"ranks must be integers or shares in (0, 1] of the keys of each head, got {value}; "
+            f"write a rank without a point"
+        )
+    return value
+
+
+def _rank_of(x: int | float, n_k: int) -> int:
+    return max(1, math.floor(x * n_k + 0.5)) if isinstance(x, float) else x
 
 
 def as_methods(
-    methods: Any, problems: Sequence[AttentionProblem], ranks: Sequence[int]
+    methods: Any,
+    problems: Sequence[AttentionProblem],
+    ranks: Mapping[str, Sequence[int]],
+    samples: Mapping[str, int | None],
 ) -> tuple[list[Variant], dict[str, str]]:
     """Return the methods with their labels, and the default ones that were left out."""
+    first = ranks[str(problems[0].name)][0]
     if methods is None:
         kept, left_out = [], {}
         for name in default_methods():
-            variant = Variant.of(name, by_name(name, ranks[0]))
-            if variant.method.traits.causal_form and not any(p.causal for p in problems):
-                left_out[name] = "it makes another method causal, and no head is"
-                continue
-            refused = _refusal(variant, problems, ranks)
-            if refused is None:
+            variant = Variant.of(name, by_name(name, first))
+            why = _unsuited(variant, problems, ranks, samples)
+            if why is None:
                 kept.append(variant)
             else:
-                head, error = refused
-                left_out[name] = f"head {head!r}: {error}"
+                left_out[name] = why
         if not kept:
             reasons = "; ".join(f"{name} ({why})" for name, why in left_out.items())
             raise ValueError(
                 f"methods must hold one that can honour all heads, got none by default: {reasons}"
             )
         return kept, NOT_COMPARED | left_out
+    variants = as_variants(methods, first)
+    for variant in variants:
+        refused = _refusal(variant, problems, ranks)
+        if refused is not None:
+            head, error = refused
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"methods must honour all heads, got {variant.label!r} with head {head!r}: {error}"
+            ) from error
+    return variants, {}
+
+
+def as_variants(methods: Any, rank: int) -> list[Variant]:
+    """Return methods that were named with their labels; those that have a rank at this one."""
     if isinstance(methods, str | Method) or callable(methods):
         methods = [methods]
     if isinstance(methods, Mapping):
@@ -223,7 +412,7 @@ def as_methods(
                 f"entries; write ('label', method)"
             )
         label, given = pair
-        method = as_method(given, ranks[0])
+        method = as_method(given, rank)
         label = label_of(given, method) if label is None else label
         if not isinstance(label, str) or not label:
             raise TypeError(
@@ -242,26 +431,46 @@ def as_methods(
         variants.append(Variant.of(label, method))
     if not variants:
         raise ValueError("methods must hold at least one method, got none; leave methods out")
-    for variant in variants:
-        refused = _refusal(variant, problems, ranks)
-        if refused is not None:
-            head, error = refused
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(
-                f"methods must honour all heads, got {variant.label!r} with head {head!r}: {error}"
-            ) from error
-    return variants, {}
+    return variants
+
+
+def _unsuited(
+    variant: Variant,
+    problems: Sequence[AttentionProblem],
+    ranks: Mapping[str, Sequence[int]],
+    samples: Mapping[str, int | None],
+) -> str | None:
+    """Return why a method is not among the default ones for these heads, None if it is."""
+    traits = variant.method.traits
+    causal = [p for p in problems if p.causal]
+    if traits.causal_form and not causal:
+        return "it makes another method causal, and no head is"
+    if causal and not traits.causal:
+        which = (
+            f"{causal[0].name!r} is"
+            if len(causal) == 1
+            else f"{len(causal)} of {len(problems)} heads are"
+        )
+        return f"it sees all keys, and {which} causal"
+    long = [p for p in problems if samples[str(p.name)] is not None]
+    if traits.quadratic and long:
+        return (
+            f"it computes all {long[0].n_q} x {long[0].n_k} logits of {long[0].name!r}; name it in "
+            f"methods to run it all the same"
+        )
+    refused = _refusal(variant, problems, ranks)
+    return None if refused is None else f"head {refused[0]!r}: {refused[1]}"
 
 
 def _refusal(
-    variant: Variant, problems: Sequence[AttentionProblem], ranks: Sequence[int]
+    variant: Variant, problems: Sequence[AttentionProblem], ranks: Mapping[str, Sequence[int]]
 ) -> tuple[str, TypeError | ValueError] | None:
     """Return the first head that a method cannot honour, and why."""
     name = ""
     try:
         for problem in problems:
             name = str(problem.name)
-            variant.check(problem, ranks)
+            variant.check(problem, ranks[name])
     except (TypeError, ValueError) as error:
         return name, error
     return None
@@ -271,9 +480,13 @@ def as_bounds(
     bounds: Any,
     problems: Sequence[AttentionProblem],
     variants: Sequence[Variant],
-    ranks: Sequence[int],
+    ranks: Mapping[str, Sequence[int]],
+    samples: Mapping[str, int | None],
 ) -> pd.DataFrame:
-    """Return the bounds of claims on every head at every rank; they need no draw."""
+    """Return the bounds of claims on every head at every rank; they need no draw.
+
+    Of heads that are measured whole: bounds need norms of the matrix.
+    """
     names = [bounds] if isinstance(bounds, str) else bounds
     if names is None:
         return pd.DataFrame(columns=list(BOUND_COLUMNS))
@@ -287,12 +500,18 @@ def as_bounds(
         raise ValueError("bounds must hold at least one id, got none; leave bounds out")
     labels = {name: _whose(curve, variants) for name, curve in curves.items()}
     found: dict[str, list[list[Any]]] = {name: [] for name in curves}
-    for problem in problems:
+    whole = [problem for problem in problems if samples[str(problem.name)] is None]
+    if not whole:
+        raise ValueError(
+            "bounds must be of heads that are measured whole, got samples of rows of all of them; "
+            "leave bounds out"
+        )
+    for problem in whole:
         copy = renamed(problem, str(problem.name))  # leaves the exact quantities behind
         for name, curve in curves.items():
             found[name] += [
                 [name, labels[name], problem.name, r, curve.field, curve.what, curve.at(copy, r)]
-                for r in ranks
+                for r in ranks[str(problem.name)]
             ]
     for name, rows in found.items():
         if all(math.isnan(row[-1]) for row in rows):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from .measure import now_path
 
 
 class Progress:
@@ -69,5 +72,16 @@ class Progress:
             self._sizes[path] = size + len(fresh)
         with self._lock:
             done = max(self._lines, self._returned)
+        self._bar.set_postfix_str(self._at_work(), refresh=False)
         self._bar.update(done - self._shown)
+        self._bar.refresh()
         self._shown = done
+
+    def _at_work(self) -> str:
+        """Return the cell that is in work, the one that began last where there are several."""
+        found: list[tuple[float, str]] = []
+        for journal in self._sizes:
+            path = now_path(journal)
+            with suppress(OSError):
+                found.append((path.stat().st_mtime, path.read_text()))
+        return max(found)[1] if found else ""

@@ -17,10 +17,10 @@ from ..base.files import write_text
 from ..base.machine import machine
 from ..errors.reports import FIELDS
 from ..problem import AttentionProblem
-from .columns import COLUMNS, Key, Values, is_missing
+from .columns import COLUMNS, FLOORS, SAMPLED_COLUMNS, Key, Values, is_missing
 from .folder import Found as FolderFound
 from .folder import read_folder
-from .grid import Variant
+from .grid import Variant, how_measured
 from .pictures.words import some_of
 from .plan import Plan
 from .plots import PICTURES
@@ -32,7 +32,7 @@ def tabulate(plan: Plan, found: Found) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the rows of the methods at all seeds, and of the references at one."""
     return (
         _frame(plan, plan.variants, plan.seeds, found),
-        _frame(plan, plan.references, plan.seeds[:1], found),
+        _frame(plan, plan.references, plan.seeds[:1], found, beside=True),
     )
 
 
@@ -113,11 +113,17 @@ def write_results(
     settings = {
         "version": __version__,
         "call": plan.call,
-        "heads": [_describe_head(p) for p in plan.problems],
+        "heads": [
+            _describe_head(p) | {"rows": plan.here[str(p.name)].rows or p.n_q}
+            for p in plan.problems
+        ],
         "methods": {**kept, **{v.label: v.text for v in plan.variants}},
         "left_out": plan.left_out,
         "ranks": plan.ranks,
         "seeds": plan.seeds,
+        "floors": [v.label for v in plan.references if v.label in FLOORS],
+        "spectral": plan.spectral,
+        "notes": plan.notes,
         "bounds": list(dict.fromkeys(bounds["claim"])),
         "jobs": plan.jobs,
         "machine": machine(),
@@ -131,23 +137,31 @@ def _read(path: Path) -> str | None:
 
 
 def _frame(
-    plan: Plan, variants: Sequence[Variant], seeds: Sequence[int], found: Found
+    plan: Plan,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    found: Found,
+    beside: bool = False,
 ) -> pd.DataFrame:
-    """Return the full grid in order: head, method, rank, seed."""
+    """Return the full grid in order: head, method, rank, seed; references that a head has."""
     rows: list[list[Any]] = []
     for problem in plan.problems:
-        done = found[str(problem.name)]
+        done, here = found[str(problem.name)], plan.here[str(problem.name)]
+        how = how_measured(here.rows, plan.spectral)
         for variant in variants:
-            for rank in plan.ranks:
+            if beside and variant.label in here.without:
+                continue
+            for rank in here.ranks:
                 for seed in seeds:
                     own = seed if variant.randomized else None
-                    values = done[variant.text_at(rank), own]
+                    values = done[variant.text_at(rank) + how, own]
                     rows.append(
                         [problem.name, variant.label, rank, seed]
                         + [values[name] for name in COLUMNS[4:]]
                     )
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    kinds: dict[str, Any] = dict.fromkeys(FIELDS, np.float64)
+    kinds: dict[str, Any] = dict.fromkeys((*FIELDS, *SAMPLED_COLUMNS[:2]), np.float64)
+    kinds |= dict.fromkeys(("rank", "seed", "rows"), np.int64)  # also where there is no row
     kinds["effective_rank"] = "Int64"
     if frame["bytes"].isna().any():
         kinds["bytes"] = "Int64"

@@ -7,6 +7,7 @@ and a study that is started again with the same folder takes what it finds there
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import uuid
 import warnings
@@ -20,12 +21,11 @@ from ..base.files import UNFINISHED, make_folder
 from ..base.floating import without_floating_errors
 from ..base.parallel import in_parallel
 from ..heads.inputs import renamed
-from ..problem import AttentionProblem
 from .columns import Key, Values
 from .distributed import connected, run_on
 from .journal import journal_name, lock_folder, named_holder, read_journal
-from .measure import HeadTask, run_head
-from .plan import MethodsLike, Plan, make_plan
+from .measure import HeadTask, now_path, run_head
+from .plan import HeadsLike, MethodsLike, Plan, make_plan
 from .plots import plot_study
 from .progress import Progress
 from .results import others_in, tabulate, with_others, write_results
@@ -34,14 +34,12 @@ from .summary import StudyResult
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..heads.container import Heads
-
 
 @without_floating_errors
 def study(
-    heads: Heads | AttentionProblem | Sequence[AttentionProblem] | str | PathLike[str],
+    heads: HeadsLike,
     methods: MethodsLike = None,
-    ranks: Sequence[int] | None = None,
+    ranks: int | Sequence[int | float] | None = None,
     seeds: int | Sequence[int] = 4,
     jobs: int = 1,
     out: str | PathLike[str] | None = None,
@@ -52,6 +50,9 @@ def study(
     bounds: str | Sequence[str] | None = None,
     report: bool = True,
     dask: Any = None,
+    floors: bool | Sequence[str] = True,
+    spectral: bool = True,
+    rows: int | None = None,
 ) -> StudyResult:
     """Measure error against rank: every method on every head, at every rank, for every seed.
 
@@ -61,14 +62,19 @@ def study(
 
     Parameters
     ----------
-    heads : Heads, AttentionProblem, sequence of AttentionProblem, path, or name
-        A file (``.safetensors`` or ``.npz``), or the name of a bundled set such as "minilm".
+    heads : Heads, AttentionProblem, sequence of AttentionProblem, path, name, or list of these
+        Files (``.safetensors`` or ``.npz``), a folder of them or a pattern, as for `read_heads`,
+        or the name of a bundled set such as "minilm".  Problems in a list, and heads of several
+        files, may differ in length, width and causality.
     methods : names, method objects, pairs (label, method), or mapping from labels, optional
         Parameters other than ``rank`` are those of the object.  By default all registered methods
         but ``exact``, floors, predictors and ``compressed`` (exact from rank d on); those that
         cannot honour all heads are left out.  The result says which, and why.
-    ranks : sequence of int, optional
-        In 1..n_k of every head; by default powers of two from 8 to n_k / 2.
+    ranks : sequence of int or float, optional
+        Integers in 1..n_k of every head, or shares of n_k: a float x in (0, 1] is the rank
+        ``max(1, floor(x n_k + 1/2))`` of each head, which the column ``rank`` holds; ranks that
+        agree on a head are one.  By default powers of two from 8 to n_k / 2 of the shortest head,
+        from 64 to 1024 where that is 65536 or longer.
     seeds : int or sequence of int, default 4
         A number s stands for the seeds 0..s-1.
     jobs : int, default 1
@@ -101,6 +107,14 @@ def study(
         address of its scheduler; ``jobs`` has no influence then.  The rows are those of a local
         study, bit for bit where workers have the same processor and BLAS, and the folder stays
         here.  Cells of workers that are lost are computed by others.
+    floors : bool or sequence of {"svd", "topk"}, default True
+        Which floors to compute; True is both.  Above n = 4096 they take longest.
+    spectral : bool, default True
+        Compute the errors in spectral norms; otherwise they are NaN.
+    rows : int, optional
+        Measure errors on so many exact rows, a random sample that all methods on a head share, in
+        place of all; heads with no more rows are measured whole.  By default 512 for heads of
+        65536 queries or keys and more, and all for others.  See Notes.
 
     Returns
     -------
@@ -135,6 +149,11 @@ def study(
     A method without a matrix (``traits.matrix`` is False) is measured by its output: errors of the
     matrix are NaN, ``bytes`` and ``effective_rank`` are missing.
 
+    On a sample of rows errors are estimates; ``output_fro_rel_low`` and ``output_fro_rel_high``
+    hold the error with probability 0.95 over the draw of the rows, each interval by itself, for
+    every n and every distribution of the errors (see `certify`).  Spectral norms and the worst row
+    are NaN, ``topk`` is exact on the sampled rows, and ``svd`` is left out: no sample tells them.
+
     A deterministic method is computed once and its row repeated for every seed; one without a rank
     once for every rank.  ``seconds`` is the median time of ``approximate`` and one product with V
     after a first untimed run, with other heads running beside it where ``jobs > 1``; for floors
@@ -148,7 +167,7 @@ def study(
     >>> heads = sa.make_heads("clustered", n=64, d=8, heads=2, rng=0)
     >>> result = sa.study(heads, methods=["uniform"], ranks=[8, 16], seeds=3)
     >>> result.frame.shape
-    (12, 18)
+    (12, 21)
     >>> float(result.frame["output_fro_rel"].median()) < 1
     True
     """
@@ -165,7 +184,13 @@ def study(
         bounds=bounds,
         report=report,
         dask=dask,
+        floors=floors,
+        spectral=spectral,
+        rows=rows,
     )
+    if plan.progress:
+        for warning in plan.warnings:
+            print(f"study: {warning}", file=sys.stderr)
     with connected(plan.cluster) as client, _journals(plan.folder) as (journals, token):
         others = others_in(plan)
         found, computed = _compute(plan, journals, token, client)
@@ -185,8 +210,9 @@ def study(
         plan.folder,
         tuple(drawn),
         computed,
-        len(plan.problems) * len(plan.cells) - computed,
+        plan.total - computed,
         plan.bounds,
+        plan.notes,
     )
 
 
@@ -243,9 +269,13 @@ def _compute(
             path.unlink(missing_ok=True)
     found = {str(p.name): read_journal(paths[str(p.name)], p.digest) for p in plan.problems}
     pending = {
-        name: [cell for cell in plan.cells if cell.key not in done] for name, done in found.items()
+        name: [cell for cell in plan.here[name].cells if cell.key not in done]
+        for name, done in found.items()
     }
-    total, computed = len(plan.problems) * len(plan.cells), sum(map(len, pending.values()))
+    total, computed = plan.total, sum(map(len, pending.values()))
+    for path in paths.values():
+        with suppress(OSError):
+            now_path(path).unlink()  # of a study that was killed
     busy = [p for p in plan.problems if pending[str(p.name)]]
     workers = min(plan.jobs, max(1, len(busy)))
     tasks = (
@@ -258,6 +288,7 @@ def _compute(
             token,
             workers,
             plan.folder is not None,
+            plan.progress,
         )
         for p in busy
     )

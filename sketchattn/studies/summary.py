@@ -22,6 +22,7 @@ from .columns import MAIN_FIELDS as MAIN_FIELDS
 from .columns import PREDICTORS as PREDICTORS
 from .columns import REFERENCES as REFERENCES
 from .columns import ROLES, is_missing
+from .columns import SAMPLED_COLUMNS as SAMPLED_COLUMNS
 from .columns import Key as Key
 from .columns import Values as Values
 from .columns import quantiles as quantiles
@@ -45,6 +46,10 @@ class StudyResult:
         One row for each head, method, rank and seed, in this order; columns ``COLUMNS``.
         ``work`` is what a row of ``Ahat`` reads (keys, features, landmarks, clusters, regions; mean
         over rows) as a share of what exact attention reads, NaN where there is no matrix.
+        ``rows`` are the exact rows that the errors of a row are from: n_q, or those of a sample,
+        the same for all methods on a head.  Then ``output_fro_rel_low`` and
+        ``output_fro_rel_high`` are the finite-sample interval at confidence 0.95, each by itself
+        (NaN for ``topk``); otherwise both are the error.
     references : pandas.DataFrame
         The same columns for the floors ``svd`` and ``topk``, the predictors ``zero`` and
         ``vmean``, and ``exact`` attention, at all ranks and one seed.
@@ -59,6 +64,8 @@ class StudyResult:
     bounds : pandas.DataFrame
         Bounds of claims, those asked for, with the columns ``BOUND_COLUMNS``; ``bounds.csv`` in
         the folder.
+    notes : tuple of str
+        What was not measured, and why.
     """
 
     frame: pd.DataFrame
@@ -69,6 +76,7 @@ class StudyResult:
     computed: int
     reused: int
     bounds: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> StudyResult:
@@ -227,6 +235,8 @@ class StudyResult:
                 alike = role in ("predictor", "exact")  # at every rank
                 if alike and rank != frame["rank"].iloc[0]:
                     continue
+                if alike:  # heads may have other ranks
+                    part = frame[frame["method"] == method].drop_duplicates("head")
                 row: Values = {"method": method, "role": role, "rank": None if alike else rank}
                 for field in MAIN_FIELDS:
                     low, middle, high = quantiles(part[field].tolist(), (0.25, 0.5, 0.75))
@@ -336,6 +346,7 @@ class StudyResult:
             "zero, vmean: what an approximation must beat (skill 0 is the mean of V).",
         ]
         lines += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def _short(self) -> list[list[str]]:

@@ -76,6 +76,9 @@ class Traits:
     logsumexp : bool
         The normaliser of every row is known on the scale of the exact logits, which
         `Method.attend_with_lse` gives: outputs over disjoint sets of keys can be merged by it.
+    quadratic : bool
+        Every pair of a query and a key is looked at, in blocks: not cheaper than exact attention
+        where heads are long.
     """
 
     causal: bool = False
@@ -94,6 +97,7 @@ class Traits:
     differentiable: bool = False
     logsumexp: bool = False
     causal_form: bool = False
+    quadratic: bool = False
 
 
 def register(name: str) -> Callable[[M], M]:

@@ -61,6 +61,7 @@ class Exact(Method):
             exact_at_full_rank=True,
             differentiable=True,
             logsumexp=True,
+            quadratic=True,
         )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
@@ -172,7 +173,13 @@ class SVDFloor(Method):
     @property
     def traits(self) -> Traits:
         """An oracle: it looks at the exact matrix."""
-        return Traits(key_mask=True, randomized=False, oracle=True, exact_at_full_rank=True)
+        return Traits(
+            key_mask=True,
+            randomized=False,
+            oracle=True,
+            exact_at_full_rank=True,
+            quadratic=True,
+        )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         from ..operators.spectra import truncated_svd
@@ -223,6 +230,7 @@ class TopK(Method):
             nonnegative=True,
             oracle=True,
             exact_at_full_rank=True,
+            quadratic=True,
         )
 
     def _check_parameters(self) -> None:

@@ -135,6 +135,10 @@ class ColumnSampling(Method):
             ),
             claims=self._claims(),
             differentiable=True,
+            quadratic=(
+                self.normalizer != "sampled"
+                or (isinstance(self.law, str) and self.law == "optimal")
+            ),
         )
 
     def _claims(self) -> tuple[str, ...]:

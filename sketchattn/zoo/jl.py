@@ -82,6 +82,7 @@ class JL(Method):
             exact_at_full_rank=self.sketch in _EXACT,
             claims=self._claims(),
             differentiable=True,
+            quadratic=True,
         )
 
     def _claims(self) -> tuple[str, ...]:

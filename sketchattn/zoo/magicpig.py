@@ -266,6 +266,7 @@ class MagicPIG(Method):
             nonnegative=True,
             claims=CLAIMS,
             logsumexp=True,
+            quadratic=True,
         )
 
     def _check_parameters(self) -> None:
