@@ -48,7 +48,8 @@ def test_a_study_that_is_killed_twenty_times_loses_nothing(
         command(heads, whole, jobs), check=True, stdout=subprocess.DEVNULL, timeout=600, **options
     )
     total = sum(x.count(b"\n") for x in journals(whole).values())
-    rng, kept = random.Random(global_random_seed), {}
+    rng = random.Random(global_random_seed)
+    kept: dict[str, bytes] = {}
     for kill in range(KILLS):
         process = subprocess.Popen(command(heads, folder, jobs), **options)
         # At any moment of a cell: some time after a part of what is left has been finished, and
