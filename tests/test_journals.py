@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,70 +18,84 @@ from sketchattn.studies import grid, measure
 from sketchattn.studies import journal as journal_module
 
 HEADS = sa.make_heads("clustered", n=48, d=4, heads=3, rng=0)
-KILLS = 20
 
 
-def journals(folder: Path) -> dict[str, bytes]:
+# A whole study first, then one that is killed again and again: in children that find everything
+# loaded, so that they are killed while they read, write and compute, not while they load.
+SCRIPT = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import sketchattn as sa
+
+def run(folder):
+    heads = sa.make_heads("clustered", n=48, d=4, heads=3, rng=0)
+    methods = ["uniform", "column_sampling"]
+    return sa.study(heads, methods, seeds=24, out=folder, pictures=False, progress=False)
+
+def journals(folder):
     return {path.name: path.read_bytes() for path in (folder / "cells").glob("*.jsonl")}
 
+def count(folder):
+    return sum(x.count(b"\\n") for x in journals(folder).values())
 
-def command(heads: Path, folder: Path, jobs: int) -> list[str]:
-    options = ["--heads", str(heads), "--methods", "uniform,jl,column_sampling", "--seeds", "24"]
-    options += ["--jobs", str(jobs), "--no-pictures", "--out", str(folder)]
-    return [sys.executable, "-m", "sketchattn", "study", *options]
+def killed(folder, wanted, seconds):
+    child = os.fork()
+    if child == 0:
+        run(folder)
+        os._exit(0)
+    deadline = time.monotonic() + 600
+    while count(folder) < wanted and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+whole, folder = Path("whole"), Path("killed")
+total, rng, kept, finished = run(whole).computed, random.Random(int(sys.argv[1])), {}, []
+for kill in range(20):
+    # At any moment: of a cell, after some of what is left, or before the study has begun.
+    share = min(1.0, 2 * rng.random() / (20 - kill))
+    before = count(folder)
+    wanted = before + int(share * max(0, 0.9 * total - before))
+    assert killed(folder, wanted, 0.02 * rng.random()) == -signal.SIGKILL
+    assert not (folder / "results.csv").exists()
+    found = journals(folder)
+    for name, lines in kept.items():  # what was whole is there, byte for byte
+        assert found[name].startswith(lines[: lines.rfind(b"\\n") + 1]), (kill, name)
+    kept = found
+    finished.append(count(folder))
+last = run(folder)
+print(json.dumps([total, finished, last.computed, last.reused, count(folder)]))
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_study_that_is_killed_twenty_times_loses_nothing(
-    tmp_path: Path, jobs: int, global_random_seed: int
+    tmp_path: Path, global_random_seed: int
 ) -> None:
-    heads, folder, whole = tmp_path / "three.npz", tmp_path / "killed", tmp_path / "whole"
-    sa.write_heads(heads, HEADS)
     root = str(Path(sa.__file__).parents[1])
     paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    options: dict[str, Any] = {"env": os.environ | {"PYTHONPATH": paths}, "cwd": tmp_path}
-    subprocess.run(
-        command(heads, whole, jobs), check=True, stdout=subprocess.DEVNULL, timeout=600, **options
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(global_random_seed)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
-    total = sum(x.count(b"\n") for x in journals(whole).values())
-    rng, kept = random.Random(global_random_seed), {}
-    for kill in range(KILLS):
-        process = subprocess.Popen(command(heads, folder, jobs), **options)
-        # At any moment of a cell: some time after a part of what is left has been finished, and
-        # at times before the study has begun.
-        before = sum(x.count(b"\n") for x in journals(folder).values())
-        share = 2 * rng.random() / (KILLS - kill)
-        wanted = before + int(min(1.0, share) * max(0, 0.9 * total - before))
-        deadline = time.monotonic() + 600
-        while sum(x.count(b"\n") for x in journals(folder).values()) < wanted:
-            assert process.poll() is None, "the study ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(0.02 * rng.random())
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        assert not (folder / "results.csv").exists()
-        if jobs > 1:
-            time.sleep(1.0)  # workers notice that they have lost their parent
-        found = journals(folder)
-        for name, lines in kept.items():  # what was whole is there, byte for byte
-            assert found[name].startswith(lines[: lines.rfind(b"\n") + 1])
-        kept = found
-    subprocess.run(
-        command(heads, folder, jobs), check=True, stdout=subprocess.DEVNULL, timeout=600, **options
-    )
-    found = journals(folder)
-    assert sum(x.count(b"\n") for x in found.values()) == total
-    for name, lines in kept.items():
-        assert found[name].startswith(lines[: lines.rfind(b"\n") + 1])
+    assert done.returncode == 0, done.stderr
+    total, finished, computed, reused, written = json.loads(done.stdout)
+    assert total == written == computed + reused
+    assert reused == finished[-1] < total
+    assert finished == sorted(finished)
+    assert len(set(finished)) > 10  # it was killed at many moments
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     for name in ("results.csv", "references.csv"):
-        one, other = (pd.read_csv(x / name).drop(columns="seconds") for x in (whole, folder))
+        one, other = (pd.read_csv(x / name).drop(columns="seconds") for x in (whole, killed))
         pd.testing.assert_frame_equal(one, other, check_exact=True)
-    assert sorted(p.name for p in (folder / "cells").iterdir()) == sorted(
-        p.name for p in (whole / "cells").iterdir()
-    )
+    names = [sorted(p.name for p in (x / "cells").iterdir()) for x in (whole, killed)]
+    assert names[0] == names[1]
 
 
 def one_task(folder: Path, token: str, seeds: int = 3) -> measure.HeadTask:
