@@ -20,8 +20,8 @@ import sketchattn as sa
 from sketchattn.bench import harness, runner, startup
 from sketchattn.cli import main, parse_heads, read_output
 from sketchattn.cli.application import print_json
-from sketchattn.errors.reports import FIELDS
 from sketchattn.studies import run
+from sketchattn.studies.plots import PICTURES
 
 MADE = "clustered:n=24,d=4,heads=2"
 
@@ -138,14 +138,16 @@ def test_study_prints_the_table_and_the_pictures(say: Any, tmp_path: Path) -> No
     arguments = ("study", "--heads", MADE, "--methods", "uniform", "--ranks", "2,4")
     said = say(*arguments, "--seeds", 2, "--jobs", 1, "--out", folder)
     assert (said.code, said.err) == (0, "")
-    assert said.out.startswith("2 heads, 1 method, 2 ranks, 2 seeds: medians [quartiles]")
-    pictures = [folder / f"{field}.png" for field in FIELDS]
-    assert said.out.splitlines()[-len(FIELDS) - 2 :] == [
-        "pictures:",
-        *(f"  {p}" for p in pictures),
-        f"report: {folder / 'report.html'}",
-    ]
-    assert all(p.stat().st_size > 0 for p in [*pictures, folder / "report.html"])
+    assert said.out.startswith("2 heads, 1 method, 2 ranks, 2 seeds: medians over heads")
+    pictures = [folder / name for name in PICTURES]
+    *lines, last = said.out.splitlines()
+    assert last == f"report: {folder / 'report.html'}"
+    *_, rows = lines[: -len(pictures)]
+    assert rows == f"rows: {folder / 'results.csv'}, {folder / 'references.csv'}"
+    paths = lines[-len(pictures) :]
+    assert paths[0] == f"pictures: {pictures[0]}"
+    assert [x.strip() for x in paths[1:]] == [str(p) for p in pictures[1:]]
+    assert all(p.stat().st_size > 0 for p in pictures)
     options: dict[str, Any] = {"methods": ["uniform"], "ranks": [2, 4], "seeds": 2}
     result = sa.study(parse_heads(MADE), **options, out=folder, pictures=False)
     assert result.computed == 0
@@ -161,16 +163,16 @@ def test_study_json(say: Any, tmp_path: Path) -> None:
     found = json.loads(said.out)
     assert found["results"] == str(tmp_path / "results.csv")
     assert found["pictures"] == []
-    assert (found["computed"], found["reused"]) == (10, 0)
+    assert (found["computed"], found["reused"]) == (12, 0)
     by_method = {row["method"]: row for row in found["summary"]}
-    assert list(by_method) == ["uniform", "svd", "topk", "zero", "vmean"]
+    assert list(by_method) == ["uniform", "svd", "topk", "zero", "vmean", "exact"]
     assert by_method["zero"]["rank"] is None
     assert by_method["zero"]["output_fro_rel"] == 1.0
     assert by_method["uniform"]["rank"] == 2
     again = json.loads(say(*arguments, *options).out)
-    assert (again["computed"], again["reused"]) == (0, 10)
+    assert (again["computed"], again["reused"]) == (0, 12)
     assert again["summary"] == found["summary"]
-    assert json.loads(say(*arguments, *options, "--fresh").out)["computed"] == 10
+    assert json.loads(say(*arguments, *options, "--fresh").out)["computed"] == 12
 
 
 def test_study_draws_bounds(say: Any, tmp_path: Path) -> None:
@@ -504,7 +506,7 @@ def test_the_backend_of_the_user_costs_no_study(tmp_path: Path, backend: str) ->
     )
     out, err = process.communicate(timeout=600)
     assert (process.returncode, err) == (0, "")
-    assert len(list((tmp_path / "out").glob("*.png"))) == len(FIELDS)
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(PICTURES)
     assert (tmp_path / "out" / "study.json").exists()
 
 

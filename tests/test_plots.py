@@ -16,9 +16,16 @@ from matplotlib.figure import Figure
 import sketchattn as sa
 from sketchattn.errors.reports import FIELDS
 from sketchattn.studies import plots
-from sketchattn.studies.palette import COLOURS, DASHES, MARKERS
-from sketchattn.studies.plots import MEASURES, plot_study, study_figure
-from sketchattn.studies.summary import BOUND_COLUMNS, COLUMNS, EXACT
+from sketchattn.studies.columns import BOUND_COLUMNS, COLUMNS, EXACT
+from sketchattn.studies.palette import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    REFERENCES_LOOK,
+)
+from sketchattn.studies.pictures import axes as axes_module
+from sketchattn.studies.pictures.words import MEASURES, shorten
+from sketchattn.studies.plots import OVERVIEWS, PICTURES, plot_study, study_figure
 
 RANKS = (8, 16, 32)
 BESIDE = ("svd", "topk", "zero", "vmean")
@@ -122,7 +129,7 @@ def test_ranks_are_plain_numbers() -> None:
     for label in axes.get_yticklabels():
         assert re.fullmatch(r"[0-9.]+", label.get_text())
     many = tuple(range(1, 200))
-    thinned = plots._spread(many)
+    thinned = axes_module.spread_ranks(many)
     assert len(thinned) <= 9
     assert thinned[0] == 1
     assert set(thinned) <= set(many)
@@ -211,7 +218,7 @@ def test_fifteen_methods_look_different() -> None:
     assert len(COLOURS) * len(DASHES) >= 15
     assert len(set(MARKERS)) == len(MARKERS) == 15
     assert not {"^", "v"} & set(MARKERS)  # these mean infinite and zero
-    neutral = {plots.REFERENCE_STYLES[name]["color"] for name in BESIDE}
+    neutral = {REFERENCES_LOOK[name].colour for name in BESIDE}
     assert not neutral & set(COLOURS)
 
 
@@ -253,11 +260,11 @@ def test_one_rank_and_references_only() -> None:
 
 def test_long_names_are_shortened_in_the_middle() -> None:
     name = "a-very-long-model-name-that-goes-on/layer12.head34"
-    short = plots._shorten(name, 30)
+    short = shorten(name, 30)
     assert len(short) <= 30
     assert short.startswith("a-very")
     assert short.endswith("head34")
-    assert plots._shorten("short", 30) == "short"
+    assert shorten("short", 30) == "short"
 
 
 def test_every_field_has_words_and_a_picture(tmp_path: Path) -> None:
@@ -265,7 +272,8 @@ def test_every_field_has_words_and_a_picture(tmp_path: Path) -> None:
     heads = sa.make_heads("gaussian", n=16, d=4, rng=0)
     result = sa.study(heads, methods=["uniform", "exact"], ranks=[4, 16], seeds=2)
     paths = plot_study(result.frame, result.references, tmp_path)
-    assert [p.name for p in paths] == [f"{field}.png" for field in FIELDS]
+    assert tuple(p.name for p in paths) == PICTURES
+    assert PICTURES[len(OVERVIEWS) :] == tuple(f"{field}.png" for field in FIELDS)
     before = {p: p.read_bytes() for p in paths}
     assert all(x[:8] == b"\x89PNG\r\n\x1a\n" for x in before.values())
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in paths}
@@ -363,7 +371,7 @@ def test_names_of_the_user_are_text_as_it_stands(tmp_path: Path) -> None:
     (legend,) = figure.legends
     texts = [axes.title for axes in figure.axes] + legend.get_texts()
     assert not any(text.get_parse_math() for text in texts)
-    assert len(plot_study(rows, references, tmp_path)) == len(FIELDS)  # no warning either
+    assert len(plot_study(rows, references, tmp_path)) == len(PICTURES)  # no warning either
 
 
 def test_edges_name_methods_as_they_stand() -> None:
@@ -396,8 +404,8 @@ def test_pictures_do_not_depend_on_settings_of_the_user(tmp_path: Path) -> None:
         plot_study(rows, references, styled)
         left: Any = matplotlib.rcParams
         assert all(left[name] == value for name, value in settings.items())
-    for field in FIELDS:
-        assert (styled / f"{field}.png").read_bytes() == (plain / f"{field}.png").read_bytes()
+    for name in PICTURES:
+        assert (styled / name).read_bytes() == (plain / name).read_bytes()
 
 
 def test_a_picture_that_fails_costs_a_warning(
@@ -416,5 +424,5 @@ def test_a_picture_that_fails_costs_a_warning(
     )
     with pytest.warns(RuntimeWarning, match=f"^{re.escape(message)}$"):
         paths = plot_study(frame_of(error), references_of(), tmp_path)
-    assert len(paths) == len(FIELDS) - 2
+    assert len(paths) == len(PICTURES) - 2
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)

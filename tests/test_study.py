@@ -46,8 +46,9 @@ from sketchattn.problem import AttentionProblem
 from sketchattn.studies import grid, measure
 from sketchattn.studies import journal as journal_module
 from sketchattn.studies import run as run_module
+from sketchattn.studies.columns import BOUND_COLUMNS, COLUMNS, REFERENCES, quantiles
 from sketchattn.studies.grid import default_methods, default_ranks, describe_method
-from sketchattn.studies.summary import BOUND_COLUMNS, COLUMNS, REFERENCES, quantiles
+from sketchattn.studies.plots import PICTURES
 from sketchattn.zoo import base as _base
 
 RANKS = [2, 4, 8]
@@ -262,7 +263,7 @@ def test_files_hold_the_rows(tmp_path: Path) -> None:
     # Infinities and missing ranks are in these rows, so the comparison above covers them.
     assert np.isinf(result.frame["row_kl_mean"]).any()
     assert result.frame["effective_rank"].isna().any()
-    assert [p.name for p in result.pictures] == [f"{field}.png" for field in FIELDS]
+    assert [p.name for p in result.pictures] == list(PICTURES)
     for path in result.pictures:
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     settings = json.loads((folder / "study.json").read_text())
@@ -1454,7 +1455,7 @@ def test_summary_has_methods_floors_and_predictors() -> None:
 
 
 def test_rendering_is_readable() -> None:
-    text = str(run(None))
+    text = run(None).render(every=True)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[0] == (

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .application import JSON_HELP, app, print_json
 from .inputs import HEADS_HELP, parse_heads, split_integers, split_words
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+# The measure that --target is about.
+TARGETED = "output_fro_rel"
+
+
+def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return rows for JSON; ranks that are missing are None."""
+    counts = [name for name in ("rank", "rank_all") if name in table]
+    return [
+        {str(key): None if key in counts and x != x else x for key, x in record.items()}
+        for record in table.astype(dict.fromkeys(counts, object)).to_dict("records")
+    ]
 
 
 @app.command("study")
@@ -57,17 +73,29 @@ def _study(
             show_default=False,
         ),
     ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            help="Print the smallest rank of each method with output_fro_rel at most this.",
+            metavar="ERROR",
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Print a line for each method and rank, with quartiles.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Measure error against rank on many heads, with pictures and a report.
 
-    One picture for each error measure.  Every method runs on every head, at every rank, for every
+    Pictures of error against time and work, of each method, each head and each measure.  Every
+    method runs on every head, at every rank, for every
     seed, beside the floors that nobody can beat and the predictors that everybody must beat.
     Killed and started again with the same folder, it continues.
     """
     from ..kernels._threads import cpu_count
     from ..studies.report.page import REPORT
     from ..studies.run import study
+    from ..studies.summary import rank_lines
 
     result = study(
         parse_heads(heads),
@@ -85,6 +113,7 @@ def _study(
     folder = result.out or out
     page = folder / REPORT
     written = page if report and page.is_file() else None
+    reached = None if target is None else result.rank_at(TARGETED, target)
     if as_json:
         summary = result.summary()
         print_json(
@@ -96,21 +125,21 @@ def _study(
                 "pictures": result.pictures,
                 "report": written,
                 "left_out": result.left_out,
+                "target": None if reached is None else as_records(reached),
                 "computed": result.computed,
                 "reused": result.reused,
-                "summary": [
-                    {key: None if key == "rank" and x != x else x for key, x in record.items()}
-                    for record in summary.astype({"rank": object}).to_dict("records")
-                ],
+                "summary": as_records(summary),
             }
         )
         return
-    typer.echo(result.render())
+    typer.echo(result.render(every=every))
+    if reached is not None and target is not None:
+        count = result.frame["head"].nunique()
+        typer.echo("\n" + "\n".join(rank_lines(reached, TARGETED, target, count)))
+    # The last lines are the paths.
     files = ["results.csv", "references.csv", *(["bounds.csv"] if len(result.bounds) else [])]
     typer.echo(f"\nrows: {', '.join(str(folder / name) for name in files)}")
-    if result.pictures:
-        typer.echo("pictures:")
-    for path in result.pictures:
-        typer.echo(f"  {path}")
+    for i, path in enumerate(result.pictures):
+        typer.echo(f"{'pictures: ' if i == 0 else '          '}{path}")
     if written is not None:
         typer.echo(f"report: {written}")

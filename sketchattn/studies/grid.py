@@ -12,7 +12,7 @@ from ..base.content import UnreadableError, content
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method
 from ..zoo.base import methods as registered
-from .summary import Key
+from .columns import Key
 
 
 def default_ranks(n_k: int) -> list[int]:

@@ -19,8 +19,8 @@ from .. import __version__
 from ..base.files import decode, encode, write_bytes, write_text, writing
 from ..base.parallel import is_alive
 from ..problem import AttentionProblem
+from .columns import COLUMNS, Key, Values
 from .grid import Cell
-from .summary import COLUMNS, Key, Values
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

@@ -14,9 +14,9 @@ from ..errors.reports import error_report
 from ..kernels._threads import blas_single_thread, cpu_count, limit_threads
 from ..problem import AttentionProblem
 from ..zoo.base import Method
+from .columns import Key, Values
 from .grid import Cell
 from .journal import format_line, holder_of, is_held
-from .summary import Key, Values
 
 # A cell is timed again while all its runs took less than this, three times at most.
 TIMED_SECONDS = 0.05

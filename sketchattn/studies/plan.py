@@ -20,8 +20,8 @@ from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method
 from .call import call_of
+from .columns import BOUND_COLUMNS, REFERENCES
 from .grid import NOT_COMPARED, Cell, Variant, by_name, default_methods, default_ranks, make_cells
-from .summary import BOUND_COLUMNS, REFERENCES
 
 if TYPE_CHECKING:
     from ..heads.container import Heads

@@ -17,9 +17,13 @@ from ..base.files import write_text
 from ..base.machine import machine
 from ..errors.reports import FIELDS
 from ..problem import AttentionProblem
+from .columns import COLUMNS, Key, Values, is_missing
+from .folder import Found as FolderFound
+from .folder import read_folder
 from .grid import Variant
+from .pictures.words import some_of
 from .plan import Plan
-from .summary import COLUMNS, Key, Values, is_missing
+from .plots import PICTURES
 
 Found = Mapping[str, Mapping[Key, Values]]
 
@@ -32,30 +36,89 @@ def tabulate(plan: Plan, found: Found) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
 
 
-def write_results(plan: Plan, folder: Path, frame: pd.DataFrame, beside: pd.DataFrame) -> None:
+def others_in(plan: Plan) -> FolderFound | None:
+    """Return what the folder of a study holds of methods that are not in it; None for nothing.
+
+    Raises
+    ------
+    ValueError
+        Where that cannot stand beside the rows of this study: of other heads, ranks or seeds, or
+        of another version of the library.
+    """
+    if plan.folder is None or (found := read_folder(plan.folder)) is None:
+        return None
+    own = {v.label for v in plan.variants}
+    frame = found.frame[~found.frame["method"].isin(own)]
+    if not len(frame):
+        return None
+    held = found.settings
+    texts = {name: x for name, x in held.get("methods", {}).items() if name not in own}
+    pairs = [
+        ("version", __version__, held.get("version")),
+        (
+            "heads",
+            [(p.name, p.digest) for p in plan.problems],
+            [(x.get("name"), x.get("digest")) for x in held.get("heads", [])],
+        ),
+        ("ranks", plan.ranks, held.get("ranks")),
+        ("seeds", plan.seeds, held.get("seeds")),
+    ]
+    for name, wanted, there in pairs:
+        if wanted != there:
+            what = "other heads" if name == "heads" else f"{name} {there}"
+            raise ValueError(
+                f"out must be a folder whose other methods have the same {name}, got "
+                f"{str(plan.folder)!r} with {some_of(list(texts), 3)} ({what}); name another "
+                f"folder, or run these methods too"
+            )
+    bounds = found.bounds[~found.bounds["method"].isin(own)]
+    return found._replace(frame=frame, bounds=bounds, settings={"methods": texts})
+
+
+def with_others(
+    plan: Plan, frame: pd.DataFrame, others: FolderFound | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows and the bounds of a study with those of other methods that are there."""
+    if others is None:
+        return frame, plan.bounds
+    order = {str(p.name): i for i, p in enumerate(plan.problems)}
+    both = pd.concat([others.frame, frame], ignore_index=True)
+    both = both.sort_values("head", key=lambda x: x.map(order), kind="stable", ignore_index=True)
+    bounds = [x for x in (others.bounds, plan.bounds) if len(x)]
+    return both, pd.concat(bounds, ignore_index=True) if bounds else plan.bounds
+
+
+def write_results(
+    plan: Plan,
+    folder: Path,
+    frame: pd.DataFrame,
+    beside: pd.DataFrame,
+    bounds: pd.DataFrame,
+    others: FolderFound | None,
+) -> None:
     """Write the rows, the bounds and the settings of a study into its folder.
 
     Pictures that are there stay if they are those of the same rows.
     """
     tables = {"results.csv": _csv(frame), "references.csv": _csv(beside)}
-    if len(plan.bounds):
-        tables["bounds.csv"] = _csv(plan.bounds)
+    if len(bounds):
+        tables["bounds.csv"] = _csv(bounds)
     wanted = {**dict.fromkeys(("bounds.csv",)), **tables}
     if any(_read(folder / name) != text for name, text in wanted.items()):
-        stale = ("study.json", "bounds.csv", "report.html")
-        for name in (*stale, *(f"{field}.png" for field in FIELDS)):
+        for name in ("study.json", "bounds.csv", "report.html", *PICTURES):
             (folder / name).unlink(missing_ok=True)
     for name, text in tables.items():
         write_text(folder / name, text)
+    kept = {} if others is None else others.settings["methods"]
     settings = {
         "version": __version__,
         "call": plan.call,
         "heads": [_describe_head(p) for p in plan.problems],
-        "methods": {v.label: v.text for v in plan.variants},
+        "methods": {**kept, **{v.label: v.text for v in plan.variants}},
         "left_out": plan.left_out,
         "ranks": plan.ranks,
         "seeds": plan.seeds,
-        "bounds": list(dict.fromkeys(plan.bounds["claim"])),
+        "bounds": list(dict.fromkeys(bounds["claim"])),
         "jobs": plan.jobs,
         "machine": machine(),
     }

@@ -21,12 +21,16 @@ from ..base.floating import without_floating_errors
 from ..base.parallel import in_parallel
 from ..heads.inputs import renamed
 from ..problem import AttentionProblem
+from .columns import Key, Values
 from .journal import journal_name, lock_folder, named_holder, read_journal
 from .measure import HeadTask, run_head
 from .plan import MethodsLike, Plan, make_plan
+from .plots import plot_study
 from .progress import Progress
-from .results import tabulate, write_results
-from .summary import Key, StudyResult, Values
+from .report.hardness import measure_hardness
+from .report.page import REPORT, write_report
+from .results import others_in, tabulate, with_others, write_results
+from .summary import StudyResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +56,8 @@ def study(
     """Measure error against rank: every method on every head, at every rank, for every seed.
 
     Each cell is ``error_report(problem, method.approximate(problem, rng=seed))``.  The floors
-    ``svd`` and ``topk`` and the predictors ``zero`` and ``vmean`` are always computed beside.
+    ``svd`` and ``topk``, the predictors ``zero`` and ``vmean``, and ``exact`` attention are always
+    computed beside.
 
     Parameters
     ----------
@@ -60,8 +65,8 @@ def study(
         A file (``.safetensors`` or ``.npz``), or the name of a bundled set such as "minilm".
     methods : names, method objects, pairs (label, method), or mapping from labels, optional
         Parameters other than ``rank`` are those of the object.  By default all registered methods
-        but ``exact``, floors and predictors; those that cannot honour all heads are left out and
-        named in the result.
+        but ``exact``, floors, predictors and ``compressed`` (exact from rank d on); those that
+        cannot honour all heads are left out.  The result says which, and why.
     ranks : sequence of int, optional
         In 1..n_k of every head; by default powers of two from 8 to n_k / 2.
     seeds : int or sequence of int, default 4
@@ -70,9 +75,11 @@ def study(
         Heads that are computed at the same time.  Each takes its share of the threads.  The
         numbers do not depend on it, ``seconds`` does.
     out : path, optional
-        Folder for ``results.csv``, ``references.csv``, ``study.json``, one PNG for each error
-        measure, and the journals in ``cells``.  What is there of other rows is replaced or
-        deleted, pictures too.  Without it the rows are in the result alone, and no disk is needed.
+        Folder for ``results.csv``, ``references.csv``, ``study.json``, the pictures, and the
+        journals in ``cells``.  Rows and bounds of other methods that are there stay, and stand in
+        the tables and pictures beside these, if they are of the same heads, ranks and seeds;
+        otherwise the folder is refused.  Without it the rows are in the result alone, and no disk
+        is needed.
     resume : bool, default True
         Take the cells that the folder holds from an earlier study, finished or killed, of the
         same heads, methods with parameters of the same content, seeds and library version;
@@ -100,7 +107,8 @@ def study(
         Before any work, for a method that cannot honour a head, ranks above n_k, repeated names,
         empty heads, heads without values, unknown names, a parameter whose content cannot be read
         (as that of a lambda), a bound that is about no error measure or about none of the
-        methods, or a folder that another study holds.
+        methods, a folder that another study holds, or one with other methods whose rows cannot
+        stand beside these.
     OSError
         If a file cannot be written: its name and what to do.  Finished cells stay in the folder.
     RuntimeError
@@ -148,17 +156,17 @@ def study(
         report=report,
     )
     with _journals(plan.folder) as (journals, token):
+        others = others_in(plan)
         found, computed = _compute(plan, journals, token)
         frame, beside = tabulate(plan, found)
         drawn: list[Path] = []
         if plan.folder is not None:
-            write_results(plan, plan.folder, frame, beside)
+            every, bounds_there = with_others(plan, frame, others)
+            write_results(plan, plan.folder, every, beside, bounds_there, others)
             if plan.pictures:
-                from .plots import plot_study  # loads matplotlib
-
-                drawn = plot_study(frame, beside, plan.folder, plan.bounds)
+                drawn = plot_study(every, beside, plan.folder, bounds_there)
             if plan.report:
-                _add_report(plan, plan.folder, frame, beside)
+                _add_report(plan, plan.folder, every, beside, bounds_there)
     return StudyResult(
         frame,
         beside,
@@ -171,15 +179,18 @@ def study(
     )
 
 
-def _add_report(plan: Plan, folder: Path, frame: pd.DataFrame, references: pd.DataFrame) -> None:
+def _add_report(
+    plan: Plan,
+    folder: Path,
+    frame: pd.DataFrame,
+    references: pd.DataFrame,
+    bounds: pd.DataFrame,
+) -> None:
     """Write the report of a study into its folder; whatever goes wrong costs one warning."""
-    from .report.hardness import measure_hardness
-    from .report.page import REPORT, write_report
-
     target = folder / REPORT
     try:
         measure_hardness(plan.problems, folder, plan.jobs)
-        write_report(target, frame, references, plan.bounds, plan.left_out, folder)
+        write_report(target, frame, references, bounds, plan.left_out, folder)
     except Exception as error:  # of a package, of the file system, of rows that nobody foresaw
         with suppress(OSError):
             target.unlink(missing_ok=True)  # that of an earlier study

@@ -1,35 +1,39 @@
-"""What a study returns: its rows, and the table that sums them up."""
+"""What a study returns: its rows, the tables that sum them up, and its pictures."""
 
 from __future__ import annotations
 
+import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..base.arguments import closest
+from ..base.files import as_folder, make_folder
 from ..errors.reports import FIELDS
+from .columns import BOUND_COLUMNS as BOUND_COLUMNS
+from .columns import COLUMNS as COLUMNS
+from .columns import EXACT as EXACT
+from .columns import FLOORS as FLOORS
+from .columns import MAIN_FIELDS as MAIN_FIELDS
+from .columns import PREDICTORS as PREDICTORS
+from .columns import REFERENCES as REFERENCES
+from .columns import ROLES, is_missing
+from .columns import Key as Key
+from .columns import Values as Values
+from .columns import quantiles as quantiles
+from .folder import read_folder
+from .pictures.words import seconds_as_text
+from .plots import own_figure, plot_study
+from .report.page import write_report
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Values = dict[str, Any]
-# What a cell is known by inside the journal of its head: method with parameters, and seed.
-Key = tuple[str, int | None]
-
-FLOORS = ("svd", "topk")
-PREDICTORS = ("zero", "vmean")
-EXACT = "exact"
-REFERENCES = (*FLOORS, *PREDICTORS, EXACT)
-ROLES = dict.fromkeys(FLOORS, "floor") | dict.fromkeys(PREDICTORS, "predictor") | {EXACT: "exact"}
-COLUMNS = ("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank", "work")
-
-# Of the bounds of claims: ``bound`` is that of ``field``, below which lies ``what``.
-BOUND_COLUMNS = ("claim", "method", "head", "rank", "field", "what", "bound")
-
-# Fields of the summary; the others are in the frame.
-MAIN_FIELDS = ("output_fro_rel", "matrix_fro_rel", "row_tv_mean", "skill")
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,17 @@ class StudyResult:
     ----------
     frame : pandas.DataFrame
         One row for each head, method, rank and seed, in this order; columns ``COLUMNS``.
+        ``work`` is what a row of ``Ahat`` reads (keys, features, landmarks, clusters, regions; mean
+        over rows) as a share of what exact attention reads, NaN where there is no matrix.
     references : pandas.DataFrame
         The same columns for the floors ``svd`` and ``topk``, the predictors ``zero`` and
         ``vmean``, and ``exact`` attention, at all ranks and one seed.
     left_out : dict from str to str
-        Methods of the default choice that cannot honour all heads, and why.
+        Methods that the default choice leaves out, and why.
     out : Path or None
         Folder with ``results.csv``, ``references.csv``, ``study.json`` and the pictures.
     pictures : tuple of Path
-        One PNG for each error measure.
+        The PNGs that were drawn, the first of them error against cost.
     computed, reused : int
         Cells that this call computed, and cells that it found in the folder.
     bounds : pandas.DataFrame
@@ -64,6 +70,179 @@ class StudyResult:
     computed: int
     reused: int
     bounds: pd.DataFrame
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> StudyResult:
+        """Return what a study wrote into a folder, every number as it was.
+
+        Parameters
+        ----------
+        folder : path
+            ``out`` of a finished study.  Where studies of several methods were written to it, all
+            of them are in the result.
+
+        Raises
+        ------
+        ValueError
+            If no finished study is there.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import sketchattn as sa
+        >>> heads = sa.make_heads("gaussian", n=16, d=4, rng=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = sa.study(heads, "uniform", [2], seeds=1, out=folder, pictures=False)
+        ...     sa.StudyResult.load(folder).frame.equals(result.frame)
+        True
+        """
+        path = as_folder(folder)
+        assert path is not None
+        found = read_folder(path)
+        if found is None:
+            raise ValueError(
+                f"folder must hold a finished study (study.json, results.csv, references.csv), got "
+                f"{str(folder)!r}; give the out= of sketchattn.study"
+            )
+        return cls(
+            frame=found.frame,
+            references=found.references,
+            left_out=dict(found.settings.get("left_out", {})),
+            out=path,
+            pictures=found.pictures,
+            computed=0,
+            reused=0,
+            bounds=found.bounds,
+        )
+
+    # --- pictures -------------------------------------------------------------------------------
+
+    def plot(self, folder: str | PathLike[str] | None = None) -> list[Path]:
+        """Draw all pictures as PNG and return their paths.
+
+        Parameters
+        ----------
+        folder : path, optional
+            Made if there is none; ``out`` of the study by default.
+
+        Returns
+        -------
+        list of Path
+            ``error_against_cost.png``, ``methods.png`` (a panel a method), ``heads.png`` (a panel a
+            head), ``layers.png`` (layer by head), ``spectra.png``, and ``<field>.png`` for each
+            error measure.
+
+        Raises
+        ------
+        ValueError
+            For a result without a folder, if none is given.
+
+        Warns
+        -----
+        RuntimeWarning
+            If pictures are missing, and why the first is.
+        """
+        path = self.out if folder is None else as_folder(folder)
+        if path is None:
+            raise ValueError(
+                "folder must be given for a study that wrote none, got None; say where to draw"
+            )
+        return plot_study(self.frame, self.references, make_folder(path), self.bounds)
+
+    def report(self, path: str | PathLike[str] = "report.html") -> Path:
+        """Write everything as one page of HTML, and return its path.
+
+        The page needs no network: what the study says in words, curves that answer the pointer,
+        maps and tables that sort.  A study with a folder writes it there by itself.
+
+        Parameters
+        ----------
+        path : path, default "report.html"
+            Of the file, which is replaced in one step.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written, or ``study.json`` in ``out`` cannot be read.
+
+        Notes
+        -----
+        Settings and the hardness of heads are those in ``out``; a result without a folder has
+        none.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import sketchattn as sa
+        >>> heads = sa.make_heads("gaussian", n=16, d=4, rng=0)
+        >>> result = sa.study(heads, methods="uniform", ranks=[2, 4], seeds=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = result.report(f"{folder}/report.html")
+        ...     path.stat().st_size < 6_000_000
+        True
+        """
+        return write_report(path, self.frame, self.references, self.bounds, self.left_out, self.out)
+
+    def figure(
+        self,
+        field: str = "output_fro_rel",
+        methods: Mapping[str, str] | Sequence[str] | None = None,
+        heads: str | Sequence[str] | None = None,
+        floors: bool | Sequence[str] = True,
+        bounds: str | Sequence[str] = (),
+        ax: Axes | None = None,
+    ) -> Figure:
+        """Return error against rank as a Matplotlib figure in your own style.
+
+        One panel: the median over heads of the median over seeds, with a band between the quartiles
+        of heads; of one head the median over its seeds, with a band from the smallest to the
+        largest.
+
+        Parameters
+        ----------
+        field : str, default "output_fro_rel"
+            A field of `ErrorReport`.
+        methods : sequence of labels, or mapping from labels to names, optional
+            Which methods, and what they are called; all by default.
+        heads : sequence of names, or "each", optional
+            Over which heads; all by default.  "each" is a panel a head.
+        floors : bool or sequence, default True
+            Whether floors and predictors are drawn, or which of ``svd``, ``topk``, ``zero``,
+            ``vmean``.
+        bounds : sequence of ids
+            Claims among the bounds of this study.
+        ax : matplotlib.axes.Axes, optional
+            Draw into these axes, without a legend: lines have their labels.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Of the size, fonts and line widths of ``matplotlib.rcParams``, for ``savefig`` in any
+            format; that of ``ax`` where it is given.  It is made without pyplot.
+
+        Raises
+        ------
+        ValueError
+            For a field, method, head, floor or bound that is not in this result.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> heads = sa.make_heads("gaussian", n=16, d=4, rng=0)
+        >>> result = sa.study(heads, ["uniform", "topk"], [2, 4], seeds=2)
+        >>> figure = result.figure("skill", methods={"uniform": "Ours"}, floors=["vmean"])
+        >>> [line.get_label() for line in figure.axes[0].lines]
+        ['mean of V', 'Ours']
+        """
+        return own_figure(
+            self.frame, self.references, self.bounds, field, methods, heads, floors, bounds, ax
+        )
+
+    # --- tables ---------------------------------------------------------------------------------
 
     def summary(self) -> pd.DataFrame:
         """Return medians and quartiles over heads and seeds, floors and predictors beside.
@@ -96,91 +275,235 @@ class StudyResult:
                 rows.append(row)
         return pd.DataFrame(rows).astype({"rank": "Int64"})
 
-    def render(self) -> str:
-        """Return the summary as text: medians, and the quartiles of the first field."""
+    def rank_at(self, field: str, target: float) -> pd.DataFrame:
+        """Return for each method the smallest rank that reaches a target, and what it costs there.
+
+        A head reaches it at a rank where the median over its seeds is at most ``target``; at least,
+        for ``skill``.
+
+        Parameters
+        ----------
+        field : str
+            A field of `ErrorReport`.
+        target : float
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row for each method, floors last: ``method``, ``role``, ``rank`` (the smallest at
+            which half of the heads or more reach the target, missing if none is), ``heads`` (how
+            many do at that rank; without any, the most that do at a rank), ``rank_all`` (the
+            smallest at which all heads do, missing if none is), then medians at ``rank``:
+            ``field`` itself, ``seconds`` and ``work``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a field that is none, and a target that is no number.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> heads = sa.make_heads("gaussian", n=16, d=4, heads=2, rng=0)
+        >>> found = sa.study(heads, "uniform", [4, 8, 16], seeds=1).rank_at("output_fro_rel", 1e-3)
+        >>> found[["method", "rank", "heads", "rank_all"]].iloc[0].tolist()
+        ['uniform', 16, 2, 16]
+        """
+        import pandas as pd
+
+        if field not in FIELDS:
+            raise ValueError(
+                f"field must be an error measure, got {field!r}{closest(str(field), FIELDS)}"
+            )
+        if isinstance(target, bool) or not isinstance(target, int | float):
+            raise TypeError(f"target must be a number, got {type(target).__name__}; give 0.1")
+        if math.isnan(target):
+            raise ValueError("target must be a number, got nan; give 0.1")
+        sign = -1.0 if field == "skill" else 1.0
+        rows: list[Values] = []
+        own = self.frame[~self.frame["method"].isin(REFERENCES)]
+        floors = self.references[self.references["method"].isin(FLOORS)]
+        for frame in (own, floors):
+            for method, part in frame.groupby("method", sort=False):
+                reached: dict[int, int] = {}
+                heads = part["head"].nunique()
+                for (rank, _), values in part.groupby(["rank", "head"], sort=True)[field]:
+                    middle = quantiles(values.tolist(), (0.5,))[0]
+                    r = int(str(rank))
+                    reached[r] = reached.get(r, 0) + int(sign * middle <= sign * target)
+                half = next((r for r in sorted(reached) if 2 * reached[r] >= heads), None)
+                at = part[part["rank"] == half]
+                row: Values = {
+                    "method": method,
+                    "role": ROLES.get(str(method), "method"),
+                    "rank": half,
+                    "heads": max(reached.values()) if half is None else reached[half],
+                    "rank_all": next((r for r in sorted(reached) if reached[r] == heads), None),
+                }
+                for name in (field, "seconds", "work"):
+                    row[name] = quantiles(at[name].tolist(), (0.5,))[0]
+                rows.append(row)
+        return pd.DataFrame(rows).astype({"rank": "Int64", "rank_all": "Int64"})
+
+    def render(self, *, every: bool = False) -> str:
+        """Return the summary as text.
+
+        Parameters
+        ----------
+        every : bool, default False
+            A line for each method and rank, with quartiles and more measures; otherwise one for
+            each method, at three ranks.
+        """
         sizes = {name: self.frame[name].nunique() for name in ("head", "method", "rank", "seed")}
         counts = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in sizes.items())
-        lines = [f"{counts}: medians [quartiles] over heads and seeds", ""]
-        lines += _table_lines(self.summary())
+        if every:
+            lines = [f"{counts}: medians [quartiles] over heads and seeds", ""]
+            lines += _table_lines(self.summary())
+        else:
+            lines = [f"{counts}: medians over heads and seeds", ""]
+            lines += aligned(self._short())
+            lines += [
+                "",
+                f"r=..: {MAIN_FIELDS[0]} at that rank; t(..): the time of one head; work: what a "
+                "row reads,",
+                "as a share of exact attention, and on how many heads the mean of V is beaten: at "
+                "the last rank.",
+            ]
         lines += [
-            "",
+            *([""] if every else []),
             "svd: the best matrix of this rank, blind to V; topk: the largest entries of each row;",
             "zero, vmean: what an approximation must beat (skill 0 is the mean of V).",
         ]
         lines += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
         return "\n".join(lines)
 
+    def _short(self) -> list[list[str]]:
+        """Return a header and a line a method: errors and times at three ranks, heads that win."""
+        table = self.summary()
+        first = MAIN_FIELDS[0]
+        ranks = _three(sorted({int(r) for r in self.frame["rank"]}))
+        heads = self.frame["head"].nunique()
+        wins = self._wins(ranks[-1])
+        header = ["method", *(f"r={r}" for r in ranks), *(f"t(r={r})" for r in ranks)]
+        rows = [[*header, "work", "beats mean of V"]]
+        for method, part in table.groupby("method", sort=False):
+            records = part.to_dict("records")
+            role = records[0]["role"]
+            by_rank = {None if is_missing(x["rank"]) else int(x["rank"]): x for x in records}
+            found = [by_rank.get(r, by_rank.get(None)) for r in ranks]
+            cells = [str(method)]
+            cells += ["" if x is None else short_number(x[first]) for x in found]
+            timed = role in ("method", "exact")  # the time of floors means nothing
+            times = ["" if x is None else seconds_as_text(x["seconds"]) for x in found]
+            cells += times if timed else [""] * len(ranks)
+            work = None if found[-1] is None else found[-1]["work"]
+            cells.append("" if work is None or math.isnan(work) else f"{100 * work:.3g} %")
+            cells.append(f"{wins[str(method)]} of {heads}" if str(method) in wins else "")
+            rows.append(cells)
+        return rows
+
+    def _wins(self, rank: int) -> dict[str, int]:
+        """Return on how many heads the median skill of each method is above zero."""
+        counts: dict[str, int] = {}
+        own = self.frame[(self.frame["rank"] == rank) & ~self.frame["method"].isin(REFERENCES)]
+        for (method, _), values in own.groupby(["method", "head"], sort=False)["skill"]:
+            better = quantiles(values.tolist(), (0.5,))[0] > 0
+            counts[str(method)] = counts.get(str(method), 0) + int(better)
+        return counts
+
     def __str__(self) -> str:
         return self.render()
 
+    def __repr__(self) -> str:
+        sizes = {name: self.frame[name].nunique() for name in ("head", "method", "rank", "seed")}
+        counts = ", ".join(f"{word}s={n}" for word, n in sizes.items())
+        where = "" if self.out is None else f", out={str(self.out)!r}"
+        return f"{type(self).__name__}({counts}{where})"
 
-def quantiles(values: Iterable[float], levels: Sequence[float]) -> list[float]:
-    """Return sample quantiles by linear interpolation that infinite values do not turn into NaN.
+    def _repr_html_(self) -> str:
+        """Return the short table for notebooks; names are text, whatever is in them."""
+        sizes = {name: self.frame[name].nunique() for name in ("head", "method", "rank", "seed")}
+        counts = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in sizes.items())
+        header, *rows = self._short()
+        cells = ["<tr>", *(f"<th>{html.escape(x)}</th>" for x in header), "</tr>"]
+        for row in rows:
+            cells += ["<tr>", *(f"<td>{html.escape(x)}</td>" for x in row), "</tr>"]
+        caption = f"{MAIN_FIELDS[0]}: medians over heads and seeds ({counts})"
+        return f"<table><caption>{html.escape(caption)}</caption>{''.join(cells)}</table>"
 
-    Parameters
-    ----------
-    values : iterable of float
-        NaN does not count; without any other value the quantiles are NaN.
-    levels : sequence of float
-        In [0, 1].
+
+def _three(ranks: Sequence[int]) -> list[int]:
+    """Return the smallest, the middle and the largest of ranks in order, fewer if there are."""
+    return list(dict.fromkeys([ranks[0], ranks[len(ranks) // 2], ranks[-1]]))
+
+
+def short_number(x: float, digits: int = 3) -> str:
+    """Return a number with so many digits, and no zeros in its exponent.
 
     Examples
     --------
-    >>> quantiles([1.0, 2.0, float("inf"), float("inf")], (0.0, 0.5, 1.0))
-    [1.0, inf, inf]
+    >>> short_number(0.123456), short_number(1e-7), short_number(2.5e10)
+    ('0.123', '1e-7', '2.5e10')
     """
-    ordered = sorted(x for x in map(float, values) if not math.isnan(x))
-    if not ordered:
-        return [math.nan] * len(levels)
-    found = []
-    for level in levels:
-        position = level * (len(ordered) - 1)
-        below = ordered[math.floor(position)]
-        above = ordered[math.ceil(position)]
-        weight = position - math.floor(position)
-        if below == above or weight == 0.0:
-            found.append(below)
-        elif math.isinf(below) or math.isinf(above):
-            found.append(below if math.isinf(below) else above)
+    return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{x:.{digits}g}").replace("e+", "e")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return rows of cells as lines: the first ``left`` columns to the left, others to the right.
+
+    Examples
+    --------
+    >>> aligned([["a", "10"], ["bb", "5"]])
+    ['a   10', 'bb   5']
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        parts = [x.ljust(w) if i < left else x.rjust(w) for i, (x, w) in enumerate(cells)]
+        lines.append("  ".join(parts).rstrip())
+    return lines
+
+
+def rank_lines(found: pd.DataFrame, field: str, target: float, heads: int) -> list[str]:
+    """Return `StudyResult.rank_at` as aligned lines with a header."""
+    sign = ">=" if field == "skill" else "<="
+    rows = [["method", "rank", "heads", "all heads", field, "seconds", "work"]]
+    for x in found.to_dict("records"):
+        rank, every = (
+            "-" if is_missing(x[name]) else str(x[name]) for name in ("rank", "rank_all")
+        )
+        cells = [str(x["method"]), rank, f"{x['heads']} of {heads}", every]
+        if is_missing(x["rank"]):
+            cells += ["", "", ""]
         else:
-            found.append(below + weight * (above - below))
-    return found
+            timed = x["role"] == "method"
+            cells += [short_number(x[field]), seconds_as_text(x["seconds"]) if timed else ""]
+            cells.append("" if math.isnan(x["work"]) else f"{100 * x['work']:.3g} %")
+        rows.append(cells)
+    title = f"smallest rank with {field} {sign} {target:g} on half of the heads, and on all:"
+    return [title, "", *aligned(rows)]
 
 
 def _table_lines(table: pd.DataFrame) -> list[str]:
     """Return the summary as aligned lines with a header."""
-
-    def number(x: float, digits: int = 3) -> str:
-        return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{x:.{digits}g}").replace("e+", "e")
-
     first, *others = MAIN_FIELDS
     rows = [["method", "rank", first, *others, "seconds"]]
     groups = [""]
     for record in table.to_dict("records"):
         rank = "" if is_missing(record["rank"]) else str(record["rank"])
-        spread = ", ".join(number(record[first + end], 2) for end in ("_q25", "_q75"))
-        cells = [str(record["method"]), rank, f"{number(record[first])} [{spread}]"]
+        spread = ", ".join(short_number(record[first + end], 2) for end in ("_q25", "_q75"))
+        cells = [str(record["method"]), rank, f"{short_number(record[first])} [{spread}]"]
         for field in others:
             x = record[field]
             # A skill of 1e-11 is rounding, an error of this size is not.
             small = field == "skill" and abs(x) < 5e-4
-            cells.append("0" if small else number(x))
-        rows.append([*cells, number(record["seconds"])])
-        predictor = record["role"] == "predictor"
-        groups.append("predictors" if predictor else f"{record['role']} {record['method']}")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for i, row in enumerate(rows):
-        if i > 1 and groups[i] != groups[i - 1]:
-            lines.append("")
-        parts = [row[0].ljust(widths[0])]
-        parts += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(parts).rstrip())
+            cells.append("0" if small else short_number(x))
+        rows.append([*cells, short_number(record["seconds"])])
+        alike = record["role"] in ("predictor", "exact")
+        groups.append("predictors" if alike else f"{record['role']} {record['method']}")
+    lines = aligned(rows)
+    for i in range(len(rows) - 1, 1, -1):
+        if groups[i] != groups[i - 1]:
+            lines.insert(i, "")
     return lines
-
-
-def is_missing(x: object) -> bool:
-    """Say whether a cell of a frame holds no number, which is not the same as NaN."""
-    import pandas as pd
-
-    return x is None or x is pd.NA

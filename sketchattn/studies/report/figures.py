@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...base.pages import NEUTRAL, Chart, label, layout_of, menu, rounded, short
 from ...errors.reports import FIELDS
+from ..columns import EXACT, FLOORS, PREDICTORS, quantiles
 from ..palette import SYMBOLS, style_of
-from ..summary import EXACT, FLOORS, PREDICTORS, quantiles
 from .hardness import number_of
 from .medians import MAIN, Medians, front
 
