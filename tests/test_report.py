@@ -19,12 +19,12 @@ import sketchattn as sa
 from sketchattn.base.machine import command, typed_as
 from sketchattn.base.pages import label, number, rounded, short, shorten
 from sketchattn.heads.inputs import renamed
+from sketchattn.studies.columns import BOUND_COLUMNS, COLUMNS, REFERENCES
 from sketchattn.studies.report.figures import charts
 from sketchattn.studies.report.hardness import measure_hardness, read_hardness
 from sketchattn.studies.report.medians import Medians, front
 from sketchattn.studies.report.page import report_page
 from sketchattn.studies.report.words import findings, seconds
-from sketchattn.studies.summary import BOUND_COLUMNS, COLUMNS, REFERENCES
 from sketchattn.theory.engine.page import verdicts_page
 
 MOST = 6_000_000

@@ -207,6 +207,7 @@ def layout_of(**options: Any) -> dict[str, Any]:
             "xref": "container",
             "x": 0.0,
             "font": {"size": 12},
+            "tracegroupgap": 0,
             "itemsizing": "constant",
             "bgcolor": "rgba(0,0,0,0)",
         },

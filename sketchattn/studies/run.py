@@ -28,6 +28,8 @@ from .measure import HeadTask, now_path, run_head
 from .plan import HeadsLike, MethodsLike, Plan, make_plan
 from .plots import plot_study
 from .progress import Progress
+from .report.hardness import measure_hardness
+from .report.page import REPORT, write_report
 from .results import others_in, tabulate, with_others, write_results
 from .summary import StudyResult
 
@@ -224,9 +226,6 @@ def _add_report(
     bounds: pd.DataFrame,
 ) -> None:
     """Write the report of a study into its folder; whatever goes wrong costs one warning."""
-    from .report.hardness import measure_hardness
-    from .report.page import REPORT, write_report
-
     target = folder / REPORT
     try:
         measure_hardness(plan.problems, folder, plan.jobs)

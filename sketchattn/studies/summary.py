@@ -29,6 +29,7 @@ from .columns import quantiles as quantiles
 from .folder import read_folder
 from .pictures.words import seconds_as_text
 from .plots import own_figure, plot_study
+from .report.page import write_report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,6 +156,44 @@ class StudyResult:
                 "folder must be given for a study that wrote none, got None; say where to draw"
             )
         return plot_study(self.frame, self.references, make_folder(path), self.bounds)
+
+    def report(self, path: str | PathLike[str] = "report.html") -> Path:
+        """Write everything as one page of HTML, and return its path.
+
+        The page needs no network: what the study says in words, curves that answer the pointer,
+        maps and tables that sort.  A study with a folder writes it there by itself.
+
+        Parameters
+        ----------
+        path : path, default "report.html"
+            Of the file, which is replaced in one step.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written, or ``study.json`` in ``out`` cannot be read.
+
+        Notes
+        -----
+        Settings and the hardness of heads are those in ``out``; a result without a folder has
+        none.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import sketchattn as sa
+        >>> heads = sa.make_heads("gaussian", n=16, d=4, rng=0)
+        >>> result = sa.study(heads, methods="uniform", ranks=[2, 4], seeds=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = result.report(f"{folder}/report.html")
+        ...     path.stat().st_size < 6_000_000
+        True
+        """
+        return write_report(path, self.frame, self.references, self.bounds, self.left_out, self.out)
 
     def figure(
         self,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...base.pages import NEUTRAL, Chart, label, layout_of, menu, rounded, short
 from ...errors.reports import FIELDS
+from ..columns import EXACT, FLOORS, PREDICTORS, quantiles
 from ..palette import SYMBOLS, style_of
-from ..summary import EXACT, FLOORS, PREDICTORS, quantiles
 from .hardness import number_of
 from .medians import MAIN, Medians, front
 
@@ -71,6 +71,11 @@ def _choices(medians: Medians) -> list[tuple[str, str | None]]:
 
 def _values(medians: Medians, field: str, name: str, head: str | None) -> list[float]:
     return medians.typical(field, name) if head is None else medians.curve(field, name, head)
+
+
+def _apart(traces: Sequence[Trace]) -> list[Trace]:
+    """Return traces in groups of their own, whose legend flows; columns would be too wide."""
+    return [{"legendgroup": f"own-{i}"} | trace for i, trace in enumerate(traces)]
 
 
 def _level(medians: Medians, field: str, name: str, head: str | None) -> float:
@@ -213,7 +218,7 @@ class _Curves(NamedTuple):
             (entry, "restyle", [{name: [x[name] for x in own] for name in names}])
             for entry, own in self.numbers.items()
         ]
-        traces = [trace | own for trace, own in zip(self.traces, every[0], strict=True)]
+        traces = _apart([trace | own for trace, own in zip(self.traces, every[0], strict=True)])
         menus = [menu(buttons)] if len(buttons) > 1 else []
         return {"data": traces, "layout": layout_of(updatemenus=menus, **layout)}
 
@@ -361,7 +366,6 @@ def rank_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
     figure = _Curves(traces, numbers).figure(
         xaxis=_rank_axis(medians.ranks),
         yaxis=_axis("relative output error", _error_range(medians)),
-        legend={"groupclick": "togglegroup", "tracegroupgap": 0},
     )
     about = "Click a name to switch its curve off or on, twice to see it alone; the menu shows a "
     about += "head by itself. Floors: no matrix of rank r, no r keys a row can do better; on a "
@@ -471,7 +475,7 @@ def measure_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
     about = "The same study in the other measures, medians over heads: choose one in the menu."
     if limits.claims:
         about += " Thin dashed lines are the bounds of claims, in the colour of their method."
-    figure = {"data": data, "layout": layout}
+    figure = {"data": _apart(data), "layout": layout}
     return Chart("measures", "Every measure", about, figure, _height(traces))
 
 
@@ -595,7 +599,7 @@ def hardness_chart(medians: Medians, hardness: Mapping[str, dict[str, Any]]) -> 
         buttons.append((f"rank {rank}", "restyle", [{"y": y}]))
     traces = [trace | {"y": y} for trace, y in zip(traces, first, strict=True)]
     figure = {
-        "data": traces,
+        "data": _apart(traces),
         "layout": layout_of(
             updatemenus=[menu(buttons)] if len(buttons) > 1 else [],
             xaxis=_axis("keys that a row attends to (median perplexity)", _log_range(keys)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors.reports import FIELDS
-from ..summary import REFERENCES, quantiles
+from ..columns import REFERENCES, quantiles
 
 if TYPE_CHECKING:
     import pandas as pd

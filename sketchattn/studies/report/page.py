@@ -14,7 +14,7 @@ from ... import __version__
 from ...base.files import write_text
 from ...base.machine import machine
 from ...base.pages import render_page, short
-from ..summary import EXACT
+from ..columns import EXACT
 from .figures import charts
 from .hardness import read_hardness
 from .medians import MAIN, Medians

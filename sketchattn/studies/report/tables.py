@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...base.pages import Cell, Column, Table, number, short
 from ...errors.reports import FIELDS
+from ..columns import EXACT, FLOORS, PREDICTORS, quantiles
 from ..palette import REFERENCE_LABELS
-from ..summary import EXACT, FLOORS, PREDICTORS, quantiles
 from .hardness import number_of
 from .medians import MAIN, Medians
 from .words import seconds

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.pages import short, shorten
-from ..summary import EXACT
+from ..columns import EXACT
 from .medians import MAIN, Medians, front
 
 # Pieces of text, and whether each is strong: names stay text, whatever they are.
