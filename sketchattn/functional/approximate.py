@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..base.arguments import check_finite
 from ..base.draws import Rng, entropy_of, head_generator
+from ..operators.steep import is_harmless
 from ..problem import AttentionProblem
 from .call import Call
 
@@ -31,18 +33,20 @@ def approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | 
         For options and masks that the method cannot honour, keys and values that are not finite,
         ``rng`` beside ``draw``, and what the method itself refuses.
     """
-    check_approximate(call, method, rng, draw)
+    most_k = check_approximate(call, method, rng, draw)
     layout = call.layout
-    out = np.zeros((layout.entries * layout.h, layout.n_q, layout.d_v), call.computing)
-    if layout.n_q > 0 and layout.n_k > 0:
-        problem_of, rng_of = _problems(call), _streams(call, rng, draw is not None)
-        numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
-        step = max(1, _HEADS_ENTRIES // max(numbers, 1))
-        for start in range(0, len(out), step):
-            heads = range(start, min(start + step, len(out)))
-            out[start : start + step] = method.attend_heads(
-                [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=draw
-            )
+    shape = layout.entries * layout.h, layout.n_q, layout.d_v
+    if not (layout.n_q and layout.n_k):
+        return layout.output(np.zeros(shape, call.computing), call.q.dtype)
+    out = np.empty(shape, call.computing)
+    problem_of, rng_of = _problems(call, most_k), _streams(call, rng, draw is not None)
+    numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
+    step = max(1, _HEADS_ENTRIES // numbers)
+    for start in range(0, len(out), step):
+        heads = range(start, min(start + step, len(out)))
+        out[start : start + step] = method.attend_heads(
+            [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=draw
+        )
     return layout.output(out, call.q.dtype)
 
 
@@ -62,8 +66,13 @@ def approximate_with_lse(
     return call.shaped(out, lse)
 
 
-def check_approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None) -> None:
-    """Refuse what ``approximate`` refuses, but for what the method says of each head."""
+def check_approximate(
+    call: Call, method: Method, rng: Rng, draw: Mapping[str, Any] | None
+) -> float:
+    """Refuse what ``approximate`` refuses, but for what the method says of each head.
+
+    Returns ``max |k|`` over the keys that are not masked.
+    """
     for name, neutral, given in call.exact_only:
         raise ValueError(
             f"{name} must be {neutral!r} for method {method.name!r}, which cannot honour it, "
@@ -75,8 +84,10 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, A
             f"normaliser of its rows, got True; use a method whose traits.logsumexp is True"
         )
     layout, keys = call.layout, call.key_mask
-    for label, x in (("k", call.k), ("v", call.v)):
+    most_k, _ = (
         check_finite(x if keys is None else layout.keep(x, keys), label)
+        for label, x in (("k", call.k), ("v", call.v))
+    )
     if draw is not None and rng is not None:
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
     if call.causal and not method.traits.causal:
@@ -86,6 +97,7 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Mapping[str, A
             f"causal must be False for method {method.name!r}, which sees all keys, got "
             f"{call.causal!r}; use a method whose traits.causal is True"
         )
+    return most_k
 
 
 def draws_of(
@@ -135,16 +147,22 @@ def approximate_vjp(
     return q, k, v
 
 
-def _problems(call: Call) -> Callable[[int], AttentionProblem]:
-    """Return the function that makes the problem of a flat head."""
+def _problems(call: Call, most_k: float = math.nan) -> Callable[[int], AttentionProblem]:
+    """Return the function that makes the problem of a flat head; ``max |k|`` if it is known."""
     layout, terms = call.layout, call.terms
     q, k, v = call.flat()
+    # The largest of all heads say of each that it is harmless, but not which one is not.
+    extent: tuple[float, float] | None = (call.most_q, most_k)
+    if not is_harmless(terms.scale, layout.d, call.most_q, most_k):
+        extent = None
 
     def problem_of(flat: int) -> AttentionProblem:
         head = (q[flat], k[flat // layout.group], v[flat // layout.group])
         if terms.key_mask is None:
             # Checked already, and nobody changes them during this call.
-            return AttentionProblem.adopt(*head, scale=terms.scale, causal=call.causal)
+            return AttentionProblem.adopt(
+                *head, scale=terms.scale, causal=call.causal, extent=extent
+            )
         kept = terms.key_mask[terms.key_slab[flat]]
         return AttentionProblem(*head, scale=terms.scale, causal=call.causal, key_mask=kept)
 

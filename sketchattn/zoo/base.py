@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,22 +136,24 @@ def make_method(method: str | Method, parameters: Mapping[str, Any]) -> Method:
     if method not in _REGISTRY:
         raise ValueError(f"method must be registered, got {method!r}{closest(method, _REGISTRY)}")
     cls = _REGISTRY[method]
-    known = cls._get_param_names()
+    known, needs_rank = _parameters(cls)
     for name in parameters:
         if name not in known:
             hint = closest(name, known) if known else "; it takes no parameters"
             raise TypeError(f"{name} must be a parameter of method {method!r}, got {name!r}{hint}")
-    if "rank" in known and "rank" not in parameters and _needs_rank(cls):
+    if needs_rank and "rank" not in parameters:
         raise TypeError(f"rank must be given for method {method!r}, got none; pass rank=")
     return cls(**parameters)
 
 
-def _needs_rank(cls: type[Method]) -> bool:
-    """Say whether a method has a rank without a default."""
+@functools.cache
+def _parameters(cls: type[Method]) -> tuple[tuple[str, ...], bool]:
+    """Return the names of a method's parameters, and whether it has a rank without a default."""
     import inspect
 
-    rank = inspect.signature(cls).parameters["rank"]
-    return rank.default is inspect.Parameter.empty
+    known = tuple(cls._get_param_names())
+    rank = inspect.signature(cls).parameters.get("rank")
+    return known, rank is not None and rank.default is inspect.Parameter.empty
 
 
 def inner_method(inner: object, rank: int) -> Method:
