@@ -50,7 +50,7 @@ def without_floating_errors(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
         before = getattr(_local, "ignored", None)
-        # Quiet functions call each other many times, and a setting takes as long as a small product.
+        # Quiet functions call each other often, and a setting takes as long as a small product.
         if before is not None and _settings.get(None) is before:
             return function(*args, **kwargs)
         with np.errstate(all="ignore"):  # one a call: NumPy 1 forgets nested settings otherwise

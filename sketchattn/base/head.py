@@ -239,9 +239,10 @@ class Head:
 
     def visible_counts(self) -> Array:
         """Return the number of visible keys of each row, int64 (n_q,)."""
-        keep = np.ones(self.n_k, bool) if self.key_mask is None else self.key_mask
         if not self.causal:
-            return np.full(self.n_q, int(keep.sum()))
+            kept = self.n_k if self.key_mask is None else int(np.count_nonzero(self.key_mask))
+            return np.full(self.n_q, kept)
+        keep = np.ones(self.n_k, bool) if self.key_mask is None else self.key_mask
         total = np.concatenate([[0], np.cumsum(keep)])
         last = np.clip(np.arange(self.n_q) + self.offset + 1, 0, self.n_k)
         return total[last].astype(np.int64)

@@ -76,9 +76,14 @@ def _refuse(problem: Head, rows: Array) -> None:
     check_logits(lse)
 
 
+def extent_of(problem: Head) -> tuple[float, float]:
+    """Return bounds of the entries of q and k, which are the largest ones or above; NaN at NaN."""
+    return problem.cached("extent", lambda: (largest(problem.q), largest(problem.k)))
+
+
 def _reach(problem: Head) -> float:
     """Return ``|scale| d max |q| max |k|``, all keys, which no logit exceeds; NaN where one is."""
-    most_q, most_k = problem.cached("extent", lambda: (largest(problem.q), largest(problem.k)))
+    most_q, most_k = extent_of(problem)
     return abs(problem.scale) * problem.d * most_q * most_k
 
 

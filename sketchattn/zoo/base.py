@@ -568,8 +568,8 @@ C = TypeVar("C", bound="NamedTuple")
 
 def in_force(method: Method, default: C, presets: Mapping[str, Mapping[str, Any]]) -> C:
     """Return the choices of a method: its arguments named like the fields, then its preset's."""
-    own = {name: getattr(method, name) for name in default._fields}
-    return default._replace(**(own | dict(presets.get(str(method.preset), {}))))
+    preset = presets.get(str(method.preset), {})
+    return type(default)(*(preset.get(x, getattr(method, x)) for x in default._fields))
 
 
 def check_preset(
