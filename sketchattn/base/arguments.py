@@ -208,12 +208,15 @@ def largest(x: Array) -> float:
     """Return ``max |x|``, 0 if x is empty, NaN if it has one: from memory once, without a copy."""
     flat = x.reshape(-1) if x.flags.c_contiguous else x
     step = _PIECE if flat.ndim == 1 else max(1, len(x))
-    found: list[Any] = [0.0]
+    most = 0.0
     with np.errstate(all="ignore"):
         for start in range(0, len(flat), step):
             piece = flat[start : start + step]
-            found += [float(piece.max(initial=0)), -float(piece.min(initial=0))]
-        return float(np.max(found))
+            high, low = (float(f.reduce(piece, axis=None)) for f in (np.maximum, np.minimum))
+            if high != high:
+                return high
+            most = max(most, high, -low)
+    return most
 
 
 def check_finite(x: Array, name: str) -> float:

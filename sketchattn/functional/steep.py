@@ -23,8 +23,8 @@ def may_be_steep(lse: Array, q: Array, k: Array, terms: Terms, most: float) -> A
     """
     limits = np.finfo(q.dtype)
     with np.errstate(all="ignore"):
-        if q.shape[2] * most * abs(terms.scale) <= STEEP / 2:  # |q_i| |k_j| <= d max |q| max |k|
-            return np.zeros(len(lse), bool) if is_calm(lse) else _large(lse).any(axis=1)
+        if is_small(q.shape[2], most, terms):
+            return np.asarray(_large(lse).any(axis=1))
         # Squares that underflow are below tiny, and sums are off by a factor 1 + d eps at most.
         norms = (
             np.sqrt(
@@ -37,6 +37,11 @@ def may_be_steep(lse: Array, q: Array, k: Array, terms: Terms, most: float) -> A
         small = bound <= STEEP * (1 - 2 * q.shape[2] * float(limits.eps))  # False for NaN
     found: Array = ~small | _large(lse).any(axis=1)
     return found
+
+
+def is_small(d: int, most: float, terms: Terms) -> bool:
+    """Say whether no logit is large: ``|q_i| |k_j| <= d max |q| max |k|``, d times ``most``."""
+    return d * most * abs(terms.scale) <= STEEP / 2
 
 
 def is_calm(lse: Array) -> bool:
