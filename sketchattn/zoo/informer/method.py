@@ -36,6 +36,7 @@ from .choices import CLAIMS, PRESETS, Choices
 from .lazy import CAUSAL_FILLS, FILLS, check_fill, fill_weights, lazy_operator, lazy_row
 from .operator import InformerAttention
 from .statistics import (
+    DRAWN_ENTRIES,
     SAMPLED,
     STATISTICS,
     WHOLE,
@@ -455,6 +456,8 @@ class Informer(Method):
         if draw is not None or c.key_sampling != "per_query" or problem.causal:
             return super()._attend(problem, rng, draw)
         _, drawn = self.budget(problem)
+        if problem.n_q * drawn <= DRAWN_ENTRIES:
+            return super()._attend(problem, rng, draw)
         reduced = draw_and_reduce([problem], [as_generator(rng)], drawn, c.statistic)
         rows = np.sort(self._ranked(problem, None, reduced[0]))
         values = problem.arrays.v
@@ -479,12 +482,13 @@ class Informer(Method):
         if not one_pass or len(looks) > 1 or first.n_k >= 2 * PART_KEYS:
             return super()._attend_heads(problems, rngs, draw)
         values = stacked([np.asarray(x.values) for x in problems])
-        if draw is None:
+        drawn = looks.pop()
+        if draw is None and first.n_q * drawn > DRAWN_ENTRIES:
             generators = [as_generator(rng) for rng in rngs]
-            reduced = draw_and_reduce(problems, generators, looks.pop(), c.statistic)
+            reduced = draw_and_reduce(problems, generators, drawn, c.statistic)
             chosen = [self._ranked(x, None, y) for x, y in zip(problems, reduced, strict=True)]
         else:
-            draws = [self._handed_in(x, rng, draw) for x, rng in zip(problems, rngs, strict=True)]
+            draws = [self._checked(x, rng, draw) for x, rng in zip(problems, rngs, strict=True)]
             if "pilot_rows" in draws[0]:
                 chosen = [self._select(x, y) for x, y in zip(problems, draws, strict=True)]
             else:

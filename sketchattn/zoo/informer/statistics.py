@@ -27,7 +27,7 @@ EXPONENTIALS = ("m", "kl")
 STATISTICS = (*SAMPLED, *WHOLE, "random")
 
 # Keys drawn at a time by one thread: half a megabyte, which a second-level cache holds.
-_DRAWN_ENTRIES = 1 << 16
+DRAWN_ENTRIES = 1 << 16
 
 
 @without_floating_errors
@@ -175,7 +175,7 @@ def draw_and_reduce(
     from ...kernels.probsparse import SAMPLED_TILE, sampled_statistics
 
     first = problems[0]
-    step = max(SAMPLED_TILE, _DRAWN_ENTRIES // max(drawn, 1))
+    step = max(SAMPLED_TILE, DRAWN_ENTRIES // max(drawn, 1))
     pieces = [
         (h, slice(i, min(i + step, first.n_q)))
         for h in range(len(problems))
