@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import sketchattn as sa
 from sketchattn import compression, perturbation, sampling
+from sketchattn.base.floating import without_floating_errors
 from sketchattn.heads.families import FAMILIES
 from sketchattn.kernels._threads import limit_threads, map_pieces
 from sketchattn.sketches import make_sketch, sketches
@@ -362,3 +363,20 @@ def test_threads_do_not_warn_for_their_caller() -> None:
         warnings.simplefilter("error")
         made = list(map_pieces(square, [slice(i, i + 1) for i in range(4)]))
     assert not np.concatenate(made).any()
+
+
+def test_functions_inside_each_other_are_quiet_whatever_is_set_between() -> None:
+    tiny = np.full(3, 1e-200)
+    inner = without_floating_errors(lambda: tiny * tiny)
+
+    def between() -> Array:
+        with np.errstate(all="raise"):
+            first = inner()
+            with pytest.raises(FloatingPointError):
+                tiny * tiny  # noqa: B018
+        return np.asarray(first + inner())
+
+    with np.errstate(all="raise"):
+        assert not without_floating_errors(between)().any()
+        with pytest.raises(FloatingPointError):
+            tiny * tiny  # noqa: B018

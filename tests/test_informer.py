@@ -21,6 +21,7 @@ from sketchattn.zoo.informer.choices import PRESETS
 from sketchattn.zoo.informer.lazy import lazy_errors
 from sketchattn.zoo.informer.method import published_count
 from sketchattn.zoo.informer.operator import InformerAttention
+from sketchattn.zoo.informer.statistics import DRAWN_ENTRIES
 
 Array = NDArray[Any]
 
@@ -1064,3 +1065,26 @@ def test_small_heads_of_a_call_share_each_pass(monkeypatch: pytest.MonkeyPatch) 
     assert heads == [6]
     monkeypatch.setattr(sa.Informer, "_attend_heads", sa.Method._attend_heads)
     assert np.array_equal(out, sa.attention(q, k, v, method, rng=3, key_mask=keep))
+
+
+@pytest.mark.parametrize("statistic", ["max_mean", "zero_filled", "kl"])
+def test_rows_that_are_reduced_while_others_draw_are_those_of_the_draw(statistic: str) -> None:
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((3, 1500, 8)).astype(np.float32) for _ in range(3))
+    method = sa.Informer(rank=100, statistic=statistic)
+    assert 2 * DRAWN_ENTRIES < 1500 * 100
+    for keep in (None, np.arange(1500) % 7 != 2):
+        first = sa.AttentionProblem(q[0], k[0], v[0], key_mask=keep)
+        mine, theirs = np.random.default_rng(2), np.random.default_rng(2)
+        draw = method.draw(first, theirs)
+        for threads in (1, 2, 3):
+            with limit_threads(threads):
+                out = method.attend(first, rng=2)
+            assert np.array_equal(out, method.attend(first, draw=draw))
+        # The stream is left where the draw leaves it.
+        assert np.array_equal(method.attend(first, mine), method.attend(first, draw=draw))
+        assert mine.bit_generator.state == theirs.bit_generator.state
+        heads = [sa.AttentionProblem(*x, key_mask=keep) for x in zip(q, k, v, strict=True)]
+        many = method.attend_heads(heads, [2, 3, 4])
+        alone = [method.attend(x, seed) for x, seed in zip(heads, (2, 3, 4), strict=True)]
+        assert np.array_equal(many, np.stack(alone))

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Where NumPy 2 keeps the settings that are in force; it puts another object there for each change.
+_settings: Any = getattr(
+    getattr(getattr(np, "_core", None), "umath", None), "_extobj_contextvar", None
+)
+# ``ignored``: the object that ignores everything, while a quiet function of this thread runs.
+_local = threading.local()
 
 
 def without_floating_errors(function: Callable[P, R]) -> Callable[P, R]:
@@ -41,7 +49,15 @@ def without_floating_errors(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
-        with np.errstate(all="ignore"):  # one a call: NumPy 1 forgets nested settings otherwise
+        before = getattr(_local, "ignored", None)
+        # Quiet functions call each other often, and a setting takes as long as a small product.
+        if before is not None and _settings.get(None) is before:
             return function(*args, **kwargs)
+        with np.errstate(all="ignore"):  # one a call: NumPy 1 forgets nested settings otherwise
+            _local.ignored = None if _settings is None else _settings.get(None)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _local.ignored = before
 
     return quiet

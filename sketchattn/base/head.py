@@ -91,17 +91,17 @@ class Head:
             mask.flags.writeable = False
         arrays = [prepare(raw_q, dtype), prepare(raw_k, dtype)]
         arrays += [] if raw_v is None else [prepare(raw_v, dtype)]
-        check_finite(arrays[0], "q")
+        sizes = [check_finite(arrays[0], "q")]
         for i, label in enumerate("kv"[: len(arrays) - 1], start=1):
             if mask is not None and not np.isfinite(arrays[i]).all():
                 arrays[i] = np.where(mask[:, None], arrays[i], dtype.type(0))
-            check_finite(arrays[i], label)
+            sizes.append(check_finite(arrays[i], label))
         # The caller may change its arrays later; a problem must not change with them.
         owned = [
             x.copy() if np.shares_memory(x, raw) else x
             for x, raw in zip(arrays, (raw_q, raw_k, raw_v), strict=False)
         ]
-        self._hold(owned, scale, causal, mask, name)
+        self._hold(owned, scale, causal, mask, name, (sizes[0], sizes[1]))
 
     def _hold(
         self,
@@ -110,6 +110,7 @@ class Head:
         causal: Causal,
         mask: Array | None,
         name: str | None = None,
+        extent: tuple[float, float] | None = None,
     ) -> None:
         set_ = self.__dict__.__setitem__
         set_("arrays", HeadArrays(owned[0], owned[1], owned[2] if len(owned) > 2 else None))
@@ -122,19 +123,24 @@ class Head:
         set_("causal", check_causal(causal, owned[0].shape[0], owned[1].shape[0]))
         set_("key_mask", mask)
         set_("name", name)
-        set_("_cache", {})
+        set_("_cache", {} if extent is None else {"extent": extent})
 
     @classmethod
     def adopt(
-        cls: type[H], *arrays: Array, scale: float | None = None, causal: Causal = False
+        cls: type[H],
+        *arrays: Array,
+        scale: float | None = None,
+        causal: Causal = False,
+        extent: tuple[float, float] | None = None,
     ) -> H:
         """Return a problem of q, k and perhaps v that are neither checked nor copied.
 
         For arrays that `prepare` returned, of one precision and finite, which nobody changes
-        while the problem lives: what `attention` holds during a call.
+        while the problem lives: what `attention` holds during a call.  ``extent`` has bounds of
+        ``|q|`` and ``|k|``, by entries, where they are known.
         """
         problem = cls.__new__(cls)
-        problem._hold(arrays, scale, causal, None)
+        problem._hold(arrays, scale, causal, None, None, extent)
         return problem
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -233,9 +239,10 @@ class Head:
 
     def visible_counts(self) -> Array:
         """Return the number of visible keys of each row, int64 (n_q,)."""
-        keep = np.ones(self.n_k, bool) if self.key_mask is None else self.key_mask
         if not self.causal:
-            return np.full(self.n_q, int(keep.sum()))
+            kept = self.n_k if self.key_mask is None else int(np.count_nonzero(self.key_mask))
+            return np.full(self.n_q, kept)
+        keep = np.ones(self.n_k, bool) if self.key_mask is None else self.key_mask
         total = np.concatenate([[0], np.cumsum(keep)])
         last = np.clip(np.arange(self.n_q) + self.offset + 1, 0, self.n_k)
         return total[last].astype(np.int64)

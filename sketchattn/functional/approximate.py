@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..base.arguments import check_finite
 from ..base.draws import Draw, Rng, check_origin, entropy_of, head_generator
+from ..operators.steep import is_harmless
 from ..problem import AttentionProblem
 from .call import Call
 
@@ -20,6 +22,7 @@ Array = NDArray[Any]
 
 # Entries of the arrays of heads that a method is given at a time; copies of them are made.
 _HEADS_ENTRIES = 1 << 22
+_OURS = __name__.partition(".")[0] + "."
 
 
 Drawn = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
@@ -34,20 +37,46 @@ def approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> Array:
         For options and masks that the method cannot honour, keys and values that are not finite,
         ``rng`` beside ``draw``, and what the method itself refuses.
     """
-    check_approximate(call, method, rng, draw)
+    most_k = check_approximate(call, method, rng, draw)
     layout = call.layout
-    out = np.zeros((layout.entries * layout.h, layout.n_q, layout.d_v), call.computing)
-    if layout.n_q > 0 and layout.n_k > 0:
-        problem_of, rng_of = _problems(call), _streams(call, rng, draw is not None)
-        numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
-        step = max(1, _HEADS_ENTRIES // max(numbers, 1))
-        for start in range(0, len(out), step):
-            heads = range(start, min(start + step, len(out)))
-            own = draw[start : heads.stop] if isinstance(draw, Sequence) else draw
-            out[start : start + step] = method.attend_heads(
-                [problem_of(flat) for flat in heads], [rng_of(flat) for flat in heads], draw=own
-            )
+    shape = layout.entries * layout.h, layout.n_q, layout.d_v
+    if not (shape[0] and layout.n_q and layout.n_k):
+        return layout.output(np.zeros(shape, call.computing), call.q.dtype)
+    problem_of, rng_of = _problems(call, most_k), _streams(call, rng, draw is not None)
+
+    def some(heads: range) -> Array:
+        problems = [problem_of(flat) for flat in heads]
+        own = draw[heads.start : heads.stop] if isinstance(draw, Sequence) else draw
+        return method.attend_heads(problems, [rng_of(flat) for flat in heads], draw=own)
+
+    numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
+    step = max(1, _HEADS_ENTRIES // numbers)
+    out: Array | None = None
+    for start in range(0, shape[0], step):
+        heads = range(start, min(start + step, shape[0]))
+        made = some(heads)
+        if len(heads) == shape[0] and _is_ours(made, shape, call, method):
+            out = made
+            break
+        out = np.empty(shape, call.computing) if out is None else out
+        out[start : start + step] = made
+    assert out is not None
     return layout.output(out, call.q.dtype)
+
+
+def _is_ours(out: Array, shape: tuple[int, ...], call: Call, method: Method) -> bool:
+    """Say whether an output can be given away as it is: nobody else has it.
+
+    That is known of the methods of this library, which keep no arrays.  Memory for a copy of a long
+    output has to be found first, which takes longer than the copy.
+    """
+    inside = (x for x in vars(method).values() if hasattr(x, "attend_heads"))
+    return (
+        all(type(x).__module__.startswith(_OURS) for x in (method, *inside))
+        and (out.shape, out.dtype) == (shape, call.computing)
+        and out.flags.carray
+        and not any(np.may_share_memory(out, x) for x in (call.q, call.k, call.v))
+    )
 
 
 def approximate_with_lse(call: Call, method: Method, rng: Rng, draw: Drawn) -> tuple[Array, Array]:
@@ -66,8 +95,11 @@ def approximate_with_lse(call: Call, method: Method, rng: Rng, draw: Drawn) -> t
     return call.shaped(out, lse)
 
 
-def check_approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> None:
-    """Refuse what ``approximate`` refuses, but for what the method says of each head."""
+def check_approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> float:
+    """Refuse what ``approximate`` refuses, but for what the method says of each head.
+
+    Returns ``max |k|`` over the keys that are not masked.
+    """
     for name, neutral, given in call.exact_only:
         raise ValueError(
             f"{name} must be {neutral!r} for method {method.name!r}, which cannot honour it, "
@@ -79,8 +111,10 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> None
             f"normaliser of its rows, got True; use a method whose traits.logsumexp is True"
         )
     layout, keys = call.layout, call.key_mask
-    for label, x in (("k", call.k), ("v", call.v)):
+    most_k, _ = (
         check_finite(x if keys is None else layout.keep(x, keys), label)
+        for label, x in (("k", call.k), ("v", call.v))
+    )
     if draw is not None and rng is not None:
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
     heads = layout.entries * layout.h
@@ -96,6 +130,7 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> None
             f"causal must be False for method {method.name!r}, which sees all keys, got "
             f"{call.causal!r}; use a method whose traits.causal is True"
         )
+    return most_k
 
 
 def draws_of(call: Call, method: Method, rng: Rng, draw: Drawn) -> list[Mapping[str, Any]]:
@@ -154,16 +189,22 @@ def approximate_vjp(
     return q, k, v
 
 
-def _problems(call: Call) -> Callable[[int], AttentionProblem]:
-    """Return the function that makes the problem of a flat head."""
+def _problems(call: Call, most_k: float = math.nan) -> Callable[[int], AttentionProblem]:
+    """Return the function that makes the problem of a flat head; ``max |k|`` if it is known."""
     layout, terms = call.layout, call.terms
     q, k, v = call.flat()
+    # The largest of all heads say of each that it is harmless, but not which one is not.
+    extent: tuple[float, float] | None = (call.most_q, most_k)
+    if not is_harmless(terms.scale, layout.d, call.most_q, most_k):
+        extent = None
 
     def problem_of(flat: int) -> AttentionProblem:
         head = (q[flat], k[flat // layout.group], v[flat // layout.group])
         if terms.key_mask is None:
             # Checked already, and nobody changes them during this call.
-            return AttentionProblem.adopt(*head, scale=terms.scale, causal=call.causal)
+            return AttentionProblem.adopt(
+                *head, scale=terms.scale, causal=call.causal, extent=extent
+            )
         kept = terms.key_mask[terms.key_slab[flat]]
         return AttentionProblem(*head, scale=terms.scale, causal=call.causal, key_mask=kept)
 

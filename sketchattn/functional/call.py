@@ -97,6 +97,8 @@ class Call:
         The options that were given and that only the exact method honours.
     return_lse : bool
         Whether the logsumexp is returned too.
+    most_q : float
+        ``max |q|``, finite.
     """
 
     q: Array
@@ -110,6 +112,7 @@ class Call:
     terms: Terms
     exact_only: tuple[tuple[str, object, str], ...]
     return_lse: bool
+    most_q: float
 
     def flat(self) -> tuple[Array, Array, Array]:
         """Return q (H, n_q, d), k and v (H_kv, n_k, ...), contiguous and in ``computing``."""
@@ -164,7 +167,7 @@ def check_call(
     keys = None if key_mask is None else check_key_mask(key_mask, layout.batch, layout.n_k)
     mask = None if attn_mask is None else check_attn_mask(attn_mask, layout)
     sinks = None if sink is None else check_sink(sink, layout)
-    check_finite(arrays[0], "q")
+    most_q = check_finite(arrays[0], "q")
 
     unread = np.zeros_like(first)
     key_slabs = (None, unread) if keys is None else layout.key_slabs(keys)
@@ -197,6 +200,7 @@ def check_call(
             ("sink", sink, None),
         ),
         return_lse=flag,
+        most_q=most_q,
     )
 
 

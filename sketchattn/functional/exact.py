@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from math import isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,30 @@ from ..base.draws import Rng, as_generator
 from ..operators.reference import reference_attention
 from .call import Call
 from .hidden import add_non_finite, lost_rows, without_hidden
-from .steep import solve_steep
+from .steep import is_calm, is_small, solve_steep
 
 if TYPE_CHECKING:
     from ..zoo.base import Method
 
 Array = NDArray[Any]
+
+
+class Flat(NamedTuple):
+    """Hold q, k and v of flat heads, and what was seen when they were looked at.
+
+    Attributes
+    ----------
+    clean : bool
+        Whether every key and value that is seen is finite.
+    most : float
+        ``max |q| max |k|`` over all heads.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    clean: bool
+    most: float
 
 
 def is_exact(method: object) -> bool:
@@ -47,7 +66,7 @@ def check_exact(
         as_generator(rng)  # unused, but a wrong one would fail with any other method
 
 
-def exact(call: Call, flat: tuple[Array, Array, Array, bool] | None = None) -> tuple[Array, Array]:
+def exact(call: Call, flat: Flat | None = None) -> tuple[Array, Array]:
     """Return the output (H, n_q, d_v) of flat heads and their logsumexp (H, n_q).
 
     Keys and values that are not finite reach the rows that see them, and no others.  ``flat`` is
@@ -55,14 +74,16 @@ def exact(call: Call, flat: tuple[Array, Array, Array, bool] | None = None) -> t
     """
     from ..kernels.softmax import softmax_product  # loads the compiler, which refusals do without
 
-    q, k, v, clean = arrays(call) if flat is None else flat
+    q, k, v, clean, most = arrays(call) if flat is None else flat
     options = vars(call.terms)
     product = reference_attention if call.reference else softmax_product
     if clean:
         out, lse = product(q, k, v, **options)
-        check_sums(call, lse)
-        if not call.reference:
-            solve_steep(out, lse, q, k, v, call.terms)
+        calm = is_calm(lse)
+        if not calm:
+            check_sums(call, lse)
+        if not (call.reference or (calm and is_small(q.shape[2], most, call.terms))):
+            solve_steep(out, lse, q, k, v, call.terms, most)
         return out, lse
     if call.reference:
         return product(q, k, v, **options)
@@ -70,28 +91,22 @@ def exact(call: Call, flat: tuple[Array, Array, Array, bool] | None = None) -> t
     # added where their keys are seen.
     values = np.where(np.isfinite(v), v, v.dtype.type(0))
     out, lse = product(q, k, values, **options)
-    solve_steep(out, lse, q, k, values, call.terms)
+    solve_steep(out, lse, q, k, values, call.terms, most)
     add_non_finite(out, lse, q, k, v, call.terms)
     return out, lse
 
 
-def arrays(call: Call) -> tuple[Array, Array, Array, bool]:
-    """Return q, k and v of flat heads, and whether every key and value that is seen is finite.
-
-    Keys that no query sees are zero where there is one that is not finite.
-    """
+def arrays(call: Call) -> Flat:
+    """Return q, k and v of flat heads; keys that no query sees are zero where one is not finite."""
     q, k, v = call.flat()
-    clean = _finite(k, v)
-    if not clean:
+    most_k, most_v = largest(k), largest(v)
+    if not (isfinite(most_k) and isfinite(most_v)):
         k, v = without_hidden(q.shape[1], k, v, call.terms)
-        clean = _finite(k, v)
-    return q, k, v, clean
+        most_k, most_v = largest(k), largest(v)
+    clean = isfinite(most_k) and isfinite(most_v)
+    return Flat(q, k, v, clean, call.most_q * most_k)
 
 
 def check_sums(call: Call, lse: Array) -> None:
     """Refuse logits that overflowed, which shows in their log-sum-exp."""
     check_logits(np.where(lost_rows(lse, call.layout.n_k, call.terms), np.nan, lse))
-
-
-def _finite(k: Array, v: Array) -> bool:
-    return bool(np.isfinite(largest(k)) and np.isfinite(largest(v)))

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..base.arguments import largest
 from ..kernels._threads import blas_single_thread
 from ..operators.reference import masked_logits, softmax_rows
 from ..operators.steep import STEEP, TILE, norms_of
@@ -17,15 +16,14 @@ from .hidden import seen_by
 Array = NDArray[Any]
 
 
-def may_be_steep(lse: Array, q: Array, k: Array, terms: Terms) -> Array:
+def may_be_steep(lse: Array, q: Array, k: Array, terms: Terms, most: float) -> Array:
     """Return the heads (H,) that may have a steep row, by all keys, seen or not; none is missed.
 
-    A pass over each array, without copies: nearly all calls end here.
+    ``most = max |q| max |k|``, by which nearly all calls end without another look at q and k.
     """
     limits = np.finfo(q.dtype)
-    most = q.shape[2] * largest(q) * largest(k) * abs(terms.scale)
     with np.errstate(all="ignore"):
-        if most <= STEEP / 2:  # |q_i| |k_j| <= d max |q| max |k|
+        if is_small(q.shape[2], most, terms):
             return np.asarray(_large(lse).any(axis=1))
         # Squares that underflow are below tiny, and sums are off by a factor 1 + d eps at most.
         norms = (
@@ -41,11 +39,25 @@ def may_be_steep(lse: Array, q: Array, k: Array, terms: Terms) -> Array:
     return found
 
 
+def is_small(d: int, most: float, terms: Terms) -> bool:
+    """Say whether no logit is large: ``|q_i| |k_j| <= d max |q| max |k|``, d times ``most``."""
+    return d * most * abs(terms.scale) <= STEEP / 2
+
+
+def is_calm(lse: Array) -> bool:
+    """Say whether every row sees a key and has a logsumexp that is a number of ordinary size."""
+    if not lse.size:
+        return True
+    return bool(lse.min() >= -STEEP and lse.max() <= STEEP)  # False for NaN
+
+
 def _large(lse: Array) -> Array:
     return np.isfinite(lse) & (np.abs(lse) > STEEP)
 
 
-def solve_steep(out: Array, lse: Array, q: Array, k: Array, v: Array, terms: Terms) -> None:
+def solve_steep(
+    out: Array, lse: Array, q: Array, k: Array, v: Array, terms: Terms, most: float
+) -> None:
     """Put steep rows into the output (H, n_q, d_v) and logsumexp (H, n_q) of a kernel.
 
     A row is steep where ``|scale| |q_i| max_j |k_j|`` over the keys that it sees, or its
@@ -54,7 +66,7 @@ def solve_steep(out: Array, lse: Array, q: Array, k: Array, v: Array, terms: Ter
     key that is not finite is left as it is.
     """
     keys = np.arange(k.shape[1])
-    for h in np.flatnonzero(may_be_steep(lse, q, k, terms)):
+    for h in np.flatnonzero(may_be_steep(lse, q, k, terms, most)):
         k_h, v_h = (x[h // terms.group].astype(np.float64) for x in (k, v))
         with np.errstate(all="ignore"):
             sizes, reach = np.abs(terms.scale) * norms_of(q[h]), norms_of(k_h)

@@ -160,7 +160,8 @@ def _flat_vjp(
 ) -> Gradients:
     """Return ``exact_vjp``, but the gradient of the sink of each flat head."""
     layout, terms = call.layout, call.terms
-    q, k, v, clean = arrays(call)
+    flat = arrays(call)
+    q, k, v, clean, most = flat
     g = layout.flatten(cotangent, call.computing)
     slabs: dict[str, Any] = {}
     if bias_shape is not None:
@@ -171,9 +172,9 @@ def _flat_vjp(
             "bias_slab": of_head,
         }
     if not call.reference:
-        out, lse = exact(call, (q, k, v, clean)) if forward is None else forward
+        out, lse = exact(call, flat) if forward is None else forward
         # Weights of kernels are exp(L - lse), which large logits round away.
-        if clean and np.isfinite(g).all() and not may_be_steep(lse, q, k, terms).any():
+        if clean and np.isfinite(g).all() and not may_be_steep(lse, q, k, terms, most).any():
             from ..kernels.gradients import softmax_gradients  # loads the compiler
 
             return Gradients(*softmax_gradients(q, k, v, g, out, lse, **vars(terms), **slabs), lse)

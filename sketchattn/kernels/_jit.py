@@ -23,6 +23,7 @@ from numba.extending import intrinsic, overload
 _caching: Any = importlib.import_module("numba.core.caching")
 cgutils: Any = importlib.import_module("numba.core.cgutils")
 ir: Any = importlib.import_module("llvmlite.ir")
+_runtime: Any = importlib.import_module("numba.core.runtime").rtsys
 _intrinsic = cast(Callable[[Any], Callable[..., Any]], intrinsic)
 
 FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
@@ -72,6 +73,12 @@ def _source_of_kernels() -> str:
 
 SOURCE = _source_of_kernels()
 
+# Numba loads all that it can compile before it reads compiled code, which takes as long as to load
+# Numba itself.  The code calls functions of the runtime, of C and of BLAS only, and the first
+# are the only ones that are not known from the start.  Of other releases that is not known:
+# an address that is missing ends the process.
+_LOADS_ALONE = numba.__version__.startswith("0.68.")
+
 
 class _CheckedFile(_caching.IndexDataCacheFile):  # type: ignore[misc]  # no types
     """Files of one kernel; compiled code is read only if it is, byte for byte, what was written."""
@@ -103,7 +110,11 @@ class KernelCache(_caching.FunctionCache):  # type: ignore[misc]  # no types
     def load_overload(self, signature: Any, target: Any) -> Any:
         """Return the compiled code of ``signature``; None where it is not there, or damaged."""
         try:
-            return super().load_overload(signature, target)
+            if not _LOADS_ALONE:
+                return super().load_overload(signature, target)
+            _runtime.initialize(target)
+            with self._guard_against_spurious_io_errors():
+                return self._load_overload(signature, target)
         except Exception:  # whatever a damaged index, or one of another release, may raise
             return None
 

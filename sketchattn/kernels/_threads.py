@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 _lock = threading.Lock()
@@ -170,6 +171,10 @@ def _set(library: Any, count: int) -> None:
 def _enter(count: int) -> tuple[int, int]:
     global _stale
     with _lock:
+        if _requests and not _stale and min(_numbers()) <= count:
+            request = threading.get_ident(), count  # what holds already is enough
+            _requests.append(request)
+            return request
         libraries = _blas()
         if _stale:
             for library, before in zip(libraries, _before, strict=True):
@@ -211,7 +216,7 @@ def blas_single_thread() -> Iterator[None]:
         _leave(request)
 
 
-def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[T]:
+def map_pieces(work: Callable[[P], T], pieces: Sequence[P]) -> Iterator[T]:
     """Yield ``work`` of all pieces, in order, on as many Python threads as kernels use.
 
     For products in BLAS that must not depend on the number of threads: each piece is done with
@@ -224,13 +229,14 @@ def map_pieces(work: Callable[[slice], T], pieces: Sequence[slice]) -> Iterator[
     results: dict[int, T] = {}
     turn = itertools.count()
 
-    def quiet(piece: slice) -> T:
+    def quiet(piece: P) -> T:
         with np.errstate(all="ignore"):
             return work(piece)
 
     def worker() -> None:
-        while (i := next(turn)) < len(pieces):
-            results[i] = quiet(pieces[i])
+        with _own_limit(1):  # the pieces keep all threads busy: what they run starts no others
+            while (i := next(turn)) < len(pieces):
+                results[i] = quiet(pieces[i])
 
     with blas_single_thread():
         threads = min(thread_count(), len(pieces))
@@ -265,6 +271,20 @@ def product(a: Any, b: Any) -> Any:
 
 
 @contextmanager
+def _own_limit(count: int) -> Iterator[None]:
+    """Let this Python thread use ``count`` threads for kernels while inside."""
+    before = getattr(_local, "limit", None)
+    _local.limit = count
+    try:
+        yield
+    finally:
+        if before is None:
+            del _local.limit
+        else:
+            _local.limit = before
+
+
+@contextmanager
 def limit_threads(count: int) -> Iterator[None]:
     """Run kernels and BLAS on at most ``count`` threads while inside, and restore both after.
 
@@ -275,19 +295,12 @@ def limit_threads(count: int) -> Iterator[None]:
     """
     if count < 1:
         raise ValueError(f"number of threads must be at least 1, got {count}; pass 1 for one")
-    before = getattr(_local, "limit", None)
-    _local.limit = min(count, _most())
-    try:
+    with _own_limit(min(count, _most())):
         request = _enter(count)
         try:
             yield
         finally:
             _leave(request)
-    finally:
-        if before is None:
-            del _local.limit
-        else:
-            _local.limit = before
 
 
 def cpu_count() -> int:

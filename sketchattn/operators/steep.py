@@ -76,14 +76,20 @@ def _refuse(problem: Head, rows: Array) -> None:
     check_logits(lse)
 
 
+def extent_of(problem: Head) -> tuple[float, float]:
+    """Return bounds of the entries of q and k, which are the largest ones or above; NaN at NaN."""
+    return problem.cached("extent", lambda: (largest(problem.q), largest(problem.k)))
+
+
 def _reach(problem: Head) -> float:
     """Return ``|scale| d max |q| max |k|``, all keys, which no logit exceeds; NaN where one is."""
+    most_q, most_k = extent_of(problem)
+    return abs(problem.scale) * problem.d * most_q * most_k
 
-    def find() -> float:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return abs(problem.scale) * problem.d * largest(problem.q) * largest(problem.k)
 
-    return problem.cached("reach", find)
+def is_harmless(scale: float, d: int, most_q: float, most_k: float) -> bool:
+    """Say whether no row can be steep, by the largest entries of q and k."""
+    return abs(scale) * d * most_q * most_k <= STEEP / 2
 
 
 def _bounds(problem: Head) -> Array:

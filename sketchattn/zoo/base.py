@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,22 +205,24 @@ def method_class(name: str) -> type[Method]:
 
 
 def _construct(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
-    known, method = cls._get_param_names(), getattr(cls, "name", cls.__name__)
+    (known, needs_rank), method = _parameters(cls), getattr(cls, "name", cls.__name__)
     for name in parameters:
         if name not in known:
             hint = closest(name, known) if known else "; it takes no parameters"
             raise TypeError(f"{name} must be a parameter of method {method!r}, got {name!r}{hint}")
-    if "rank" in known and "rank" not in parameters and _needs_rank(cls):
+    if needs_rank and "rank" not in parameters:
         raise TypeError(f"rank must be given for method {method!r}, got none; pass rank=")
     return cls(**parameters)
 
 
-def _needs_rank(cls: type[Method]) -> bool:
-    """Say whether a method has a rank without a default."""
+@functools.cache
+def _parameters(cls: type[Method]) -> tuple[tuple[str, ...], bool]:
+    """Return the names of a method's parameters, and whether it has a rank without a default."""
     import inspect
 
-    rank = inspect.signature(cls).parameters["rank"]
-    return rank.default is inspect.Parameter.empty
+    known = tuple(cls._get_param_names())
+    rank = inspect.signature(cls).parameters.get("rank")
+    return known, rank is not None and rank.default is inspect.Parameter.empty
 
 
 def inner_method(inner: object, rank: int) -> Method:
@@ -319,7 +322,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
                 f"n_q and n_k must be equal for method {self.name!r}, got {problem.n_q} and "
                 f"{problem.n_k}; use a method whose traits.rectangular is True"
             )
-        if hasattr(self, "rank") and (self.rank is not None or _needs_rank(type(self))):
+        if hasattr(self, "rank") and (self.rank is not None or _parameters(type(self))[1]):
             check_rank(self.rank, problem.n_k)
         self._check_parameters()
         check_overflow(problem)
@@ -754,8 +757,8 @@ C = TypeVar("C", bound="NamedTuple")
 
 def in_force(method: Method, default: C, presets: Mapping[str, Mapping[str, Any]]) -> C:
     """Return the choices of a method: its arguments named like the fields, then its preset's."""
-    own = {name: getattr(method, name) for name in default._fields}
-    return default._replace(**(own | dict(presets.get(str(method.preset), {}))))
+    preset = presets.get(str(method.preset), {})
+    return type(default)(*(preset.get(x, getattr(method, x)) for x in default._fields))
 
 
 def check_preset(

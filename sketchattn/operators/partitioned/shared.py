@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,10 @@ from .layouts import Layout, gather_layers
 from .passes import EMPTY, Data, Near, RowRanges, Totals, fold_back, near_of
 
 Array = NDArray[Any]
+
+# Keys of the longest layout that is kept after a call: 40 bytes each.
+_KEPT = 1 << 16
+_ROW_STEPS = 32  # found by timing rows that see few regions
 
 
 class Shared(Layout):
@@ -61,6 +66,18 @@ class Shared(Layout):
         twin.skip = np.ascontiguousarray(np.concatenate([self.skip, chosen], axis=1))
         twin.near = (*self.near, *(near_of(column) for column in chosen.T))
         return twin
+
+    @classmethod
+    def spans(cls, n: int, size: int, own: bool, causal: bool) -> Shared:
+        """Return the layout of spans of ``size`` keys, a row for each, without a key masked.
+
+        Calls of a model have the same shapes: what follows from these alone is kept, and copies
+        share it.
+        """
+        import copy
+
+        make = _spans if n <= _KEPT else _spans.__wrapped__
+        return copy.copy(make(n, size, own, causal))
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +139,9 @@ class Shared(Layout):
         """Return the steps of a pass over all regions, for factors as wide as x."""
         from ...kernels._threads import PRODUCT
 
-        return float(len(data.f) * len(data.keys) * (1 + PRODUCT * (data.f.shape[1] + x.shape[1])))
+        # A row takes as long as some regions before its first one.
+        entries = len(data.f) * (len(data.keys) + _ROW_STEPS)
+        return float(entries * (1 + PRODUCT * (data.f.shape[1] + x.shape[1])))
 
     def transposed(
         self, data: Data, y: Array, lse: Array, *, only_far: bool = False
@@ -157,3 +176,11 @@ class Shared(Layout):
             KEY_TILE, chosen, work=self._work(data, data.f[:0]),
         )  # fmt: skip
         return chosen
+
+
+@functools.lru_cache(maxsize=4)
+def _spans(n: int, size: int, own: bool, causal: bool) -> Shared:
+    labels = np.arange(n) // size
+    made = Shared(labels, -(-n // size), n, labels if own else None, causal)
+    _ = made.order
+    return made

@@ -644,6 +644,9 @@ class Combiner(Method):
         budget = size if pattern in ("axial_vertical", "logsparse") else -(-n // size)
         columns = pattern == "axial_rowmajor" and is_named(reference, "column")
         if pattern == "fixed" or (pattern == "axial_rowmajor" and not columns):
+            plain = mask is None and direct.window is None and (direct.own or not causal)
+            if plain and problem.n_q == n > 0:
+                return Base(Shared.spans(n, size, direct.own, causal), None, budget)
             return of_labels(problem, np.arange(n) // size, None, direct)
         # One reference query for all regions: what is merged need not be summarised anew.
         merged = (

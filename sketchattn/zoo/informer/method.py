@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...base.arguments import check_count, check_logits, check_name, check_rank, stacked
-from ...base.draws import Draw, Rng, check_draw
+from ...base.draws import Draw, Rng, as_generator, check_draw
 from ...operators.base import AttentionOperator
 from ...operators.pullback import Gradient, rows_pullback
 from ...operators.sampled import SampledAttention
@@ -35,7 +35,16 @@ from .arguments import (
 from .choices import CLAIMS, PRESETS, Choices
 from .lazy import CAUSAL_FILLS, FILLS, check_fill, fill_weights, lazy_operator, lazy_row
 from .operator import InformerAttention
-from .statistics import SAMPLED, STATISTICS, WHOLE, compute_statistic, reach_counts, reduce_samples
+from .statistics import (
+    DRAWN_ENTRIES,
+    SAMPLED,
+    STATISTICS,
+    WHOLE,
+    compute_statistic,
+    draw_and_reduce,
+    reach_counts,
+    reduce_samples,
+)
 
 Array = NDArray[Any]
 
@@ -396,15 +405,17 @@ class Informer(Method):
     def _select(self, problem: AttentionProblem, draw: Draw) -> Array:
         if "pilot_rows" in draw:
             return draw["pilot_rows"]
-        return self._ranked(problem, draw, None)
+        return self._ranked(problem, draw.get("key_samples"))
 
-    def _ranked(self, problem: AttentionProblem, draw: Draw, reduced: Array | None) -> Array:
+    def _ranked(
+        self, problem: AttentionProblem, samples: Array | None, reduced: Array | None = None
+    ) -> Array:
         """Return the rows on top by their statistic, the highest first."""
         c = self.choices
         found = compute_statistic(
             problem,
             c.statistic,
-            draw.get("key_samples"),
+            samples,
             c.mean_divisor or "n_samples",
             c.scope or "visible",
             c.fill,
@@ -439,6 +450,20 @@ class Informer(Method):
         lazy = lazy_operator(problem, self.choices.fill, np.float64)
         return exact._replace(v=exact.v + lazy.T @ others)
 
+    def _run(self, problem: AttentionProblem, rng: Rng, draw: Mapping[str, Any] | None) -> Array:
+        """Return ``Ohat``; rows that look at keys of their own are reduced while others draw."""
+        c = self.choices
+        if draw is not None or c.key_sampling != "per_query" or problem.causal:
+            return super()._run(problem, rng, draw)
+        _, drawn = self.budget(problem)
+        if problem.n_q * drawn <= DRAWN_ENTRIES:
+            return super()._run(problem, rng, draw)
+        reduced = draw_and_reduce([problem], [as_generator(rng)], drawn, c.statistic)
+        rows = np.sort(self._ranked(problem, None, reduced[0]))
+        values = problem.arrays.v
+        product = InformerAttention(problem, rows) @ (problem.values if values is None else values)
+        return np.asarray(product)
+
     def _attend_heads(
         self,
         problems: Sequence[AttentionProblem],
@@ -456,15 +481,21 @@ class Informer(Method):
         looks = {self.budget(problem)[1] for problem in problems}
         if not one_pass or len(looks) > 1 or first.n_k >= 2 * PART_KEYS:
             return super()._attend_heads(problems, rngs, draw)
-        draws = [self._checked(x, rng, draw) for x, rng in zip(problems, rngs, strict=True)]
         values = stacked([np.asarray(x.values) for x in problems])
-        if any("pilot_rows" in x for x in draws):
-            chosen = [self._select(x, y) for x, y in zip(problems, draws, strict=True)]
+        drawn = looks.pop()
+        if draw is None and first.n_q * drawn > DRAWN_ENTRIES:
+            generators = [as_generator(rng) for rng in rngs]
+            reduced = draw_and_reduce(problems, generators, drawn, c.statistic)
+            chosen = [self._ranked(x, None, y) for x, y in zip(problems, reduced, strict=True)]
         else:
-            samples = [x["key_samples"] for x in draws]
-            reduced = reduce_samples(problems, samples, c.statistic, c.scope or "visible")
-            ranked = zip(problems, draws, reduced, strict=True)
-            chosen = [self._ranked(x, y, z) for x, y, z in ranked]
+            draws = [self._checked(x, rng, draw) for x, rng in zip(problems, rngs, strict=True)]
+            if "pilot_rows" in draws[0]:
+                chosen = [self._select(x, y) for x, y in zip(problems, draws, strict=True)]
+            else:
+                samples = [x["key_samples"] for x in draws]
+                reduced = reduce_samples(problems, samples, c.statistic, c.scope or "visible")
+                ranked = zip(problems, samples, reduced, strict=True)
+                chosen = [self._ranked(x, y, z) for x, y, z in ranked]
         out = np.empty((len(problems), first.n_q, values.shape[2]), first.dtype)
         for head, problem, x in zip(out, problems, values, strict=True):
             fill = fill_weights(problem, c.fill).astype(first.dtype)

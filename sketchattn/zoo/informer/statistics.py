@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...base.arguments import as_array, check_name, stacked
 from ...base.floating import without_floating_errors
+from ...kernels._threads import map_pieces
 from ...problem import AttentionProblem
 from ..base import check_problem
 from .arguments import DIVISORS, SCOPES, check_samples, last_key
@@ -20,7 +22,12 @@ Array = NDArray[Any]
 # Statistics of sampled logits, in the order of the docstring; and those of whole rows.
 SAMPLED = ("max_mean", "zero_filled", "m", "kl")
 WHOLE = ("row_norm", "oracle")
+# Those that need a logsumexp.
+EXPONENTIALS = ("m", "kl")
 STATISTICS = (*SAMPLED, *WHOLE, "random")
+
+# Keys drawn at a time by one thread: half a megabyte, which a second-level cache holds.
+DRAWN_ENTRIES = 1 << 16
 
 
 @without_floating_errors
@@ -112,7 +119,11 @@ def compute_statistic(
     fill: str,
     reduced: Array | None = None,
 ) -> Array:
-    """Return the statistic from checked arguments; ``reduced`` is what `reduce_samples` returns."""
+    """Return the statistic from checked arguments.
+
+    ``reduced`` is what `reduce_samples` returns for samples, which are not needed then.
+    """
+    whole = samples is None and reduced is None
     seen = problem.visible_counts() > 0
     if statistic == "row_norm":
         return np.where(seen, problem.exact.row_norms(), -np.inf)
@@ -127,7 +138,7 @@ def compute_statistic(
     some = (count > 0) & seen
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if statistic == "zero_filled":
-            found = (highest if samples is None else np.maximum(highest, 0.0)) - total / nv
+            found = (highest if whole else np.maximum(highest, 0.0)) - total / nv
         else:
             mean = total / (nv if divisor == "n_keys" else count)
             found = (highest if statistic == "max_mean" else lse - np.log(count)) - mean
@@ -149,6 +160,53 @@ def reach_counts(problem: AttentionProblem, scope: str) -> Array:
     return problem.visible_counts()
 
 
+def draw_and_reduce(
+    problems: Sequence[AttentionProblem],
+    rngs: Sequence[np.random.Generator],
+    drawn: int,
+    statistic: str,
+) -> Array:
+    """Draw ``drawn`` of all keys for each row, and return what `reduce_samples` makes of them.
+
+    The numbers are those of one ``rng.integers`` a head.  A stream is drawn from in its order, by
+    one thread at a time, while others reduce the rows that were drawn before; no more than these
+    is held.
+    """
+    from ...kernels.probsparse import SAMPLED_TILE, sampled_statistics
+
+    first = problems[0]
+    step = max(SAMPLED_TILE, DRAWN_ENTRIES // max(drawn, 1))
+    pieces = [
+        (h, slice(i, min(i + step, first.n_q)))
+        for h in range(len(problems))
+        for i in range(0, first.n_q, step)
+    ]
+    last, kept = last_key(first, "all"), [x.kept_keys for x in problems]
+    out = np.empty((len(problems), first.n_q, 4))
+    turn, lock = iter(pieces), threading.Lock()
+
+    def next_piece(_: object) -> None:
+        with lock:
+            h, rows = next(turn)
+            size = rows.stop - rows.start, drawn
+            positions = rngs[h].integers(0, max(len(kept[h]), 1), size)
+        if problems[h].key_mask is not None:
+            positions = kept[h][positions]
+        q, k, _ = problems[h].arrays
+        out[h, rows] = sampled_statistics(
+            q[None, rows],
+            k[None],
+            positions[None],
+            last[rows],
+            scale=first.scale,
+            exponentials=statistic in EXPONENTIALS,
+        )[0]
+
+    for _ in map_pieces(next_piece, pieces):
+        pass
+    return out
+
+
 def reduce_samples(
     problems: Sequence[AttentionProblem],
     samples: Sequence[Array] | None,
@@ -165,7 +223,7 @@ def reduce_samples(
     q, last = stacked([x.arrays.q for x in problems]), last_key(first, scope)
     options: dict[str, Any] = {
         "scale": first.scale,
-        "exponentials": statistic in ("m", "kl"),
+        "exponentials": statistic in EXPONENTIALS,
     }
     if samples is not None and samples[0].ndim == 2:
         chosen = stacked([np.require(x, np.int64, ["C", "W"]) for x in samples])

@@ -23,6 +23,7 @@ from ...base.arguments import (
     check_flag,
     check_not_negative,
     float_dtype,
+    largest,
 )
 from ...base.draws import Draw, Rng, check_draw
 from ...kernels._threads import product
@@ -31,6 +32,7 @@ from ...operators.factored import FactoredAttention, zero_attention
 from ...operators.pullback import Gradient, zero_gradient
 from ...operators.softmax import SoftmaxAttention
 from ...operators.solve import solution
+from ...operators.steep import extent_of
 from ...problem import AttentionProblem
 from ..base import InFloat64, Method, Traits, check_preset, in_force, register
 from .choices import PRESETS, Form, claims_of
@@ -237,16 +239,20 @@ class Performer(Method):
         asked = np.concatenate([omega, np.ones((len(omega), 1), omega.dtype)], axis=1)
         values = [] if problem.arrays.v is None else [problem.arrays.v]
         if problem.key_mask is None:
-            check_finite(keys, "scale * k @ k.T")
-            return AttentionProblem.adopt(asked, keys, *values, scale=1.0)
+            extent = largest(asked), check_finite(keys, "scale * k @ k.T")
+            return AttentionProblem.adopt(asked, keys, *values, scale=1.0, extent=extent)
         return AttentionProblem(asked, keys, *values, scale=1.0, key_mask=problem.key_mask)
 
-    def _queries(self, x: Array, omega: Array, bias: Array, *values: Array) -> AttentionProblem:
-        """Return the attention of queries to features: logits ``T + 1 bias^T``, bias (R,)."""
+    def _queries(self, x: Array, most: float, omega: Array, bias: Array) -> AttentionProblem:
+        """Return the attention of queries to features: logits ``T + 1 bias^T``, bias (R,).
+
+        ``most`` is a bound of the entries of x.
+        """
         # One more column carries the bias: [x, 1] . [omega, bias].
         asked = np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)
         features = np.concatenate([omega, bias[:, None]], axis=1)
-        return AttentionProblem.adopt(asked, features, *values, scale=1.0)
+        extent = max(most, 1.0), largest(features)
+        return AttentionProblem.adopt(asked, features, scale=1.0, extent=extent)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         budget = min(int(self.rank), len(problem.kept_keys))
@@ -276,7 +282,9 @@ class Performer(Method):
             return PrefixAttention(t, n, keep.copy(), problem.offset, budget, remake)
         (x, y), omega = self._scaled(problem), self._omega(problem, draw)
         keys = self._keys(problem, y, omega)
-        queries = self._queries(x, omega, keys.logsumexp)
+        # Products with the root are rounded, upwards perhaps.
+        most = (1 + 1e-6) * math.sqrt(abs(problem.scale)) * extent_of(problem)[0]
+        queries = self._queries(x, most, omega, keys.logsumexp)
         return FactoredAttention(queries.exact, None, keys.exact, budget, remake=remake)
 
     def _dense(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:

@@ -32,6 +32,8 @@ class Pilots(NamedTuple):
 
 def seeing_rows(problem: AttentionProblem) -> Array:
     """Return the rows that see a key."""
+    if not problem.causal and problem.key_mask is None:
+        return np.arange(problem.n_q if problem.n_k else 0)
     return np.flatnonzero(problem.visible_counts())
 
 
