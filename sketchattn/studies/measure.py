@@ -17,8 +17,9 @@ from .grid import Cell
 from .journal import format_line, holder_of, is_held
 from .summary import Key, Values
 
-# A cell is timed again while all its runs took less than this, three times at most.
-TIMED_SECONDS = 0.05
+# A cell is timed again while all its runs took less than this, three times at most: what disturbs
+# a run is short against more.
+TIMED_SECONDS = 0.01
 
 
 def measure(problem: AttentionProblem, cell: Cell, *, warm: bool) -> Values:
