@@ -15,7 +15,7 @@ from naive import naive_attention, naive_compare, naive_transposed
 from numpy.typing import NDArray
 
 import sketchattn as sa
-from sketchattn.kernels import _threads, softmax
+from sketchattn.kernels import _threads, comparison, softmax
 from sketchattn.kernels._jit import FASTMATH, kernel
 from sketchattn.kernels._threads import deal
 from sketchattn.kernels.partitioned import line_means
@@ -123,9 +123,9 @@ def test_log2_over_all_numbers() -> None:
     x = np.concatenate([x, near, subnormal, [5e-324, 1.7e308, 1.4142135623730951, 0.70710678]])
     x = x[x != 1.0]
     # t is rounded twice, its polynomial and the product about five times, the reference once.
-    assert worst(apply(softmax.log2, x), np.log2(x)) <= 8 * u(np.float64)
+    assert worst(apply(comparison.log2, x), np.log2(x)) <= 8 * u(np.float64)
     powers = np.ldexp(1.0, np.arange(-1074, 1024))
-    assert np.array_equal(apply(softmax.log2, powers), np.arange(-1074, 1024))
+    assert np.array_equal(apply(comparison.log2, powers), np.arange(-1074, 1024))
 
 
 MAXIMA = """
@@ -176,8 +176,9 @@ def test_flags_reorder_but_keep_nan_and_infinity() -> None:
 
 def entries() -> dict[str, Any]:
     """Return the kernels that Python calls: those whose items are dealt."""
-    options = {name: getattr(f, "targetoptions", {}) for name, f in vars(softmax).items()}
-    return {x: getattr(softmax, x) for x, o in options.items() if o.get("forceinline") is False}
+    named = vars(softmax) | vars(comparison)
+    options = {name: getattr(f, "targetoptions", {}) for name, f in named.items()}
+    return {x: named[x] for x, o in options.items() if o.get("forceinline") is False}
 
 
 @pytest.mark.skipif(not COMPILED, reason="signatures exist where kernels are compiled")
@@ -206,11 +207,14 @@ def test_signatures_stay_within_two_precisions_of_contiguous_arrays() -> None:
                 for x in (*blocks, wide, wide[:, 0]):
                     assert (a @ x).dtype == (a.T @ x).dtype == problem.dtype
                 a.column_norms()
-                sa.error_report(problem, sa.TopK(2).approximate(problem), path="streaming")
-                sa.error_report(problem, a.to_dense(), path="streaming")
+                for path in ("streaming", "dense"):
+                    sa.error_report(problem, sa.TopK(2).approximate(problem), path=path)
+                    sa.error_report(problem, a.to_dense(), path=path)
+                comparison.gram_product(np.asarray(a.to_dense(), np.float64), np.ones(6))
             sa.attention(q, k, v, attn_mask=np.ones((6, 6), bool), sink=np.zeros(1, dtype))
             sa.attention(q, k, v, attn_mask=np.zeros((6, 6), dtype), softcap=2.0)
-    assert {"attend", "attend_transposed", "compare"} <= set(entries())
+    wanted = {"attend", "attend_transposed", "compare", "compare_dense", "gram_times"}
+    assert wanted <= set(entries())
     for name, f in entries().items():
         assert 1 <= len(f.signatures) <= 2, name
         for signature in f.signatures:
@@ -540,21 +544,57 @@ def test_transposed_product_of_a_wide_block_equals_its_columns() -> None:
 
 
 def compared(case: Case, other: Array, start: int = 0) -> Array:
-    """Return the sums of ``compare`` from the wide case; rows before ``start`` are NaN."""
-    out = np.full((len(case.q), 4), np.nan)
-    softmax.compare_rows(
-        case.q,
-        case.k,
-        case.lse,
-        other[start:].copy(),
-        start,
-        out,
-        scale=case.scale,
-        first=case.first,
-        right=case.right,
-        key_mask=None if case.keys is None else case.keys[None].copy(),
-    )
-    return out
+    """Return the sums of ``compare`` from the wide case; rows before ``start`` are NaN.
+
+    Normalisers and the exact output are found beside them; with these given the bits are the same.
+    """
+    n_q = len(case.q)
+    made: list[Array] = []
+    lse, product = np.full(n_q, np.nan), np.full((n_q, case.v.shape[1]), np.nan)
+    for known in (False, True):
+        out = np.full((n_q, 4), np.nan)
+        comparison.compare_rows(
+            case.q,
+            case.k,
+            case.v,
+            other[start:].copy(),
+            start,
+            lse,
+            product,
+            out,
+            known=known,
+            scale=case.scale,
+            first=case.first,
+            right=case.right,
+            key_mask=None if case.keys is None else case.keys[None].copy(),
+        )
+        made.append(out)
+    assert np.array_equal(made[0], made[1], equal_nan=True)
+    assert np.all(np.isnan(lse[:start]))
+    assert np.all(np.isnan(product[:start]))
+    assert not lse_wrong(case, lse, start)
+    # Weights with the errors of their logits, then a sum of n_k terms.
+    delta = logit_errors(case) + 4 * u(np.float64) * sizes_of(case.lse)[:, None]
+    moved = np.expm1(delta) + EXP[np.float64] + gamma(len(case.k) + 3, np.float64)
+    exact, bound = case.weights @ case.v, (case.weights * moved) @ np.abs(case.v)
+    assert np.all(np.abs(product - exact)[start:] <= bound[start:] + 1e-300)
+    return made[0]
+
+
+def sizes_of(lse: Array) -> Array:
+    """Return the sizes of normalisers, 0 for rows that see nothing."""
+    return np.where(np.isfinite(lse), np.abs(lse), 0.0)
+
+
+def lse_wrong(case: Case, lse: Array, start: int) -> bool:
+    """Say whether normalisers differ by more than the errors of their logits and of a sum."""
+    seen = np.isfinite(case.lse)[start:]
+    if not np.array_equal(np.isfinite(lse[start:]), seen):
+        return True
+    room = logit_errors(case).max(axis=1, initial=0.0) + gamma(len(case.k) + 8, np.float64)
+    room += EXP[np.float64] + 4 * u(np.float64) * sizes_of(case.lse)
+    found, wanted = lse[start:][seen], case.lse[start:][seen]
+    return not np.all(np.abs(found - wanted) <= room[start:][seen])
 
 
 def compare_wrong(case: Case, other: Array, result: Array) -> bool:
@@ -631,6 +671,39 @@ def test_comparison_over_several_tiles_is_that_of_the_loops(name: str, kind: str
         assert np.all(np.isnan(late[:33]))
         full = np.isfinite(result[33:, 3])
         assert np.allclose(late[33:][full], result[33:][full], rtol=1e-12, atol=0)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kind", ["positive", "zeros", "negative", "near"])
+@pytest.mark.parametrize("name", NO_WINDOW)
+def test_comparison_of_matrices_is_that_of_the_loops(name: str, kind: str) -> None:
+    for sizes in (*TINY, (70, 1030)) if COMPILED else TINY:
+        case = make(*sizes, np.float64, **OPTIONS[name])
+        other = another(case, np.float64, kind)
+        difference, result = comparison.compare_matrices(case.weights, other)
+        assert np.array_equal(difference, other - case.weights)
+        assert not compare_wrong(case, other, result)
+        result[-1] = result[-1] * 1.001 + 1e-6
+        assert compare_wrong(case, other, np.where(np.isinf(result), 0.0, result))
+
+
+def test_weights_below_the_normal_range_have_no_divergence() -> None:
+    exact, other = np.array([[1.0, 1e-310]]), np.array([[1.0, 0.0]])
+    assert comparison.compare_matrices(exact, other)[1][0, 3] == 0.0
+    assert comparison.compare_matrices(np.array([[1.0, 1e-300]]), other)[1][0, 3] == INF
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (130, 7), (300, 256)])
+def test_gram_product_is_that_of_the_loops(shape: tuple[int, int]) -> None:
+    m, n = shape if COMPILED else (min(shape[0], 20), min(shape[1], 9))
+    rng = np.random.default_rng(0)
+    x, v = rng.standard_normal((m, n)), rng.standard_normal(n)
+    found = comparison.gram_product(x, v)
+    bound = gamma(m + n + 2, np.float64) * (np.abs(x).T @ (np.abs(x) @ np.abs(v)))
+    assert np.all(np.abs(found - x.T @ (x @ v)) <= 2 * bound)
+    x[-1, -1] += 1e-6
+    assert not np.all(np.abs(found - x.T @ (x @ v)) <= 2 * bound)
 
 
 def test_divergence_is_infinite_only_on_the_support() -> None:

@@ -361,3 +361,31 @@ def test_logits_that_single_precision_cannot_hold_have_no_rough_products() -> No
     # Norms of 1e-40 and 1e40, whose products are moderate.
     q = np.full((4, 2), 1e-40)
     assert spectral._Exact(sa.AttentionProblem(q, 1e40 * np.eye(4, 2))).narrow is None
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_lanczos_finds_the_norm_or_nothing(name: str) -> None:
+    x = rotated(SPECTRA[name], SIZE, SIZE)
+    found = spectral._lanczos(x)
+    expected = float(scipy.linalg.svdvals(x)[0])
+    assert found is None or found == pytest.approx(expected, rel=SIZE * 2 * U)
+    # Of few distinct values, or far below the largest, 64 vectors are enough; of 200 values within
+    # 1e-5 of each other they are not.
+    easy = {"geometric", "harmonic", "flat", "one above", "rank one", "rank three", "many scales"}
+    assert found is not None or name not in easy
+    assert found is None or name != "nearly flat"
+
+
+def test_values_too_close_to_be_told_apart_are_left_to_lapack() -> None:
+    # To Lanczos two values 1e-7 apart are one between them, with a residual of their distance.
+    values = np.concatenate([[1.0, 1 - 1e-7], 0.5 * np.ones(SIZE - 2)])
+    x = rotated(values, SIZE, SIZE)
+    assert spectral._lanczos(x) in (None, pytest.approx(1.0, rel=SIZE * 2 * U))
+    assert dense_spectral_norm(x) == pytest.approx(1.0, rel=SIZE * 2 * U)
+
+
+def test_a_large_matrix_that_is_not_finite_is_refused() -> None:
+    x = np.ones((SIZE, SIZE))
+    x[3, 5] = np.nan
+    with pytest.raises(ValueError, match="infs or NaNs"):
+        dense_spectral_norm(x)

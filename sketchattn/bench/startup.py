@@ -59,6 +59,7 @@ def warmup(precisions: Iterable[str] = ("float32", "float64")) -> float:
     """Compile all kernels for these precisions, or load them from the cache; return the seconds."""
     from ..errors.reports import error_report
     from ..functional.vjp import attention_vjp
+    from ..operators.spectra import dense_spectral_norm
     from ..zoo.combiner.method import Combiner
     from ..zoo.informer.method import Informer
     from ..zoo.nystromformer import Nystromformer
@@ -72,7 +73,9 @@ def warmup(precisions: Iterable[str] = ("float32", "float64")) -> float:
         problem = AttentionProblem(q, k, v)
         problem.exact.column_sums()
         attention_vjp(q, k, v, v)
-        error_report(problem, problem.exact, path="streaming")
+        for path in ("streaming", "dense"):
+            error_report(problem, problem.exact, path=path)
+        dense_spectral_norm(np.eye(128))
         Skeinformer(rank=2).attend(problem, rng=0)
         for pattern in ("fixed", "logsparse", "axial_vertical"):
             method = Combiner(pattern, block=2)

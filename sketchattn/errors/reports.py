@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..base.arguments import as_array, check_finite, float_dtype
+from ..base.arguments import as_array, check_finite, check_logits, float_dtype
 from ..base.floating import without_floating_errors
 from ..base.words import Phrase, Worded, number
 from ..kernels._threads import blas_single_thread
 from ..operators.base import AttentionOperator
+from ..operators.sampled import SampledAttention
+from ..operators.solve import keep_solution, solution, solve_rows
 from ..operators.spectra import dense_spectral_norm, difference_norm, exact_spectral_norm
 from ..operators.steep import steep_rows
-from ..operators.wrapped import as_operator
+from ..operators.wrapped import DenseAttention, as_operator
 from ..problem import AttentionProblem
 from .certificates import ErrorCertificate as ErrorCertificate
 from .certificates import certify as certify
@@ -128,56 +130,76 @@ class _Rows:
     divergence: Array
 
 
-def _dense_rows(exact: Array, other: Array) -> _Rows:
-    """Return the sums from rows of A and Ahat, float64 (b, n_k) each."""
-    difference = other - exact
-    support = exact >= np.finfo(np.float64).tiny  # the kernels, too, take what is below as zero
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(exact) - np.where(other > 0, np.log(np.maximum(other, 1e-320)), -np.inf)
-        terms = np.where(support, exact * logs, 0.0)
-    return _Rows(
-        (exact * exact).sum(axis=1),
-        (difference * difference).sum(axis=1),
-        0.5 * np.abs(difference).sum(axis=1),
-        terms.sum(axis=1),
-    )
+def _sums(out: Array) -> _Rows:
+    """Return the columns (n, 4) that kernels fill."""
+    return _Rows(out[:, 0], out[:, 1], 0.5 * out[:, 2], out[:, 3])
 
 
-def _streamed_rows(wide: AttentionProblem, ahat: AttentionOperator) -> _Rows:
-    """Return the sums from blocks of rows of Ahat, beside tiles of A.
+def _dense_rows(exact: Array, other: Array) -> tuple[Array, _Rows]:
+    """Return ``Ahat - A`` and the sums, from rows of A and Ahat, float64 (b, n_k) each."""
+    from ..kernels.comparison import compare_matrices
 
-    A block with a steep row takes A as the exact side has it: tiles are ``exp(L - lse)``.
+    exact, other = (np.require(x, np.float64, ["C", "W", "A"]) for x in (exact, other))
+    difference, out = compare_matrices(exact, other)
+    return difference, _sums(out)
+
+
+def _streamed_rows(
+    wide: AttentionProblem, ahat: AttentionOperator
+) -> tuple[AttentionProblem, _Rows]:
+    """Return the exact side and the sums from blocks of rows of Ahat, beside tiles of A.
+
+    Output and normalisers are found in the same pass, and kept in a problem that belongs to
+    reports: those of ``wide`` come from another kernel, with other rounding, and its bits must not
+    depend on whether a report came first.  A block with a steep row takes A as the exact side has
+    it: tiles are ``exp(L - lse)``.
     """
-    from ..kernels.softmax import compare_rows
+    from ..kernels.comparison import compare_rows
 
-    q, k, _ = wide.arrays
+    q, k, v = wide.arrays
+    v = np.empty((wide.n_k, 0)) if v is None else v
     mask = wide.key_mask
-    out = np.empty((wide.n_q, 4))
-    lse = wide.logsumexp.copy()
+    sums = np.empty((wide.n_q, 4))
+    kept: list[AttentionProblem] = wide.cached("report", list)
+    known = len(kept) > 0
+    if known:
+        output, lse = (x.copy() for x in solution(kept[0]))
+    else:
+        output, lse = np.empty((wide.n_q, v.shape[1])), np.empty(wide.n_q)
     steep = np.isin(np.arange(wide.n_q), steep_rows(wide))
     block = max(1, BLOCK_ENTRIES // wide.n_k)
     for start in range(0, wide.n_q, block):
         part = slice(start, min(start + block, wide.n_q))
         rows = ahat.rows(part)
         if steep[part].any():
-            found = _dense_rows(wide.exact.rows(part), np.asarray(rows, np.float64))
-            out[part] = np.stack(
+            if not known:
+                output[part], lse[part] = solve_rows(wide, np.arange(wide.n_q)[part], v)
+            found = _dense_rows(wide.exact.rows(part), rows)[1]
+            sums[part] = np.stack(
                 [found.exact_square, found.square, 2.0 * found.variation, found.divergence], axis=1
             )
             continue
         compare_rows(
             q,
             k,
-            lse,
+            v,
             np.require(rows, requirements=["C", "W"]),
             start,
-            out,
+            lse,
+            output,
+            sums,
+            known=known,
             scale=wide.scale,
             first=wide.offset,
             right=0 if wide.causal else None,
             key_mask=None if mask is None else mask[None].copy(),
         )
-    return _Rows(out[:, 0], out[:, 1], 0.5 * out[:, 2], out[:, 3])
+    if not known:
+        check_logits(lse)
+        twin = type(wide)(*wide, scale=wide.scale, causal=wide.causal, key_mask=mask)
+        keep_solution(twin, output, lse)
+        kept.append(twin)
+    return kept[0], _sums(sums)
 
 
 @blas_single_thread()
@@ -227,22 +249,39 @@ def _refuse_output(problem: AttentionProblem, ahat: object) -> None:
 
 
 def _output_fields(
-    problem: AttentionProblem, output: Array, exact: Array, exact_fro: float, spectral: bool
+    problem: AttentionProblem,
+    output: Array,
+    exact: Array,
+    exact_fro: float,
+    spectral: bool,
+    which: str,
 ) -> dict[str, float]:
-    """Return the fields of an output against the exact one (n_q, d_v), with ``|A|_F``."""
+    """Return the fields of an output against the exact one (n_q, d_v), with ``|A|_F``.
+
+    ``which`` of the computations of the exact output it is: its norms are kept under this name.
+    """
     error = np.asarray(output, np.float64) - exact
     size, base = float(np.linalg.norm(error)), _mean_error(problem, exact)
     v_fro, v_spec = value_norms(problem)
+    fro = problem.cached(("output_fro", which), lambda: float(np.linalg.norm(exact)))
     found = {
-        "output_fro_rel": _ratio(size, float(np.linalg.norm(exact))),
+        "output_fro_rel": _ratio(size, fro),
         "output_fro_amm": _ratio(size, exact_fro * v_fro),
         "skill": 0.0 if size == base == 0.0 else 1.0 - _ratio(size, base),
     }
     if spectral:
         size = dense_spectral_norm(error)
-        found["output_spec_rel"] = _ratio(size, dense_spectral_norm(exact))
+        spec = problem.cached(("output_spec", which), lambda: dense_spectral_norm(exact))
+        found["output_spec_rel"] = _ratio(size, spec)
         found["output_spec_amm"] = _ratio(size, exact_spectral_norm(problem) * v_spec)
     return found
+
+
+def _dense_output(wide: AttentionProblem) -> Array:
+    """Return ``A V`` from the dense matrix: a second computation, not the streamed output."""
+    return wide.cached(
+        "dense_output", lambda: wide.cached("dense", wide.exact.to_dense) @ wide.values
+    )
 
 
 @overload
@@ -351,22 +390,23 @@ def error_report(
     if found is not None:
         if dense:
             exact = wide.cached("dense", wide.exact.to_dense)
-            fro, product = float(np.linalg.norm(exact)), exact @ wide.values
+            fro = wide.cached("dense_fro", lambda: float(np.linalg.norm(exact)))
+            product, which = _dense_output(wide), "dense"
         else:
-            fro, product = wide.exact.frobenius_norm(), wide.output
-        unknown = dict.fromkeys(FIELDS, math.nan)
-        return ErrorReport(**unknown | _output_fields(problem, found, product, fro, spectral))
+            fro, product, which = wide.exact.frobenius_norm(), wide.output, "solution"
+        made = _output_fields(problem, found, product, fro, spectral, which)
+        return ErrorReport(**dict.fromkeys(FIELDS, math.nan) | made)
     _refuse_output(problem, ahat)
     operator = as_operator(ahat, problem)
 
     difference: Any
     if dense:
         exact = wide.cached("dense", wide.exact.to_dense)
-        other = np.asarray(operator.wide().to_dense(), np.float64)
-        rows = _dense_rows(exact, other)
-        difference = other - exact
+        difference, rows = _dense_rows(exact, operator.wide().to_dense())
     else:
-        rows = _streamed_rows(wide, operator.wide())
+        # Rows of numbers that are held have no rounding: half the memory to go through.
+        held = type(operator) in (SampledAttention, DenseAttention)
+        wide, rows = _streamed_rows(wide, operator if held else operator.wide())
     spoilt = np.flatnonzero(~np.isfinite(rows.variation))
     if len(spoilt):
         raise ValueError(
@@ -382,13 +422,15 @@ def error_report(
         if dense:
             size = dense_spectral_norm(difference)
         else:
-            size = difference_norm(problem, operator.wide())
+            size = difference_norm(problem, operator.wide(), wide=wide)
         matrix_spec_rel = _ratio(size, exact_spectral_norm(problem))
     values = dict.fromkeys(FIELDS, math.nan)
     if problem.v is not None:
-        # The dense path is a second computation from its own matrix, not the streamed output.
-        product = exact @ wide.values if dense else wide.output
-        values |= _output_fields(problem, operator @ problem.values, product, exact_fro, spectral)
+        product = _dense_output(wide) if dense else wide.output
+        which = "dense" if dense else "streaming"
+        values |= _output_fields(
+            problem, operator @ problem.values, product, exact_fro, spectral, which
+        )
     return ErrorReport(
         **values
         | {

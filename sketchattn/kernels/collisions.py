@@ -1,8 +1,8 @@
 """Keys that share hash codes with a query: found by buckets, and weighed by their probability.
 
 Each of L tables sorts the keys by their code, ties by index.  A row looks up one bucket a table and
-counts what it finds, so that its cost is that of the collisions, not of all pairs; no array of
-n_q x n_k is made.  All numbers are float64: few pairs are kept, and their weights differ widely.
+counts what it finds, so that its cost is that of the collisions, not of all pairs; no large array
+of n_q x n_k is made.  All numbers are float64: few pairs are kept, and their weights differ widely.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ KEPT = 1 << 24
 ROWS = 64
 # Steps of work (see `_threads.PRODUCT`): of a bucket that is looked up, of a pair that is kept.
 BUCKET, PAIR = 20, 80
+# Buckets of the tables that are sorted together, and pairs of a row and a key up to which there is
+# room for all of them: a few megabytes each.
+SORTED, ROOM = 1 << 16, 1 << 19
 
 
 @kernel()
@@ -205,10 +208,14 @@ def fill_buckets(codes: Array, bits: int) -> Buckets:
     n_k, tables = codes.shape
     starts = np.zeros((tables, (1 << bits) + 1), np.int32)
     order = np.empty((tables, n_k), np.int32)
-    for table in range(tables):
-        column = np.ascontiguousarray(codes[:, table])
-        order[table] = np.argsort(column, kind="stable")
-        np.cumsum(np.bincount(column, minlength=1 << bits), out=starts[table, 1:])
+    # Many tables of few keys are sorted together: what numbers of one take is that of the call.
+    most = max(1, SORTED >> bits)
+    for first in range(0, tables, most):
+        some = np.ascontiguousarray(codes[:, first : first + most].T)
+        order[first : first + most] = np.argsort(some, axis=1, kind="stable")
+        shifted = some.astype(np.int64) + (np.arange(len(some)) << bits)[:, None]
+        sizes = np.bincount(shifted.ravel(), minlength=len(some) << bits)
+        np.cumsum(sizes.reshape(len(some), -1), axis=1, out=starts[first : first + most, 1:])
     return Buckets(starts, order)
 
 
@@ -222,6 +229,27 @@ def count_keys(codes: Array, buckets: Buckets, ends: Array, how: Hashing) -> Arr
     arguments = (codes, *buckets, ends, how.least, how.sinks, how.window, 0)
     deal(_collide, *arguments, nowhere, counts, nothing, work=BUCKET * codes.size)
     return counts
+
+
+def find_keys(codes: Array, buckets: Buckets, ends: Array, how: Hashing) -> tuple[Array, Array]:
+    """Return the keys of all rows one after the other, int64, and where those of each row start.
+
+    What `count_keys` and `list_keys` find in two passes over the tables, in one where there is
+    room for every key of every row.
+    """
+    n_q, n_k = len(codes), buckets.order.shape[1]
+    if n_q * n_k > ROOM:
+        counts = count_keys(codes, buckets, ends, how)
+        begins = np.concatenate([[0], np.cumsum(counts)])
+        return list_keys(codes, buckets, ends, how, slice(0, n_q), begins), begins
+    counts, columns = np.zeros(n_q, np.int64), np.empty(n_q * n_k, np.int64)
+    if len(columns):
+        arguments = (codes, *buckets, ends, how.least, how.sinks, how.window, 0)
+        deal(
+            _collide, *arguments, n_k * np.arange(n_q), counts, columns, work=BUCKET * codes.size
+        )
+    kept = np.arange(n_k) < counts[:, None]
+    return columns.reshape(n_q, n_k)[kept], np.concatenate([[0], np.cumsum(counts)])
 
 
 def list_keys(

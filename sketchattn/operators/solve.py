@@ -132,11 +132,20 @@ def solution(problem: Head) -> tuple[Array, Array]:
     def compute() -> tuple[Array, Array]:
         out, lse = solve(problem, problem.arrays.v)
         check_logits(lse)
-        out.flags.writeable = False
-        lse.flags.writeable = False
-        return out, lse
+        return _read_only(out, lse)
 
     return problem.cached("solution", compute)
+
+
+def keep_solution(problem: Head, out: Array, lse: Array) -> None:
+    """Keep an exact output and logsumexp that were found elsewhere as those of a new problem."""
+    problem.cached("solution", lambda: _read_only(out, lse))
+
+
+def _read_only(out: Array, lse: Array) -> tuple[Array, Array]:
+    out.flags.writeable = False
+    lse.flags.writeable = False
+    return out, lse
 
 
 # Keys in a part of a product with few rows, and how many parts there are at most.

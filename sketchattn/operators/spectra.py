@@ -258,8 +258,8 @@ def _largest(shape: tuple[int, int], tolerance: float, rough: bool) -> Steps[flo
 class _Exact:
     """Multiply the exact matrix, in float64 and, where that is of use, in float32."""
 
-    def __init__(self, problem: Head) -> None:
-        self.wide = exact_of(problem.astype(np.float64))
+    def __init__(self, problem: Head, wide: Head | None = None) -> None:
+        self.wide = exact_of(problem.astype(np.float64) if wide is None else wide)
         self.narrow: Head | None = None
         if not is_steep(self.wide.problem):
             with suppress(ValueError):  # beyond the range of float32
@@ -289,7 +289,9 @@ class _Exact:
 
 
 @blas_single_thread()
-def difference_norm(problem: Head, ahat: Any, *, tolerance: float = 1e-8) -> float:
+def difference_norm(
+    problem: Head, ahat: Any, *, tolerance: float = 1e-8, wide: Head | None = None
+) -> float:
     """Return ``|Ahat - A|_2`` in float64, of an approximation that is never formed.
 
     Unless it is known, ``|A|_2`` is computed beside it, and kept: one pass over A serves both.
@@ -300,8 +302,10 @@ def difference_norm(problem: Head, ahat: Any, *, tolerance: float = 1e-8) -> flo
     ahat : LinearOperator (n_q, n_k)
     tolerance : float
         Relative; see ``block_krylov``.
+    wide : Head, optional
+        The problem in float64, where one is at hand whose normalisers are known.
     """
-    exact = _Exact(problem)
+    exact = _Exact(problem, wide)
     shape = exact.wide.shape
     if min(shape) == 0:
         return 0.0
@@ -337,25 +341,83 @@ def is_small(shape: tuple[int, int]) -> bool:
     return min(shape) <= DENSE_LIMIT and shape[0] * shape[1] <= DENSE_LIMIT**2
 
 
+# Matrices with a smaller side than this have their Gram matrix decomposed, in less than a
+# millisecond.  Of larger ones so many vectors are tried before.
+LANCZOS_LEAST, LANCZOS_STEPS = 96, 64
+
+
 @blas_single_thread()
 def dense_spectral_norm(x: Array) -> float:
-    """Return the largest singular value of a dense matrix from its smaller Gram matrix.
+    """Return the largest singular value of a dense matrix, to a small multiple of its rounding.
 
-    The relative error of the largest eigenvalue of ``X^T X`` is a small multiple of the unit
-    roundoff, so nothing is lost for the norm (small singular values would be).
+    By Lanczos iteration where that shows that it has found it, otherwise from the smaller Gram
+    matrix: the relative error of the largest eigenvalue of ``X^T X`` is a small multiple of the
+    unit roundoff, so nothing is lost for the norm (small singular values would be).
     """
-    from scipy.linalg import eigh
-
     x = np.asarray(x, np.float64)
     size = float(np.max(np.abs(x), initial=0.0))
     if size == 0.0:
         return 0.0
-    x = x / size  # no overflow or underflow of the squares
+    large = min(x.shape) >= LANCZOS_LEAST
+    if not (large and 1e-100 < size < 1e100):
+        x = x / size  # no overflow or underflow of the squares
+    else:
+        size = 1.0
+    found = _lanczos(x) if large else None
+    return size * (_gram_norm(x) if found is None else found)
+
+
+def _gram_norm(x: Array) -> float:
+    """Return the largest singular value of a matrix from its smaller Gram matrix."""
+    from scipy.linalg import eigh
+
     x = x if x.shape[0] >= x.shape[1] else x.T
     gram = product(x.T, x)
     last = gram.shape[0] - 1
     top = eigh(gram, eigvals_only=True, subset_by_index=[last, last])
-    return size * float(np.sqrt(max(top[0], 0.0)))
+    return float(np.sqrt(max(top[0], 0.0)))
+
+
+def _lanczos(x: Array) -> float | None:
+    """Return the largest singular value of ``x (m, n)``, None where it is not found for certain.
+
+    Lanczos iteration for ``G = X^T X`` from a random vector, with full reorthogonalisation.  A
+    Ritz value theta with the residual rho, as norms of G go, is off by at most ``rho^2 / gap``,
+    ``gap`` its distance to the next one: this has to be below the unit roundoff of theta.  Values
+    that lie too close together to be told apart are one to such an estimate, and nothing but the
+    start says that none lies above: with ``rho <= 1e-10 theta`` as well, a value that is missed
+    and larger by more than eps would need a start whose component along its vector is below
+    ``1e-10 / eps`` of those that were found.
+    """
+    from ..kernels.comparison import gram_product
+
+    x = np.require(x, requirements=["C", "W", "A"])
+    n = x.shape[1]
+    basis = np.zeros((LANCZOS_STEPS, n))
+    diagonal, beside = np.zeros(LANCZOS_STEPS), np.zeros(LANCZOS_STEPS)
+    v = np.random.default_rng(0).standard_normal(n)
+    basis[0] = v / np.linalg.norm(v)
+    for step in range(LANCZOS_STEPS):
+        known = basis[: step + 1]
+        w = gram_product(x, basis[step])
+        diagonal[step] = basis[step] @ w
+        for _ in range(2):  # what rounding leaves of the first time goes in the second
+            w -= known.T @ (known @ w)
+        beside[step] = rest = float(np.linalg.norm(w))
+        if step % 2 or rest <= 1e-10 * diagonal[step]:
+            tridiagonal = np.diag(diagonal[: step + 1])
+            i = np.arange(step)
+            tridiagonal[i + 1, i] = beside[:step]
+            values, vectors = np.linalg.eigh(tridiagonal)  # reads the lower half
+            top = float(values[-1])
+            residual = rest * abs(float(vectors[-1, -1]))
+            gap = top - (float(values[-2]) if step else 0.0)
+            if residual <= 1e-10 * top and residual**2 <= 1e-16 * top * gap:
+                return float(np.sqrt(top))
+        if step + 1 == LANCZOS_STEPS or not rest > 0.0:
+            return None
+        basis[step + 1] = w / rest
+    return None
 
 
 @blas_single_thread()

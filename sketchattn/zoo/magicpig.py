@@ -364,7 +364,7 @@ class MagicPIG(Method):
 
         ``most`` kept pairs or one row at a time; None is all rows.
         """
-        from ..kernels.collisions import count_keys, list_keys, weigh_keys
+        from ..kernels.collisions import count_keys, find_keys, list_keys, weigh_keys
 
         planes = draw["planes"]
         how, units = self._hashing(planes), hashed(problem, self.choices)
@@ -372,20 +372,26 @@ class MagicPIG(Method):
         # Without the masked keys a row sees a prefix of them.
         kept, ends = problem.kept_keys, problem.visible_counts()
         q, k, v = (x.astype(np.float64) for x in (problem.q, problem.k[kept], v[kept]))
+
+        def weighed(rows: slice, begins: Array, columns: Array) -> tuple[Array, Array, Array]:
+            return weigh_keys(
+                (q, k, v), (units.q, units.k), ends, how, problem.scale, rows, begins, columns
+            )
+
+        if most is None:
+            rows = slice(0, problem.n_q)
+            columns, begins = find_keys(codes, buckets, ends, how)
+            yield rows, begins, kept[columns], *weighed(rows, begins, columns)
+            return
         counts = count_keys(codes, buckets, ends, how)
         reach = np.concatenate([[0], np.cumsum(counts)])
         start = 0
         while start < problem.n_q:
-            stop = problem.n_q
-            if most is not None:
-                stop = max(start + 1, int(np.searchsorted(reach, reach[start] + most, "right")) - 1)
+            stop = max(start + 1, int(np.searchsorted(reach, reach[start] + most, "right")) - 1)
             rows = slice(start, min(stop, problem.n_q))
             begins = reach[rows.start : rows.stop + 1] - reach[rows.start]
             columns = list_keys(codes, buckets, ends, how, rows, begins)
-            made = weigh_keys(
-                (q, k, v), (units.q, units.k), ends, how, problem.scale, rows, begins, columns
-            )
-            yield rows, begins, kept[columns], *made
+            yield rows, begins, kept[columns], *weighed(rows, begins, columns)
             start = rows.stop
 
     def _codes(
