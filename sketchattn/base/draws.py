@@ -46,16 +46,19 @@ class Origin:
         return self._problem if isinstance(self._problem, str) else self._problem.digest
 
     def fits(self, problem: Head) -> bool:
-        """Say whether a problem is the one of the draw, in either precision.
+        """Say whether a problem is the one of the draw, in either precision, or made from it.
 
-        While that one is in memory, values do not count, and queries and keys may be off by
-        half of their size: derivatives at a fixed draw need it, and no other head is as near.
+        While that one is in memory, a problem that is near it (queries and keys off by half of
+        their size at most) or has a row of queries or keys in common is taken for a change of it:
+        derivatives at a fixed draw, shifts, other values, and later tokens that must not matter
+        are looked at in this way.  Heads of one layer have neither.
         """
         own = self._problem
         if own is problem:
             return True
         if not isinstance(own, str):
-            return all(_near(x, y) for x, y in ((own.q, problem.q), (own.k, problem.k)))
+            pairs = ((own.q, problem.q), (own.k, problem.k))
+            return all(_near(x, y) for x, y in pairs) or any(_shared(x, y) for x, y in pairs)
         if own == problem.digest:
             return True
         return problem.dtype == np.float64 and problem.astype(np.float32).digest == own
@@ -162,6 +165,12 @@ class Draw(dict[str, Array]):
 
 def _near(x: Array, y: Array) -> bool:
     return x.shape == y.shape and bool(np.linalg.norm(x - y) <= 0.5 * np.linalg.norm(x))
+
+
+def _shared(x: Array, y: Array) -> bool:
+    """Say whether two arrays have an equal row at the same place."""
+    n = min(len(x), len(y))
+    return x.shape[1:] == y.shape[1:] and bool(np.any(np.all(x[:n] == y[:n], axis=1)))
 
 
 _ORIGIN = "origin"

@@ -445,4 +445,4 @@ def error_report(
 
 def row_sums(exact: Array, other: Array) -> _Rows:
     """Return the sums of rows of A and Ahat, float64 (b, n_k) each, that reports are made of."""
-    return _dense_rows(exact, other)
+    return _dense_rows(exact, other)[1]
