@@ -22,6 +22,7 @@ from sketchattn.operators.partitioned import layouts as partitioned
 from sketchattn.operators.partitioned import passes
 from sketchattn.operators.partitioned.operator import MixtureAttention
 from sketchattn.operators.partitioned.records import Record
+from sketchattn.operators.partitioned.shared import Shared
 from sketchattn.operators.partitioned.summaries import Reference, Rule
 from sketchattn.partitions.patterns import label_plan, make_plan
 from sketchattn.partitions.plans import Plan
@@ -1227,3 +1228,20 @@ def test_plans_of_your_own() -> None:
         sa.PartitionedAttention(problem, plan, np.zeros((5, 5)))
     rule = Rule("max", "none")
     assert not sa.PartitionedAttention(problem, plan, None, rule).lower_bound
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("own", [True, False])
+def test_layouts_of_spans_are_kept_and_are_those_of_labels(causal: bool, own: bool) -> None:
+    n, size = 50, 8
+    labels = np.arange(n) // size
+    want = Shared(labels, 7, n, labels if own else None, causal)
+    _ = want.order
+    for _ in range(2):
+        made = Shared.spans(n, size, own, causal)
+        assert made.__dict__.keys() == want.__dict__.keys()
+        for name, value in want.__dict__.items():
+            assert repr(getattr(made, name)) == repr(value), name
+        # What a product leaves behind stays with the copy.
+        made._lam = np.ones(n)
+    assert made.lo is Shared.spans(n, size, own, causal).lo

@@ -407,3 +407,24 @@ def test_rows_of_overflowed_logits_are_not_empty_ones(dtype: Any, size: float) -
     # What is hidden is empty, whatever it holds.
     hidden = sa.attention(q, -q, v, attn_mask=np.zeros((3, 3), bool))
     assert not hidden.any()
+
+
+@pytest.mark.parametrize("name", ["uniform", "skeinformer", "performer"])
+def test_a_steep_head_changes_no_other_head(name: str) -> None:
+    # Sizes are looked at for all heads of a call at once: a large one must not tell of the others.
+    q, k, v = (np.random.default_rng(s).standard_normal((2, 24, 4)) for s in range(3))
+    q, k = q.astype(np.float32), k.astype(np.float32)
+    v = v.astype(np.float32)
+    q[1] *= 300
+    k[1] *= 300
+    method = {
+        "uniform": sa.UniformColumns,
+        "skeinformer": sa.Skeinformer,
+        "performer": sa.Performer,
+    }
+    made = method[name](rank=6)
+    draw = made.draw(sa.AttentionProblem(q[0], k[0], v[0]), rng=0)
+    both = [sa.attention(q, k, v, made, draw=draw)[h] for h in range(2)]
+    for h in range(2):
+        alone = made.attend(sa.AttentionProblem(q[h], k[h], v[h]), draw=draw)
+        assert np.array_equal(both[h], alone)
