@@ -44,7 +44,8 @@ LOCAL_RANDOM = frozenset(
 )
 
 # distribution -> import name, where they differ
-IMPORT_NAMES = {"scikit-learn": "sklearn", "lazy-loader": "lazy_loader"}
+# Of Dask the library imports what `dask[distributed]` brings.
+IMPORT_NAMES = {"scikit-learn": "sklearn", "lazy-loader": "lazy_loader", "dask": "distributed"}
 # scikit-learn requires it
 BROUGHT_ALONG = frozenset({"threadpoolctl"})
 
