@@ -158,6 +158,7 @@ def as_methods(
     methods: Any, problems: Sequence[AttentionProblem], ranks: Sequence[int]
 ) -> tuple[list[Variant], dict[str, str]]:
     """Return the methods with their labels, and the default ones that were left out."""
+    first = ranks[0]
     if methods is None:
         kept, left_out = [], {}
         for name in default_methods():
@@ -177,6 +178,20 @@ def as_methods(
                 f"methods must hold one that can honour all heads, got none by default: {reasons}"
             )
         return kept, left_out
+    variants = as_variants(methods, first)
+    for variant in variants:
+        refused = _refusal(variant, problems, ranks)
+        if refused is not None:
+            head, error = refused
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"methods must honour all heads, got {variant.label!r} with head {head!r}: {error}"
+            ) from error
+    return variants, {}
+
+
+def as_variants(methods: Any, first: int) -> list[Variant]:
+    """Return methods that were named, with their labels and, for now, the rank ``first``."""
     if isinstance(methods, str | Method):
         methods = [methods]
     if isinstance(methods, Mapping):
@@ -196,7 +211,7 @@ def as_methods(
                 f"entries; write ('label', method)"
             )
         label, given = pair
-        method = by_name(given, ranks[0]) if isinstance(given, str) else make_method(given, {})
+        method = by_name(given, first) if isinstance(given, str) else make_method(given, {})
         label = getattr(method, "name", type(method).__name__) if label is None else label
         if not isinstance(label, str) or not label:
             raise TypeError(
@@ -215,15 +230,7 @@ def as_methods(
         variants.append(Variant.of(label, method))
     if not variants:
         raise ValueError("methods must hold at least one method, got none; leave methods out")
-    for variant in variants:
-        refused = _refusal(variant, problems, ranks)
-        if refused is not None:
-            head, error = refused
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(
-                f"methods must honour all heads, got {variant.label!r} with head {head!r}: {error}"
-            ) from error
-    return variants, {}
+    return variants
 
 
 def _refusal(

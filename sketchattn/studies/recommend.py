@@ -22,7 +22,7 @@ from ..problem import AttentionProblem
 from ..zoo.base import Method
 from .cheapest import Found, HeadTask, Setting, find, ladder, refusal_of, search
 from .grid import Variant, by_name, default_methods
-from .plan import MethodsLike, as_methods
+from .plan import MethodsLike, as_variants
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -322,7 +322,7 @@ def _candidates(
     if methods is None:
         variants = [Variant.of(name, by_name(name, 1)) for name in (*default_methods(), "vmean")]
     else:
-        variants, _ = as_methods(methods, [], [1])
+        variants = as_variants(methods, 1)
     for variant in variants:
         if variant.oracle or getattr(variant.method, "name", None) == "exact":
             raise ValueError(
