@@ -45,10 +45,10 @@ def _recommend(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Find the cheapest method and rank whose error is certified to be small.
+    """Find the cheapest method of certified error.
 
-    For each head, with the Python call to use it and the time that it took here; or the statement
-    that none is cheaper than exact attention.
+    For each head a method and a rank, with the Python call to use them and the time that it took
+    here, or the statement that none is cheaper than exact attention.
     """
     from ..studies.recommend import recommend
 
