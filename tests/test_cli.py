@@ -208,7 +208,7 @@ def test_study_draws_bounds(say: Any, tmp_path: Path) -> None:
     assert lines[1] == f"{name},jl,clustered/head0,2,output_fro_amm,root mean square,{limit}"
 
 
-def test_study_without_arguments_takes_the_bundled_heads_and_all_cpus(
+def test_study_without_arguments_takes_the_bundled_heads(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 

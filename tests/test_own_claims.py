@@ -467,17 +467,26 @@ def test_a_vacuous_verdict_names_predictor_error_and_rank() -> None:
         for name, method in (("zero", sa.Zero()), ("the mean of V", sa.VMean()))
     }
     best = min(report, key=lambda name: report[name])
-    # 3.1/sqrt(r) is below 1 from r = 10 on; the four largest entries of a row do better.
+    # 3.1/sqrt(r) is below 1 at r = 16, not yet at 8; the four largest entries of a row do better.
     mine(method=sa.TopK, delta=None, c=3.1 * report[best])
     verdict = theory.check("mine.amm", HEAD, rank=4)
     assert verdict.status == "vacuous"
     assert verdict.notes == (
         f"the bound {1.55 * report[best]:.3g} is not below {report[best]:.3g}, the error of "
-        f"{best}; it is from rank 10 on"
+        f"{best}; it is at rank 16"
     )
     assert verdict.vacuous == verdict.notes
     late = theory.check("mine.amm", HEAD, rank=4, c=90.0)
     assert late.notes.endswith("; it is at no rank below n = 48")
+
+    @theory.claim("mine.drawn", title="t", statement="s", kind="tail", observes="nothing")
+    def observe(context: theory.Context, *, rank: int = 4) -> theory.Observations:
+        seen, limit = [0.0] * context.trials, 3.1 / math.sqrt(rank)
+        return theory.Observations(seen, limit, delta=0.5, rank=rank, trivial=1.0, predictor="zero")
+
+    drawn = theory.check("mine.drawn", HEAD, trials=20)
+    said = "the bound 1.55 is not below 1, the error of zero; it is from rank 10 on"
+    assert (drawn.status, drawn.notes) == ("vacuous", said)
     # The library's own claims say it too.
     own = theory.check("sketching.amm_jl_moment", "reference", trials=60)
     assert "the error of the mean of V; it is at no rank below n = 64" in own.notes

@@ -177,7 +177,7 @@ def check(
       What is inconclusive ``needs`` a number of trials, which the notes name.
     - *vacuous*: not violated, but the bound is not below what the trivial predictor (zero, or the
       mean of V) reaches, or it asks for as many rows as there are columns; then nothing is drawn.
-      The notes name the predictor, its error, and the rank from which on the bound is below it.
+      The notes name the predictor, its error, and a rank at which the bound is below it.
     - *not applicable*: an assumption fails; the notes say which.
 
     Examples
@@ -264,7 +264,10 @@ def run(
 
 
 def _since(entry: Entry, context: Context, parameters: Mapping[str, Any], rank: int | None) -> str:
-    """Return from which rank on the bound of a vacuous claim would be below the predictor."""
+    """Return from which rank on the bound of a vacuous claim would be below the predictor.
+
+    Where nothing is drawn a bound costs as much as its observation, and ranks are doubled only.
+    """
     if rank is None or "rank" not in entry.parameters:
         return ""
     silent = replace(context, trials=0, audits={}, fingerprints=[])
@@ -283,6 +286,8 @@ def _since(entry: Entry, context: Context, parameters: Mapping[str, Any], rank: 
         low, high = high, 2 * high
     if high >= n:
         return f"; it is at no rank below n = {n}" if rank < n else ""
+    if entry.claim.kind in ("inequality", "existence"):  # whose bounds need what is observed
+        return f"; it is at rank {high}"
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_below(middle) else (middle, high)
