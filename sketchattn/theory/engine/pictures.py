@@ -19,6 +19,7 @@ from .registry import get_entry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Trials of each step of a picture.
 TRIALS = 30
@@ -42,23 +43,26 @@ class Picture(NamedTuple):
 
 def picture(task: Picture) -> tuple[str, bytes | str]:
     """Return the id of a claim and its picture as PNG, or why there is none."""
-    claim = get_entry(task.claim).claim
     try:
         with limit_threads(1), plain_style():
-            figure = make_figure(
-                figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained"
-            )
-            for i, panel in enumerate(task.panels):
-                axes = figure.add_subplot(1, len(task.panels), i + 1)
-                draw(axes, claim, steps_of(claim, as_instance(panel.problem), task.entropy))
-                title = f"{panel.name}: {panel.status}"
-                axes.set_title(title, fontsize=9, parse_math=False)
-            title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
-            figure.suptitle(title, fontsize=10, parse_math=False)
-            figure.supylabel(textwrap.fill(claim.observes, 60), fontsize=8, parse_math=False)
-            return task.claim, as_png(figure)
+            return task.claim, as_png(draw_claim(task))
     except Exception as error:  # of the drawing, or of a claim at other parameters
         return task.claim, f"{type(error).__name__}: {error}"
+
+
+def draw_claim(task: Picture) -> Figure:
+    """Return the picture of a claim, in the style that is in force."""
+    claim = get_entry(task.claim).claim
+    figure = make_figure(figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained")
+    for i, panel in enumerate(task.panels):
+        axes = figure.add_subplot(1, len(task.panels), i + 1)
+        draw(axes, claim, steps_of(claim, as_instance(panel.problem), task.entropy))
+        title = f"{panel.name}: {panel.status}"
+        axes.set_title(title, fontsize=9, parse_math=False)
+    title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.supylabel(textwrap.fill(claim.observes, 60), fontsize=8, parse_math=False)
+    return figure
 
 
 class Step(NamedTuple):

@@ -23,7 +23,7 @@ from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .checking import check_confidence, check_trials, run
 from .instances import as_instance
-from .pictures import Panel, Picture, picture
+from .pictures import Panel, Picture, draw_claim, picture
 from .records import HEADS, Claim, Verdict, plain
 from .registry import claims as all_claims
 from .registry import get_entry
@@ -31,6 +31,7 @@ from .table import COLUMNS, RECORDED_WITH, Row, render
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -136,6 +137,43 @@ class ValidationResult:
                 stacklevel=2,
             )
         return [path for name, path in paths.items() if name not in missing]
+
+    def figure(self, claim: str) -> Figure:
+        """Return the picture of one claim as a Matplotlib figure, as `plot` draws it.
+
+        Parameters
+        ----------
+        claim : str
+            The id of a claim among the rows.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Made without pyplot, for ``savefig`` in any format; lines, ticks and fonts that the
+            picture does not set are those of ``matplotlib.rcParams``.
+
+        Raises
+        ------
+        ValueError
+            For a claim without a row.
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> name = "sketching.moment_countsketch"
+        >>> heads = sa.make_heads("gaussian", n=16, d=4, rng=0)
+        >>> result = sa.theory.validate(name, heads, trials=20, progress=False)
+        >>> result.figure(name).get_suptitle().startswith(name)
+        True
+        """
+        verdicts = [row.verdict for row in self.rows if row.claim.id == claim]
+        if not verdicts:
+            known = {row.claim.id for row in self.rows}
+            raise ValueError(
+                f"claim must be the id of a claim with a row, got {claim!r}{closest(claim, known)}"
+            )
+        with limit_threads(1):
+            return draw_claim(Picture(claim, self._panels(verdicts), self.entropy))
 
     def _panels(self, verdicts: Sequence[Verdict]) -> tuple[Panel, ...]:
         """Return the first named instance and the first head to which a claim applies."""
