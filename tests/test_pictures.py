@@ -503,3 +503,14 @@ def test_a_folder_of_another_grid_is_refused_before_any_work(
 def test_every_picture_has_a_name_of_its_own() -> None:
     assert len(set(PICTURES)) == len(PICTURES) == 5 + len(FIELDS)
     assert PICTURES[0] == "error_against_cost.png"
+
+
+def test_the_picture_of_one_claim_is_a_figure() -> None:
+    name = "sketching.moment_countsketch"
+    made = sa.make_heads("gaussian", n=16, d=4, rng=0)
+    result = sa.theory.validate(name, made, trials=20, progress=False)
+    figure = result.figure(name)
+    assert figure.get_suptitle().startswith(name)
+    assert any(axes.get_title().startswith("gaussian") for axes in figure.axes)
+    with pytest.raises(ValueError, match="claim must be the id of a claim with a row, got 'x'"):
+        result.figure("x")

@@ -316,8 +316,8 @@ class StudyResult:
         >>> import sketchattn as sa
         >>> heads = sa.make_heads("gaussian", n=16, d=4, heads=2, rng=0)
         >>> found = sa.study(heads, "uniform", [4, 8, 16], seeds=1).rank_at("output_fro_rel", 1e-3)
-        >>> found[["method", "rank", "heads", "rank_all"]].iloc[0].tolist()
-        ['uniform', 16, 2, 16]
+        >>> found["method"][0], int(found["rank"][0]), int(found["heads"][0])
+        ('uniform', 16, 2)
         """
         import pandas as pd
 

@@ -113,6 +113,8 @@ def end_labels(axes: Axes, labels: Sequence[Label], size: float, room: float) ->
     room : float
         Between the axes and the samples of the lines, in points.
     """
+    from matplotlib.collections import LineCollection
+
     if not labels:
         return
     frame = axes.get_window_extent()
@@ -126,14 +128,18 @@ def end_labels(axes: Axes, labels: Sequence[Label], size: float, room: float) ->
     ends.sort(key=lambda item: item[3])
     heights = spread(np.array([y for *_, y in ends]), size * 1.2 / span, 0.0, 1.0)
     start, stop = 1 + room / width, 1 + (room + 20) / width
-    for (text, spot, style, y), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            "", spot, (start, height), xycoords="data", textcoords="axes fraction",
-            annotation_clip=False, arrowprops={
-                "arrowstyle": "-", "color": style["color"], "linewidth": 0.7, "shrinkA": 0,
-                "shrinkB": 0, "alpha": 0.7, "linestyle": "solid" if abs(height - y) < 0.01 else ":",
-            },
-        )  # fmt: skip
+    # One collection of all leaders: an arrow each would take longer than the curves.
+    points = [to_axes.transform(axes.transData.transform(spot)) for _, spot, *_ in ends]
+    leaders = [[tuple(p), (start, y)] for p, y in zip(points, heights, strict=True)]
+    colours = [style["color"] for _, _, style, _ in ends]
+    axes.add_collection(
+        LineCollection(
+            leaders, colors=colours, linewidths=0.7, alpha=0.7, transform=axes.transAxes,
+            clip_on=False, zorder=2.9,
+        ),
+        autolim=False,
+    )  # fmt: skip
+    for (text, _, style, _), height in zip(ends, heights, strict=True):
         axes.plot(
             [start, (start + stop) / 2, stop], [height] * 3, transform=axes.transAxes,
             clip_on=False, markevery=[1], gid=f"{text}:sample", **style,
