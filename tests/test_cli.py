@@ -155,6 +155,25 @@ def test_study_prints_the_table_and_the_pictures(say: Any, tmp_path: Path) -> No
     assert (folder / "results.csv").read_text().count("\n") == 1 + 2 * 2 * 2
 
 
+def test_study_prints_every_rank_or_the_rank_of_a_target(say: Any, tmp_path: Path) -> None:
+    arguments = ("study", "--heads", MADE, "--methods", "uniform", "--ranks", "2,4", "--seeds", 1)
+    options = ("--jobs", 1, "--out", tmp_path, "--no-pictures")
+    every = say(*arguments, *options, "--all")
+    assert (every.code, every.err) == (0, "")
+    result = sa.StudyResult.load(tmp_path)
+    assert result.render(every=True) in every.out
+    assert "medians [quartiles]" in every.out
+    target = say(*arguments, *options, "--target", 0.1).out
+    assert result.render() in target
+    assert "smallest rank with output_fro_rel <= 0.1 on half of the heads" in target
+    assert target.splitlines()[-1].startswith("rows: ")  # paths are last
+    found = json.loads(say(*arguments, *options, "--target", 0.1, "--json").out)["target"]
+    table = result.rank_at("output_fro_rel", 0.1)
+    assert [x["method"] for x in found] == table["method"].tolist() == ["uniform", "svd", "topk"]
+    assert [x["heads"] for x in found] == table["heads"].tolist()
+    assert found[0]["rank"] is None  # no rank of 2 or 4 reaches it
+
+
 def test_study_json(say: Any, tmp_path: Path) -> None:
     arguments = ("study", "--heads", MADE, "--ranks", 2, "--methods", "uniform", "--seeds", 1)
     options = ("--jobs", 1, "--out", tmp_path, "--no-pictures", "--json")

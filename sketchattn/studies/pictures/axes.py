@@ -35,7 +35,7 @@ def scale_of(field: str, curves: Sequence[Curve]) -> Scale:
     Errors are on a logarithmic axis; where some are negative, which only ``row_kl_mean`` of rows
     that do not sum to one can be, on one that is linear around zero.  ``skill`` is linear down to
     -1, and logarithmic below where it falls under -2.  All finite values are inside unless they
-    take more than `MOST_DECADES`: then a decade beyond the 4th and the 96th percentile is the end.
+    take more than `MOST_DECADES`: then a decade beyond the 6th and the 94th percentile is the end.
     """
     bands = [x for c in curves if c.name not in BESIDE for x in (*c.low, *c.high)]
     medians = [x for c in curves for x in c.middle if math.isfinite(x)]
@@ -45,7 +45,7 @@ def scale_of(field: str, curves: Sequence[Curve]) -> Scale:
         if low >= -2.0:
             return Scale("linear", low - 0.05 * (1.0 - low), 1.05, 1.0)
         if low < -(10**MOST_DECADES):
-            low = max(low, min(10 * quantiles(medians, (0.04,))[0], -2.0))
+            low = max(low, min(10 * quantiles(medians, (0.06,))[0], -2.0))
         return Scale("symlog", low * 1.5, 1.15, 1.0)
     positive = [x for x in finite if x > 0] or [1.0]
     if min(finite, default=0.0) < 0:
@@ -54,7 +54,7 @@ def scale_of(field: str, curves: Sequence[Curve]) -> Scale:
     low, high = min(positive), max(positive)
     if math.log10(high / low) > MOST_DECADES:
         logs = [math.log10(x) for x in medians if x > 0] or [0.0]
-        first, last = quantiles(logs, (0.04, 0.96))
+        first, last = quantiles(logs, (0.06, 0.94))
         beside = [math.log10(x) for c in curves if c.name in PREDICTORS for x in c.middle if x > 0]
         beside = [x for x in beside if math.isfinite(x)]
         first, last = min([first - 1, *beside]), max([last + 1, *beside])

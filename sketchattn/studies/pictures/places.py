@@ -16,7 +16,7 @@ Array = NDArray[Any]
 Label = tuple[str, Sequence[tuple[float, float]], dict[str, Any]]
 
 # Letters are about this wide, as a share of their height.
-LETTER = 0.56
+LETTER = 0.62
 # Where a label may stand around its point: distances in points, and directions with the corner of
 # the label that lies there.
 DISTANCES = (6.0, 13.0, 22.0, 34.0, 48.0, 66.0, 88.0, 112.0)
@@ -59,6 +59,8 @@ def place_labels(
     covered = at(obstacles)
     taken = [np.array(x.get_window_extent().extents) * to_points for x in texts]
     for text, spots, style in labels:
+        if not len(spots):
+            continue
         size = float(style["fontsize"])
         width, height = LETTER * size * len(text) + 2, size + 2
         if style.get("fontweight") == "bold":

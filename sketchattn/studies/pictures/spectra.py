@@ -61,7 +61,9 @@ def draw_spectra(references: pd.DataFrame) -> Figure:
             points[side] += found
             if i < MOST_NAMED:
                 letters = {"fontsize": 8, "color": "0.15"}
-                labels[side].append((shorten(head.rsplit("/", 1)[-1], 24), found[1:], letters))
+                labels[side].append(
+                    (shorten(head.rsplit("/", 1)[-1], 24), found[1:] or found, letters)
+                )
     top = max(ranks, default=1)
     left.set_xscale("log", base=2)
     left.set_xlim(1, top * 1.15 + 1)
