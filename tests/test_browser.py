@@ -29,6 +29,7 @@ HOSTILE = (
     "<b>bold</b> <a href='javascript:window.pwned=4'>link</a> &lt;i&gt; %{x} {{ 7 * 7 }}",
 )
 WIDE, NARROW = 1280, 390
+PATIENCE = 600_000  # milliseconds, of a machine on which others have all cores
 VIEWS = [(WIDE, "light"), (WIDE, "dark"), (NARROW, "light"), (NARROW, "dark")]
 
 
@@ -41,7 +42,7 @@ class View(NamedTuple):
 
 def until(page: Any, truth: str) -> None:
     """Wait for an expression to be true; the policy of a page refuses what asks in the page."""
-    for _ in range(600):
+    for _ in range(PATIENCE // 50):
         if page.evaluate(truth):
             return
         page.wait_for_timeout(50)
@@ -51,7 +52,9 @@ def until(page: Any, truth: str) -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE
+        )
         yield found
         found.close()
 
@@ -63,6 +66,7 @@ def show(browser: Any) -> Iterator[Callable[..., View]]:
 
     def opened(path: Path, width: int = WIDE, scheme: str = "light") -> View:
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page, wrong = context.new_page(), []
 

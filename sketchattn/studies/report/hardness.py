@@ -72,7 +72,7 @@ def _described(task: tuple[AttentionProblem, int]) -> tuple[str, dict[str, Any] 
     return str(problem.name), {**plain, "digest": problem.digest}
 
 
-def number_of(report: dict[str, Any], name: str) -> float | None:
+def number_of(report: dict[str, Any], name: str) -> int | float | None:
     """Return a number of a report, None where it has none."""
     value = decode(report.get(name))
-    return None if value is None else float(value)
+    return value if isinstance(value, int | float) else None

@@ -119,7 +119,7 @@ def all_table(medians: Medians) -> Table:
         Column("median error", True, "relative output error"),
         Column("quartiles", True, "over heads"),
         Column("worst head", True),
-        Column("heads better than mean of V", True),
+        Column("beats mean of V", True, "heads on which the error is below that of the mean of V"),
         *(Column(x, True) for x in ("time", *(["work"] if "work" in medians.columns else []))),
         *(Column(field, True) for field in FIELDS if field != MAIN),
     ]
