@@ -207,3 +207,16 @@ def test_causal_heads_are_compared_by_causal_methods(run: Run) -> None:
     assert "causal_tree" in out
     assert "wildcat" not in out.replace("causal_tree", "")
     assert "svd" not in out
+
+
+def test_long_heads_are_measured_on_a_sample(run: Run) -> None:
+    said = run("long_heads", "--small", "--methods", "uniform", "--out", "o")
+    frame = pd.read_csv(run.folder / "o" / "results.csv")
+    assert frame["rows"].unique().tolist() == [64]
+    assert (frame["output_fro_rel_low"] <= frame["output_fro_rel"]).all()
+    assert (frame["output_fro_rel"] <= frame["output_fro_rel_high"]).all()
+    beside = pd.read_csv(run.folder / "o" / "references.csv")
+    assert {"topk", "zero", "vmean"} <= set(beside["method"])
+    assert "svd" not in set(beside["method"])
+    assert "note: errors of all heads are from 64 exact rows" in said
+    assert re.search(r"^\d+ s, .+ at most$", said, flags=re.MULTILINE)

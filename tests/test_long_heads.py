@@ -166,7 +166,8 @@ def test_rows_are_sampled_where_there_are_more(tmp_path: Path) -> None:
 
 
 def test_floors_and_spectral_norms_may_be_left_out(tmp_path: Path) -> None:
-    problem, options = head("plain"), {"ranks": [8], "seeds": 1, "out": tmp_path}
+    problem = head("plain")
+    options = {"ranks": [8], "seeds": 1, "out": tmp_path, "pictures": False}
     whole = sa.study(problem, "uniform", **options)  # type: ignore[arg-type]
     for floors, wanted in ((False, set()), (("topk",), {"topk"}), ("svd", {"svd"})):
         found = sa.study(problem, "uniform", floors=floors, **options)  # type: ignore[arg-type]
@@ -174,7 +175,8 @@ def test_floors_and_spectral_norms_may_be_left_out(tmp_path: Path) -> None:
         assert methods & {"svd", "topk"} == wanted
         assert {"zero", "vmean"} <= methods
         assert found.computed == 0  # cells that are there are taken
-        assert len(found.pictures) == len(FIELDS)
+    bare = sa.study(problem, "uniform", floors=False, **(options | {"pictures": True}))  # type: ignore[arg-type]
+    assert len(bare.pictures) == len(FIELDS)
     flat = sa.study(problem, "uniform", spectral=False, **options)  # type: ignore[arg-type]
     spectra = [field for field in FIELDS if "spec" in field]
     assert flat.frame[spectra].isna().all(axis=None)

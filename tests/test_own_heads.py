@@ -55,9 +55,9 @@ def refused(call: Callable[[], object], kind: type[Exception], text: str) -> Non
 def test_projections_are_split_as_a_model_splits_them(batched: bool) -> None:
     q, k, v = numbers(2, 5, 12), numbers(2, 7, 6, seed=1), numbers(2, 7, 4, seed=2)
     mask = np.arange(7) < np.array([[6], [7]])
-    given = (q, k, v) if batched else (q[0], k[0], v[0])
+    x, y, z = (q, k, v) if batched else (q[0], k[0], v[0])
     heads = sa.Heads.from_projections(
-        *given, num_heads=4, key_mask=mask if batched else mask[0], scale=0.5, causal="top-left"
+        x, y, z, num_heads=4, key_mask=mask if batched else mask[0], scale=0.5, causal="top-left"
     )
     count = 2 if batched else 1
     assert (len(heads), heads.n_q, heads.n_k, heads.d, heads.d_v) == (4 * count, 5, 7, 3, 2)
@@ -193,7 +193,10 @@ def test_a_folder_a_pattern_and_a_list_are_the_same_heads(
     layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two, ten = layers / "layer2.npz", layers / "layer10.safetensors"
-    for given in (layers, str(layers), layers / "layer*", [two, ten], [str(two), two, layers]):
+    every: list[Any] = [
+        layers, str(layers), layers / "layer*", [two, ten], [str(two), two, layers]
+    ]  # fmt: skip
+    for given in every:
         heads = sa.read_heads(given)
         assert heads.names == NAMES
         assert [p.n_k for p in heads] == [6, 6, 9, 9]
@@ -221,7 +224,8 @@ def test_heads_of_several_lengths_are_heads(layers: Path) -> None:
     assert isinstance(heads, sa.Heads)
     assert heads[1:3].names == NAMES[1:3]
     assert heads[["layer10/head0"]].n_k == 9
-    assert "layer2/head0" in heads
+    inside: list[object] = ["layer2/head0"]
+    assert all(x in heads for x in inside)
     assert (heads.d, heads.scale) == (4, 0.5)
     assert "n_k=6 or 9" in repr(heads)
     assert [p.digest for p in pickle.loads(pickle.dumps(heads))] == [p.digest for p in heads]
@@ -537,7 +541,7 @@ def test_certify_takes_heads_of_several_shapes(
 ) -> None:
     heads = sa.read_heads(layers)
     path = tmp_path / "out.npz"
-    np.savez(path, **{str(p.name): p.output for p in heads})
+    np.savez(path, **{str(p.name): p.output for p in heads})  # type: ignore[arg-type]
     code, out, _ = say(capsys, "certify", layers, path, "--rows", 3)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:]] == list(NAMES)
@@ -546,3 +550,12 @@ def test_certify_takes_heads_of_several_shapes(
     assert say(capsys, "certify", layers, one, "--head", 3)[0] == 0
     code, _, error = say(capsys, "certify", layers, one)
     assert (code, "--head NAME" in error) == (2, True)
+
+
+def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(sa.__file__).parents[1] / "docs" / "heads.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    assert blocks[0].count("\n") <= 15
+    exec(compile(blocks[0], "heads.md", "exec"), {})
+    assert "batch0.head11" in capsys.readouterr().out

@@ -120,7 +120,7 @@ def exact_weights(problem: AttentionProblem, index: Array) -> Array:
     """Return rows ``index`` of A, float64 (len(index), n_k), each divided by its own sum."""
     q = problem.scale * problem.q[index].astype(np.float64)
     keys = problem.cached("wide keys", lambda: problem.k.astype(np.float64))
-    logits = product(q, keys.T)
+    logits: Array = product(q, keys.T)
     if problem.causal or problem.key_mask is not None:
         np.copyto(logits, -np.inf, where=~problem.visible(index))
     logits -= logits.max(axis=1, keepdims=True)

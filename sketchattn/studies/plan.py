@@ -135,7 +135,7 @@ def make_plan(
     heads: HeadsLike,
     *,
     methods: MethodsLike,
-    ranks: int | Sequence[int | float] | None,
+    ranks: float | Sequence[float] | None,
     seeds: int | Sequence[int],
     jobs: int,
     out: str | PathLike[str] | None,

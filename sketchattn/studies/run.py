@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def study(
     heads: HeadsLike,
     methods: MethodsLike = None,
-    ranks: int | Sequence[int | float] | None = None,
+    ranks: float | Sequence[float] | None = None,
     seeds: int | Sequence[int] = 4,
     jobs: int = 1,
     out: str | PathLike[str] | None = None,
