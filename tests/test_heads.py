@@ -800,9 +800,13 @@ def test_paths_are_checked_first(tmp_path: Path) -> None:
     wrong_end = "path must end in .safetensors or .npz, got 'x.txt'; choose one of these formats"
     refused(ValueError, wrong_end, sa.read_heads, "x.txt")
     refused(ValueError, wrong_end, sa.write_heads, "x.txt", some())
-    for path in (nowhere, folder):
-        text = f"path must be an existing file, got {str(path)!r}; check its folder and name"
-        refused(ValueError, text, sa.read_heads, path)
+    text = f"path must be an existing file, got {str(nowhere)!r}; check its folder and name"
+    refused(ValueError, text, sa.read_heads, nowhere)
+    text = (
+        f"path must be a folder with .safetensors or .npz files, got {str(folder)!r}, which holds "
+        f"none; check its name"
+    )
+    refused(ValueError, text, sa.read_heads, folder)
     text = f"path must be in an existing folder, got {str(nowhere)!r}; make the folder first"
     refused(ValueError, text, sa.write_heads, nowhere, some())
     text = f"path must be a file, got the folder {str(folder)!r}; add a file name"
