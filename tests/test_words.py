@@ -222,7 +222,9 @@ def test_a_figure_obeys_the_settings_of_its_user(result: ValidationResult) -> No
 
 def test_jobs_are_those_of_scikit_learn() -> None:
     assert check_jobs(-1, "head") == cpu_count()
-    assert check_jobs(3, "head") == 3
+    assert check_jobs(3, "head") == check_jobs(3, "head", long=True) == 3
+    assert check_jobs(None, "head") == 1
+    assert check_jobs(None, "head", long=True) == cpu_count()
     for wrong in (0, -2):
         with pytest.raises(ValueError, match=f"^jobs must be at least 1, got {wrong}"):
             check_jobs(wrong, "head")
@@ -238,7 +240,7 @@ def test_commands_have_the_default_of_their_functions() -> None:
     commands: Any = get_command(app)
     for verb, function in (("study", sa.study), ("validate", theory.validate)):
         (option,) = [x for x in commands.commands[verb].params if x.name == "jobs"]
-        assert option.default == inspect.signature(function).parameters["jobs"].default == 1
+        assert option.default == inspect.signature(function).parameters["jobs"].default is None
 
 
 # --- names --------------------------------------------------------------------------------------

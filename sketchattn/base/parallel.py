@@ -17,11 +17,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def check_jobs(jobs: object, unit: str) -> int:
+def check_jobs(jobs: object, unit: str, *, long: bool = False) -> int:
     """Return how many units of work, such as heads, may be done at the same time.
 
-    As everywhere in scikit-learn 1 is the default and -1 means as many as there are CPUs.
+    As in scikit-learn -1 means as many as there are CPUs, and None means 1 unless the work is
+    ``long`` enough to pay for processes.
     """
+    if jobs is None:
+        jobs = -1 if long else 1
     if isinstance(jobs, int) and jobs == -1:
         from ..kernels._threads import cpu_count
 

@@ -58,8 +58,13 @@ def _study(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds for random methods.")] = 4,
     jobs: Annotated[
-        int, typer.Option(help="Heads computed at the same time; -1 is one for each CPU.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Heads computed at the same time, -1 for one a CPU; by default 1, and -1 "
+            "where there is much to do.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for tables, pictures and finished cells.")
     ] = Path("sketchattn-study"),

@@ -38,8 +38,13 @@ def _validate(
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     jobs: Annotated[
-        int, typer.Option(help="Problems checked at the same time; -1 is one for each CPU.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Problems checked at the same time, -1 for one a CPU; by default 1, and -1 "
+            "where there is much to do.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(

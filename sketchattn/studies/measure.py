@@ -101,12 +101,13 @@ def _measure_floor(problem: AttentionProblem, method: TopK, rows: int) -> Values
     """Return the values of a floor that is computed on the sampled rows only."""
     start = time.perf_counter()
     found = sampled_topk(problem, rows, method.rank, renormalize=method.renormalize)
-    kept = min(method.rank, len(problem.kept_keys))
+    kept, seen = min(method.rank, len(problem.kept_keys)), problem.visible_counts()
     return {
         **_listed(*found),
         "seconds": time.perf_counter() - start,
         "bytes": None,
         "effective_rank": int(kept),
+        "work": float(np.minimum(seen, kept).sum() / max(int(seen.sum()), 1)),
     }
 
 

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 # Heads above this length are told what takes long.
 LARGE = 4096
+# Entries of A over all cells from which processes for heads, which take seconds to start, pay.
+LONG_STUDY = 1 << 29
 
 HeadsLike = Union[  # noqa: UP007  # a name of Heads, which is not loaded here
     "Heads",
@@ -137,7 +139,7 @@ def make_plan(
     methods: MethodsLike,
     ranks: float | Sequence[float] | None,
     seeds: int | Sequence[int],
-    jobs: int,
+    jobs: int | None,
     out: str | PathLike[str] | None,
     resume: bool,
     pictures: bool,
@@ -153,7 +155,7 @@ def make_plan(
     problems = as_heads(heads, stored=True)
     given, by_head = as_ranks(ranks, problems)
     chosen_seeds = as_seeds(seeds)
-    workers = check_jobs(jobs, "head")
+    check_jobs(jobs, "head")
     folder = as_folder(out)
     resume = check_flag(resume, "resume", "give True or False")
     pictures = check_flag(pictures, "pictures", "give True or False")
@@ -192,7 +194,7 @@ def make_plan(
         notes=_notes(problems, samples, wanted),
         warnings=_warnings(problems, samples, wanted, spectral),
         bounds=limits,
-        jobs=workers,
+        jobs=check_jobs(jobs, "head", long=_entries(problems, here) >= LONG_STUDY),
         folder=folder,
         cluster=cluster,
         resume=resume,
@@ -201,6 +203,11 @@ def make_plan(
         report=report,
         call=call_of(heads, methods=methods, ranks=ranks, seeds=seeds, bounds=bounds, out=out),
     )
+
+
+def _entries(problems: Sequence[AttentionProblem], here: Mapping[str, Here]) -> int:
+    """Return how many entries of A all cells of a study have together."""
+    return sum(len(here[str(p.name)].cells) * p.n_q * p.n_k for p in problems)
 
 
 # References that a sample of rows does not tell, or that cost what the sample saves.

@@ -43,7 +43,7 @@ def study(
     methods: MethodsLike = None,
     ranks: float | Sequence[float] | None = None,
     seeds: int | Sequence[int] = 4,
-    jobs: int = 1,
+    jobs: int | None = None,
     out: str | PathLike[str] | None = None,
     *,
     resume: bool = True,
@@ -79,9 +79,10 @@ def study(
         from 64 to 1024 where that is 65536 or longer.
     seeds : int or sequence of int, default 4
         A number s stands for the seeds 0..s-1.
-    jobs : int, default 1
-        Heads that are computed at the same time, -1 for as many as there are CPUs.  Each takes its
-        share of the threads.  The numbers do not depend on it, ``seconds`` does: with 1 it is that
+    jobs : int, optional
+        Heads that are computed at the same time, -1 for as many as there are CPUs; by default 1,
+        and -1 where there are 2^29 entries of A and more over all cells.  Each takes its share of
+        the threads.  The numbers do not depend on it, ``seconds`` does: with 1 it is that
         of a head alone.
     out : path, optional
         Folder for ``results.csv``, ``references.csv``, ``study.json``, the pictures, and the

@@ -184,7 +184,7 @@ class ValidationResult(Worded):
         return found
 
     def plot(
-        self, out: str | PathLike[str], jobs: int = 1, *, progress: bool | None = None
+        self, out: str | PathLike[str], jobs: int | None = None, *, progress: bool | None = None
     ) -> list[Path]:
         """Draw one picture a claim: the observed distribution against the bound over r.
 
@@ -196,8 +196,9 @@ class ValidationResult(Worded):
         out : path
             Folder; made if there is none.  ``<claim>.png`` is replaced in one step; those of
             claims without a row are deleted.
-        jobs : int, default 1
-            Claims that are drawn at the same time; -1 for as many as there are CPUs.
+        jobs : int, optional
+            Claims that are drawn at the same time, -1 for as many as there are CPUs; by default 1,
+            and -1 for 20 claims and more.
         progress : bool, optional
             Show a bar on stderr; by default where stderr is a terminal.
 
@@ -211,8 +212,9 @@ class ValidationResult(Worded):
         RuntimeWarning
             If pictures are missing, and why the first is.
         """
-        workers, show = check_jobs(jobs, "claim"), check_progress(progress)
         by_claim = self._by_claim()
+        workers = check_jobs(jobs, "claim", long=len(by_claim) >= 20)
+        show = check_progress(progress)
         tasks = [
             Picture(name, self._panels(x), self.entropy, own_entries([name]))
             for name, x in by_claim.items()
@@ -388,7 +390,7 @@ def validate(
     trials: int = 200,
     confidence: float = 0.95,
     rng: Rng = 0,
-    jobs: int = 1,
+    jobs: int | None = None,
     *,
     progress: bool | None = None,
     parameters: Mapping[str, Any] | None = None,
@@ -409,8 +411,9 @@ def validate(
         Of the limits of rates, each one-sided.
     rng : None, int or numpy.random.Generator
         The same integer gives the same verdicts, whatever ``jobs``.
-    jobs : int, default 1
-        Problems that are checked at the same time; -1 for as many as there are CPUs.
+    jobs : int, optional
+        Problems that are checked at the same time, -1 for as many as there are CPUs; by default 1,
+        and -1 for 500 checks and more.
     progress : bool, optional
         Show a bar on stderr; by default where stderr is a terminal.
     parameters : mapping, optional
@@ -443,7 +446,8 @@ def validate(
     chosen = choose(claims)
     given = _check_given(parameters, chosen)
     count, level = check_trials(trials), check_confidence(confidence)
-    workers, show = check_jobs(jobs, "problem"), check_progress(progress)
+    check_jobs(jobs, "problem")
+    show = check_progress(progress)
     problems = as_problems("minilm" if heads is None else heads)
     entropy = entropy_of(rng)
     bundled = _bundled()
@@ -468,6 +472,7 @@ def validate(
         )
         for name, names in work.items()
     ]
+    workers = check_jobs(jobs, "problem", long=sum(map(len, work.values())) >= 500)
     # Heads first: they take longest.
     tasks.sort(key=lambda task: isinstance(task.problem, str))
     done = _in_parallel(_run, tasks, workers, show, "validate", "problem")
