@@ -9,6 +9,8 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..base.files import append_bytes
 from ..errors.reports import ErrorReport, error_report
 from ..errors.sampled import sampled_report, sampled_topk
