@@ -22,7 +22,7 @@ from sketchattn.studies.columns import BOUND_COLUMNS, COLUMNS
 from sketchattn.studies.palette import DASHES, SYMBOLS, style_of
 from sketchattn.studies.pictures.axes import scale_of
 from sketchattn.studies.pictures.cost import draw_cost, without_the_useless
-from sketchattn.studies.pictures.curves import Curve, Point, front_of
+from sketchattn.studies.pictures.curves import Curve, Point, front_of, intervals_of
 from sketchattn.studies.pictures.each_method import draw_each
 from sketchattn.studies.pictures.layers import cells_of, draw_layers, place_of
 from sketchattn.studies.pictures.one import draw_one
@@ -450,7 +450,7 @@ def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
         result_of(made.frame, made.references).plot()
     # Older versions had no such column.
     rows = [line.rsplit(",", 1)[0] for line in (tmp_path / "results.csv").read_text().splitlines()]
-    assert COLUMNS[-1] == "work"
+    assert COLUMNS[-4] == "work"
     (tmp_path / "results.csv").write_text("\n".join(rows) + "\n")
     old = sa.StudyResult.load(tmp_path).frame
     same(old.drop(columns="work"), made.frame.drop(columns="work"))
@@ -514,3 +514,28 @@ def test_the_picture_of_one_claim_is_a_figure() -> None:
     assert any(axes.get_title().startswith("gaussian") for axes in figure.axes)
     with pytest.raises(ValueError, match="claim must be the id of a claim with a row, got 'x'"):
         result.figure("x")
+
+
+# --- errors of sampled rows ---------------------------------------------------------------------
+
+
+def test_intervals_of_sampled_rows_are_bars() -> None:
+    heads = sa.make_heads("clustered", n=128, d=8, heads=2, rng=0)
+    result = sa.study(heads, ["uniform"], [8, 32], seeds=2, rows=64, pictures=False)
+    whole = sa.study(heads, ["uniform"], [8, 32], seeds=2, pictures=False)
+    for found, bars in ((result, 2), (whole, 0)):
+        for draw in (draw_each, draw_cost):
+            figure = draw(found.frame, found.references, "output_fro_rel")
+            lines = [
+                line
+                for axes in figure.axes
+                for line in axes.lines
+                if line.get_gid() == "uniform:interval"
+            ]
+            assert len(lines) >= bars if bars else not lines
+    spans = intervals_of(result.frame, "uniform")
+    rows = result.frame[result.frame["rank"] == 8]
+    assert spans[8] == (
+        np.median(rows["output_fro_rel_low"]), np.median(rows["output_fro_rel_high"])
+    )  # fmt: skip
+    assert intervals_of(whole.frame, "uniform") == {}

@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from .application import JSON_HELP, app, print_json
-from .inputs import HEADS_HELP, parse_heads, split_words
+from .inputs import HeadsArgument, HeadsOption, given_heads, split_methods
 
 
 @app.command("recommend")
 def _recommend(
-    heads: Annotated[str, typer.Argument(help=HEADS_HELP, metavar="HEADS")],
+    heads: HeadsArgument = None,
+    heads_option: HeadsOption = None,
     tolerance: Annotated[float, typer.Option(help="Largest error |Ohat - O|_F / |O|_F.")] = 0.05,
     confidence: Annotated[
         float, typer.Option(help="Probability, for each head, that the error is below its bound.")
@@ -53,10 +54,10 @@ def _recommend(
     from ..studies.recommend import recommend
 
     result = recommend(
-        parse_heads(heads),
+        given_heads(heads, heads_option),
         tolerance,
         confidence,
-        split_words(methods),
+        split_methods(methods),
         seed,
         rows=rows,
         kind=kind,

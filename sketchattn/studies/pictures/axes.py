@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..columns import PREDICTORS, quantiles
@@ -250,3 +250,12 @@ def draw_curve(
                 gid=f"{curve.name}:{kind}",
             )
     return set(notes) - {""}
+
+
+def draw_intervals(
+    axes: Axes, spans: Mapping[Any, tuple[float, float]], scale: Scale, **style: Any
+) -> None:
+    """Draw intervals as bars with caps at places of the horizontal axis."""
+    for place, (low, high) in spans.items():
+        ends, _ = clip([low, high], scale)
+        axes.plot([place, place], ends, marker="_", markersize=4, linewidth=0.9, **style)

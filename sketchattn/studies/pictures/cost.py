@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 from ...base.drawing import make_figure
 from ..columns import EXACT, FLOORS, PREDICTORS, quantiles
 from ..palette import DASHES, style_of
-from .axes import Scale, clip, format_errors, name_edges, scale_of
-from .curves import Curve, curve_of, front_of, medians_of, methods_of, points_of, tables_of
+from .axes import Scale, clip, draw_intervals, format_errors, name_edges, scale_of
+from .curves import (
+    Curve,
+    curve_of,
+    front_of,
+    intervals_of,
+    medians_of,
+    methods_of,
+    points_of,
+    tables_of,
+)
 from .places import Label, place_labels
 from .words import MEASURES, seconds_as_text
 
@@ -65,7 +74,8 @@ def draw_cost(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Figu
     for axes, cost in zip(panels, COSTS, strict=True):
         format_errors(axes, scale)
         table = tables_of(frame, references, cost)
-        _draw_panel(axes, methods, middles, table, cost, scale, field)
+        spans = {m: intervals_of(frame, m) if field == "output_fro_rel" else {} for m in methods}
+        _draw_panel(axes, methods, middles, table, cost, scale, field, spans)
         axes.set_ylabel(field, fontsize=9, labelpad=2)
         axes.tick_params(labelsize=8.5)
     return figure
@@ -79,6 +89,7 @@ def _draw_panel(
     cost: str,
     scale: Scale,
     field: str,
+    spans: dict[str, dict[int, tuple[float, float]]],
 ) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -137,6 +148,11 @@ def _draw_panel(
             marker=look.marker, markersize=5.5 if on else 4, linewidth=1.7 if on else 1.0,
             alpha=1.0 if on else 0.45, zorder=4 if on else 3, gid=method,
         )  # fmt: skip
+        if on:
+            bars = {p.cost: spans[method][p.rank] for p in own if p.rank in spans[method]}
+            draw_intervals(
+                axes, bars, scale, color=look.colour, zorder=3.8, gid=f"{method}:interval"
+            )
         others, more = clip([p.error for p in rest], scale)
         if rest:
             axes.plot(

@@ -116,6 +116,24 @@ def points_of(errors: Mapping[int, Sequence[float]], costs: Mapping[int, Sequenc
     return points
 
 
+def intervals_of(frame: pd.DataFrame, method: str) -> dict[int, tuple[float, float]]:
+    """Return the interval of ``output_fro_rel`` at each rank where errors are of sampled rows.
+
+    The medians over heads and seeds of its ends, each of which holds for one head and seed.
+    """
+    names = ("output_fro_rel", *(f"output_fro_rel_{end}" for end in ("low", "high")))
+    if not set(names) <= set(frame.columns):
+        return {}
+    own = frame[frame["method"] == method]
+    found = {}
+    for rank in sorted(map(int, set(own["rank"]))):
+        part = own[own["rank"] == rank]
+        low, high = (quantiles(part[name].tolist(), (0.5,))[0] for name in names[1:])
+        if low < high:
+            found[rank] = (low, high)
+    return found
+
+
 def front_of(points: Iterable[Point]) -> list[Point]:
     """Return the points that no other beats in both cost and error, by rising cost.
 

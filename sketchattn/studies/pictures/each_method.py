@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING
 from ...base.drawing import make_figure
 from ..columns import quantiles
 from ..palette import REFERENCE_LABELS
-from .axes import clip, draw_curve, format_errors, format_ranks, line_style, name_edges, scale_of
+from .axes import (
+    clip,
+    draw_curve,
+    draw_intervals,
+    format_errors,
+    format_ranks,
+    line_style,
+    name_edges,
+    scale_of,
+)
 from .cost import GROUND, WIDTH, without_the_useless
-from .curves import BESIDE, medians_of, methods_of, summary_curves, tables_of
+from .curves import BESIDE, intervals_of, medians_of, methods_of, summary_curves, tables_of
 from .words import MEASURES, shorten
 
 if TYPE_CHECKING:
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 COLUMNS = 4
 # Inches: a row of panels, and what stands above and below all of them.
 ROW, ABOVE, BELOW = 1.72, 0.95, 0.85
+INTERVALS = "  Bars: 95 % intervals, errors are of sampled rows."
 
 
 def draw_each(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Figure:
@@ -52,6 +62,7 @@ def draw_each(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Figu
         wspace=0.06, hspace=0.24,
     )  # fmt: skip
     first: Axes | None = None
+    sampled = False
     for i, curve in enumerate(curves):
         y, x = divmod(i, columns)
         axes = figure.add_subplot(grid[y, x], sharex=first, sharey=first)
@@ -74,6 +85,11 @@ def draw_each(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Figu
                 curve.ranks, shown, color=style["color"], linewidth=0.9, zorder=3.5,
                 gid=f"{curve.name}:worst",
             )  # fmt: skip
+        if field == "output_fro_rel":
+            colour = line_style(curve.name, methods)["color"]
+            spans = intervals_of(frame, curve.name)
+            draw_intervals(axes, spans, scale, color=colour, gid=f"{curve.name}:interval")
+            sampled = sampled or bool(spans)
         on_edge = {note: [f"{_extreme(curve.middle, note)}"] for note in notes if note != "gap"}
         name_edges(axes, on_edge, field, 7.5)
         axes.set_title(
@@ -93,7 +109,8 @@ def draw_each(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Figu
     )  # fmt: skip
     figure.text(
         0.01, 1 - 0.4 / height,
-        f"{over}  Grey lines: all other methods.\nGrey ground: worse than the mean of V.",
+        f"{over}  Grey lines: all other methods.\nGrey ground: worse than the mean of V."
+        f"{INTERVALS if sampled else ''}",
         ha="left", va="top", fontsize=8.5, color="0.25", linespacing=1.35,
     )  # fmt: skip
     figure.text(0.53, 0.5 / height, "rank r", ha="center", fontsize=9)
