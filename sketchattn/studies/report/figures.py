@@ -371,7 +371,7 @@ def rank_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
     about += "head by itself. Floors: no matrix of rank r, no r keys a row can do better; on a "
     about += "wide screen the buttons above the curves zoom."
     if bands:
-        about += " Bands: the middle half of the heads, or for one head all seeds."
+        about += " Bands: the middle half of the heads; one head is its median over seeds."
     return Chart("against-rank", "Error against rank", about, figure, _height(traces))
 
 
