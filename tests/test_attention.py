@@ -1929,8 +1929,8 @@ METHODS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "method must be a name or a method object, got NoneType; see sketchattn.methods()",
     ),
     "class": (
-        {"method": sa.VMean}, TypeError,
-        "method must be a name or a method object, got ABCMeta; see sketchattn.methods()",
+        {"method": dict}, TypeError,
+        "method must be a name or a method object, got the class dict; see sketchattn.methods()",
     ),
     "parameter": (
         {"method": "uniform", "rnak": 2}, TypeError,

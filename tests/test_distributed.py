@@ -31,8 +31,8 @@ dask: Any = pytest.importorskip("distributed", reason="dask.distributed is not i
 
 RANKS = [2, 4, 8]
 HEADS = sa.make_heads("clustered", n=24, d=4, heads=3, rng=0)
-# 3 heads x (uniform 3 x 3, svd and topk 3 each, zero, vmean)
-CELLS = 3 * 17
+# 3 heads x (uniform 3 x 3, svd and topk 3 each, zero, vmean, exact)
+CELLS = 3 * 18
 
 
 def cluster(workers: int = 2, **options: Any) -> Any:
@@ -106,9 +106,9 @@ def test_rows_are_those_of_a_local_study(client: Any) -> None:
 
 def test_a_journal_serves_both(client: Any, tmp_path: Path) -> None:
     part = run(tmp_path, ranks=[2, 4], dask=client)
-    assert (part.computed, part.reused) == (3 * 12, 0)
+    assert (part.computed, part.reused) == (3 * 13, 0)
     whole = run(tmp_path)
-    assert (whole.computed, whole.reused) == (CELLS - 3 * 12, 3 * 12)
+    assert (whole.computed, whole.reused) == (CELLS - 3 * 13, 3 * 13)
     again = run(tmp_path, dask=client)
     assert (again.computed, again.reused) == (0, CELLS)
     pd.testing.assert_frame_equal(again.frame, whole.frame, check_exact=True)
@@ -136,7 +136,7 @@ def test_one_head_is_shared_out(client: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ours, "TASK_SECONDS", 1e-9)
     workers.clear()
     assert same_rows(sa.study(HEADS[0], **options, dask=client), one)
-    assert len(workers) == 10  # slow 2 x 2, svd and topk 2 each, zero, vmean: one a task
+    assert len(workers) == 11  # slow 2 x 2, svd and topk 2 each, zero, vmean, exact: one a task
 
 
 def test_an_address_will_do_and_the_bar_moves(
@@ -260,7 +260,7 @@ def test_a_cell_that_ends_its_workers_is_named(tmp_path: Path) -> None:
                 dask=found,
                 pictures=False,
             )
-    assert lines(tmp_path) == 8 + 3  # the references and rank 2
+    assert lines(tmp_path) == 9 + 3  # the references and rank 2
 
 
 def test_a_failing_method_is_named_and_finished_cells_stay(client: Any, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_failing_method_is_named_and_finished_cells_stay(client: Any, tmp_path
             sa.study(HEADS[0], **options, out=tmp_path, dask=client)
         assert "in _approximate" in str(failed.value.__cause__)
     # Rank 2 comes before, in the same part; the other part is finished, or not.
-    assert 3 <= lines(tmp_path) <= 8 + 3 + 3
+    assert 3 <= lines(tmp_path) <= 9 + 3 + 3
 
 
 def test_an_interruption_leaves_the_journal_and_frees_the_cluster(

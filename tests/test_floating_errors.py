@@ -279,7 +279,7 @@ CALLS: dict[str, Callable[[sa.AttentionProblem], Any]] = {
 }
 # Tables, records and checks of what was given: there is nothing to compute.
 STILL = {
-    "methods", "Method", "AttentionOperator", "Traits", "partitions.check_block",
+    "methods", "Method", "AttentionOperator", "Traits", "register", "partitions.check_block",
     "partitions.check_labels", "partitions.block_of_rank", "partitions.default_block",
     "partitions.label_plan", "partitions.make_plan", "sampling.check_probabilities",
     "sampling.check_unbiased", "sketches.check_sketch", "sketches.sketches",

@@ -37,6 +37,8 @@ def frame_of(
     """Return a frame whose fields all are ``value(head, method, rank, seed)``."""
     rows = [
         [f"h{h}", f"m{m}", r, s, *([value(h, m, r, s)] * len(FIELDS)), 1e-3, 8, r, r / 64]
+        + [value(h, m, r, s)] * 2
+        + [64]
         for h in range(heads)
         for m in range(methods)
         for r in ranks
@@ -49,7 +51,7 @@ def references_of(heads: int = 2, ranks: tuple[int, ...] = RANKS) -> pd.DataFram
     level = {"svd": 0.1, "topk": 0.2, "zero": 1.0, "vmean": 0.8, EXACT: 1e-7}
     rows = [
         [f"h{h}", name, r, 0, *([level[name] / (r if name in ("svd", "topk") else 1)] * 10)]
-        + [1e-3, 8, None, r / 64]
+        + [1e-3, 8, None, r / 64, math.nan, math.nan, 64]
         for h in range(heads)
         for name in (*BESIDE, EXACT)
         for r in ranks

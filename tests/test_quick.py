@@ -53,6 +53,9 @@ KERNELS: dict[str, Check] = {
     "gradients": lambda: test_vjp.test_gradients_are_those_of_loops(
         next(iter(test_vjp.CASES)), None
     ),
+    "comparison": lambda: test_kernels.test_comparison_of_matrices_is_that_of_the_loops(
+        test_kernels.NO_WINDOW[0], "positive"
+    ),
     "features": lambda: test_performer.test_the_formula_by_loops({}, True, True, np.float32),
     "halving": lambda: test_thinformer.test_buckets_are_halved_as_by_loops("simple", np.float32),
     "partitioned": test_combiner.test_products_are_those_of_the_formula_for_small_lengths,

@@ -814,11 +814,11 @@ def test_a_failing_method_is_named_and_finished_cells_stay(tmp_path: Path) -> No
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         run(tmp_path, methods={"bad": Failing(rank=1)})
     # All of the first head; of the second the references (8) and rank 2 (3 seeds).
-    assert len(journal_lines(tmp_path)) == 17 + 8 + 3
+    assert len(journal_lines(tmp_path)) == 17 + 8 + 3 + 2
     assert not (tmp_path / "results.csv").exists()
     with pytest.raises(RuntimeError, match="no luck"):
         run(tmp_path, methods={"bad": Failing(rank=1)})
-    assert len(journal_lines(tmp_path)) == 17 + 8 + 3
+    assert len(journal_lines(tmp_path)) == 17 + 8 + 3 + 2
 
 
 # --- one study a folder -------------------------------------------------------------------------
@@ -1136,7 +1136,7 @@ def test_a_method_of_a_script_runs_in_two_jobs(tmp_path: Path) -> None:
         timeout=600,
     )
     assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.split() == [str(2 * (4 + 2 + 2))]
+    assert found.stdout.split() == [str(2 * (4 + 2 + 2 + 1))]
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
-
 
 def machine() -> dict[str, Any]:
     """Return what a number depends on: CPU, threads, BLAS, versions."""
     import numba
+    import numpy as np
     import scipy
     from threadpoolctl import threadpool_info
 

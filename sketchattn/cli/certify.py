@@ -71,7 +71,7 @@ def _certify(
         )
         said = str(certificate)
         if certificate.kind != "exact":
-            said += f"; rows = {given.n_q} for exact"
+            said += f"; rows = {given[i].n_q} for exact"
         lines.append((given.names[i], said + _judged(certificate, max_error)))
     if as_json:
         print_json(records)

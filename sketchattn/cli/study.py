@@ -133,7 +133,7 @@ def _study(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Measure error against rank on many heads, with pictures and a report.
+    """Measure error against rank on many heads; pictures, a report.
 
     Pictures of error against time and work, of each method, each head and each measure.  Every
     method runs on every head, at every rank, for every

@@ -25,7 +25,7 @@ _HEADS_ENTRIES = 1 << 22
 _OURS = __name__.partition(".")[0] + "."
 
 
-Drawn = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+Drawn = Mapping[str, Any] | list[Any] | tuple[Any, ...] | None
 
 
 def approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> Array:
@@ -46,7 +46,7 @@ def approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> Array:
 
     def some(heads: range) -> Array:
         problems = [problem_of(flat) for flat in heads]
-        own = draw[heads.start : heads.stop] if isinstance(draw, Sequence) else draw
+        own = draw[heads.start : heads.stop] if isinstance(draw, list | tuple) else draw
         return method.attend_heads(problems, [rng_of(flat) for flat in heads], draw=own)
 
     numbers = (layout.n_q + layout.n_k) * (layout.d + layout.d_v)
@@ -118,7 +118,7 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> floa
     if draw is not None and rng is not None:
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
     heads = layout.entries * layout.h
-    if isinstance(draw, Sequence) and len(draw) != heads:
+    if isinstance(draw, list | tuple) and len(draw) != heads:
         raise ValueError(
             f"draw must be one draw for all heads or a sequence of one for each of {heads}, got "
             f"{len(draw)}; use method.draw_heads or return_draws=True"
@@ -148,9 +148,9 @@ def draws_of(call: Call, method: Method, rng: Rng, draw: Drawn) -> list[Mapping[
     return [method.draw(problem_of(flat), rng_of(flat)) for flat in range(heads)]
 
 
-def _shared(draw: Mapping[str, Any] | Sequence[Mapping[str, Any]], heads: int) -> list[Any]:
+def _shared(draw: Mapping[str, Any] | list[Any] | tuple[Any, ...], heads: int) -> list[Any]:
     """Return the draw of each head; one that all share is meant for all of them."""
-    if isinstance(draw, Sequence):
+    if isinstance(draw, list | tuple):
         return list(draw)
     return [draw.detach() if isinstance(draw, Draw) and heads > 1 else draw] * heads
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +29,7 @@ def attention(
     method: str | type[Method] | Method = ...,
     *,
     rng: Rng = ...,
-    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = ...,
+    draw: Mapping[str, Any] | list[Any] | tuple[Any, ...] | None = ...,
     scale: float | None = ...,
     causal: Causal = ...,
     offset: ArrayLike | None = ...,
@@ -54,7 +54,7 @@ def attention(
     method: str | type[Method] | Method = ...,
     *,
     rng: Rng = ...,
-    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = ...,
+    draw: Mapping[str, Any] | list[Any] | tuple[Any, ...] | None = ...,
     scale: float | None = ...,
     causal: Causal = ...,
     offset: ArrayLike | None = ...,
@@ -79,7 +79,7 @@ def attention(
     method: str | type[Method] | Method = ...,
     *,
     rng: Rng = ...,
-    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = ...,
+    draw: Mapping[str, Any] | list[Any] | tuple[Any, ...] | None = ...,
     scale: float | None = ...,
     causal: Causal = ...,
     offset: ArrayLike | None = ...,
@@ -104,7 +104,7 @@ def attention(
     method: str | type[Method] | Method = "exact",
     *,
     rng: Rng = None,
-    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    draw: Mapping[str, Any] | list[Any] | tuple[Any, ...] | None = None,
     scale: float | None = None,
     causal: Causal = False,
     offset: ArrayLike | None = None,
@@ -139,7 +139,7 @@ def attention(
         Randomness of the method.  For (n_q, d) it is handed to the method; otherwise each
         (batch, head) has a stream of its own, which depends on neither the number of heads nor
         the number of threads.
-    draw : mapping or sequence of mappings, optional
+    draw : mapping or list of mappings, optional
         Instead of ``rng``: one draw used for every head, or one for each (batch, head) in order.
     scale : float, optional
         ``None`` is ``1/sqrt(d)``; 0 is legal.

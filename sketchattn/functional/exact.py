@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,7 +53,7 @@ def check_exact(
     method: str | type[Method] | Method,
     parameters: Mapping[str, Any],
     rng: Rng,
-    draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    draw: Mapping[str, Any] | list[Any] | tuple[Any, ...] | None,
 ) -> None:
     """Refuse what the exact method has no use for: parameters, a draw, and a wrong ``rng``."""
     if parameters:

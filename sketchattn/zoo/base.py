@@ -539,7 +539,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         problems: Sequence[AttentionProblem],
         rngs: Sequence[Rng],
         *,
-        draw: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        draw: Mapping[str, Any] | list[Any] | tuple[Any, ...] | None = None,
     ) -> Array:
         """Return ``Ohat`` of many heads: what `attend` returns for each, to the bit.
 
@@ -571,7 +571,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         >>> sa.Skeinformer(rank=4).attend_heads(problems, [0, 1, 2]).shape
         (3, 16, 4)
         """
-        if isinstance(draw, Sequence):
+        if isinstance(draw, list | tuple):
             triples = zip(problems, rngs, draw, strict=True)
             return stacked([self.attend(problem, rng, draw=x) for problem, rng, x in triples])
         shared = draw.detach() if isinstance(draw, Draw) and len(problems) > 1 else draw

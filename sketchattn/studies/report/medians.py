@@ -50,8 +50,12 @@ class Medians:
         self.beside: list[str] = list(dict.fromkeys(references["method"]))
         self.ranks = sorted({int(r) for r in references["rank"]})
         self.seeds = int(frame["seed"].nunique())
-        extra = ("work", f"{MAIN}_low", f"{MAIN}_high")
-        self.columns = (*FIELDS, "seconds", *(x for x in extra if x in frame.columns))
+        extra = ["work"] if "work" in frame else []
+        ends = [f"{MAIN}_low", f"{MAIN}_high"]
+        # Errors of all rows are their own interval.
+        if set(ends) <= set(frame) and (frame[ends[0]] < frame[ends[1]]).any():
+            extra += ends
+        self.columns = (*FIELDS, "seconds", *extra)
         self._values: dict[tuple[str, str, int], dict[str, float]] = {}
         for part in (own, references):
             keys = ("method", "head", "rank")
