@@ -544,7 +544,7 @@ def test_certify_takes_heads_of_several_shapes(
     np.savez(path, **{str(p.name): p.output for p in heads})  # type: ignore[arg-type]
     code, out, _ = say(capsys, "certify", layers, path, "--rows", 3)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == list(NAMES)
+    assert [line.split()[0] for line in out.splitlines()] == list(NAMES)
     one = tmp_path / "one.npy"
     np.save(one, heads[3].output)
     assert say(capsys, "certify", layers, one, "--head", 3)[0] == 0

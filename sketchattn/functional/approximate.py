@@ -118,6 +118,11 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> floa
     if draw is not None and rng is not None:
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
     heads = layout.entries * layout.h
+    if isinstance(draw, list | tuple) and not all(isinstance(x, Mapping) for x in draw):
+        raise TypeError(
+            f"draw must be a mapping from names to arrays, got {type(draw).__name__}; "
+            f"use method.draw(problem, rng)"
+        )
     if isinstance(draw, list | tuple) and len(draw) != heads:
         raise ValueError(
             f"draw must be one draw for all heads or a sequence of one for each of {heads}, got "
