@@ -321,7 +321,8 @@ REFUSED = [
     (
         ["study", "--heads", MADE, "--methods", "jl", "--bounds", "sketching.amm_markof"],
         "bounds must be ids of claims, got 'sketching.amm_markof'; did you mean "
-        "'sketching.amm_markov'?",
+        "'sketching.amm_markov', 'sketching.amm_jl_moment', 'sketching.moment_haar', "
+        "'sketching.moment_sparse' or 'sketching.moment_rademacher'?",
     ),
     (
         ["validate", "--claims", "sketching.amm_markof"],

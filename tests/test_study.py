@@ -1348,7 +1348,8 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: sa.study(BASE, methods="jl", bounds="sketching.amm_markof"),
         ValueError,
         "bounds must be ids of claims, got 'sketching.amm_markof'; did you mean "
-        "'sketching.amm_markov'?",
+        "'sketching.amm_markov', 'sketching.amm_jl_moment', 'sketching.moment_haar', "
+        "'sketching.moment_sparse' or 'sketching.moment_rademacher'?",
     ),
     (
         lambda: sa.study(BASE, methods="jl", bounds="sketching.amm_entrywise"),
