@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .application import JSON_HELP, app, print_json, table
-from .inputs import IMPORT_HELP, import_files
+from .inputs import ImportOption, import_files
 
 
 @app.command("claims")
@@ -21,10 +20,7 @@ def _claims(
             metavar="[PATTERN]",
         ),
     ] = None,
-    imports: Annotated[
-        list[Path] | None,
-        typer.Option("--import", help=IMPORT_HELP, metavar="FILE.py", show_default=False),
-    ] = None,
+    imports: ImportOption = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """List the claims, their status and parameters.

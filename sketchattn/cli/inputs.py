@@ -31,6 +31,18 @@ HeadsOption = Annotated[
     str | None,
     typer.Option("--heads", help="HEADS, as an option.", metavar="HEADS", show_default=False),
 ]
+ImportOption = Annotated[
+    list[Path] | None,
+    typer.Option("--import", help=IMPORT_HELP, metavar="FILE.py", show_default=False),
+]
+ProgressOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        help="Show a progress bar; by default on terminals.",
+        show_default=False,
+    ),
+]
 CASES_HELP = "Names of cases, patterns such as 'exact-*' among them; all by default."
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .application import JSON_HELP, app, print_json
-from .inputs import HeadsArgument, HeadsOption, given_heads, split_methods
+from .inputs import HeadsArgument, HeadsOption, ProgressOption, given_heads, split_methods
 
 
 @app.command("recommend")
@@ -36,14 +36,7 @@ def _recommend(
         int,
         typer.Option(help="Heads at the same time; each is timed with its share of the threads."),
     ] = 1,
-    progress: Annotated[
-        bool | None,
-        typer.Option(
-            "--progress/--no-progress",
-            help="Show a progress bar; by default on terminals.",
-            show_default=False,
-        ),
-    ] = None,
+    progress: ProgressOption = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Find the cheapest method of certified error.

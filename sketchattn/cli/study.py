@@ -9,9 +9,10 @@ import typer
 
 from .application import JSON_HELP, app, print_json
 from .inputs import (
-    IMPORT_HELP,
     HeadsArgument,
     HeadsOption,
+    ImportOption,
+    ProgressOption,
     given_heads,
     import_files,
     split_methods,
@@ -78,10 +79,7 @@ def _study(
             metavar="CLAIM,CLAIM",
         ),
     ] = None,
-    imports: Annotated[
-        list[Path] | None,
-        typer.Option("--import", help=IMPORT_HELP, metavar="FILE.py", show_default=False),
-    ] = None,
+    imports: ImportOption = None,
     floors: Annotated[
         bool,
         typer.Option("--floors/--no-floors", help="Compute the floors: slow for long heads."),
@@ -106,14 +104,7 @@ def _study(
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write report.html, one page with all.")
     ] = True,
-    progress: Annotated[
-        bool | None,
-        typer.Option(
-            "--progress/--no-progress",
-            help="Show a progress bar; by default on terminals.",
-            show_default=False,
-        ),
-    ] = None,
+    progress: ProgressOption = None,
     target: Annotated[
         float | None,
         typer.Option(
@@ -136,9 +127,9 @@ def _study(
     """Measure error against rank on many heads; pictures, a report.
 
     Pictures of error against time and work, of each method, each head and each measure.  Every
-    method runs on every head, at every rank, for every
-    seed, beside the floors that nobody can beat and the predictors that everybody must beat.
-    Killed and started again with the same folder, it continues.
+    method runs on every head, at every rank, for every seed, beside the floors that nobody can beat
+    and the predictors that everybody must beat.  Killed and started again with the same folder, it
+    continues.
     """
     from ..studies.report.page import REPORT
     from ..studies.run import study

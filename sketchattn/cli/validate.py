@@ -10,9 +10,10 @@ import typer
 
 from .application import DIFFERS, JSON_HELP, app, print_json
 from .inputs import (
-    IMPORT_HELP,
     HeadsArgument,
     HeadsOption,
+    ImportOption,
+    ProgressOption,
     given_heads,
     import_files,
     parse_settings,
@@ -61,19 +62,9 @@ def _validate(
             show_default=False,
         ),
     ] = None,
-    imports: Annotated[
-        list[Path] | None,
-        typer.Option("--import", help=IMPORT_HELP, metavar="FILE.py", show_default=False),
-    ] = None,
+    imports: ImportOption = None,
     every: Annotated[bool, typer.Option("--all", help="Print every check.")] = False,
-    progress: Annotated[
-        bool | None,
-        typer.Option(
-            "--progress/--no-progress",
-            help="Show a progress bar; by default on terminals.",
-            show_default=False,
-        ),
-    ] = None,
+    progress: ProgressOption = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Check published and derived claims, constants and all.
