@@ -8,6 +8,7 @@ between the two is suspect, one above it is a mistake.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ def base_two(p: Parts) -> Array:
     The factor goes into the scale, and that on q, so that logits that were exact are rounded and
     those that were equal are not.
     """
-    factor = np.log2(np.e)
+    factor = np.log2(math.e)
     if p.softcap or p.bias is not None:
         x = logits(p) * np.float32(factor)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from ...partitions.ragged import Ragged
 
 Array = NDArray[Any]
 
-LOG2E = float(np.log2(np.e))
+LOG2E = float(np.log2(math.e))
 EMPTY = np.zeros(0, np.int64)
 
 
