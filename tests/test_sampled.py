@@ -88,6 +88,16 @@ def test_magicpig_on_the_known_instance(
         assert abs(relative(problem, trivial) - rel) > 0.05
 
 
+@pytest.mark.parametrize("least", [1, 2, 3])
+def test_the_mean_probability_by_which_tables_are_chosen(least: int) -> None:
+    p = np.concatenate([np.random.default_rng(0).random(500) ** 8, [0.0, 1.0]])
+    for tables in (least, least + 1, 40, 1024):
+        # Powers of 1 - p, which is rounded, up to the number of tables.
+        tolerance = 4 * tables * np.finfo(float).eps
+        mean = magicpig._mean_probability(p, tables, least)
+        assert mean == pytest.approx(collision_probability(p, tables, least).mean(), abs=tolerance)
+
+
 def test_probabilities_on_the_known_instance() -> None:
     problem = gaussian()
     p = code_probability(*hashed(problem, magicpig.Choices()), 4)

@@ -23,8 +23,8 @@ from .grid import Cell
 from .journal import check_held, format_line, holder_of
 
 # A cell is timed again while all its runs took less than this, three times at most: what disturbs
-# a run is short against more.
-TIMED_SECONDS = 0.01
+# a run is short against more, and tables take medians over seeds and heads too.
+TIMED_SECONDS = 0.004
 # A power cut costs the cells of so many seconds, and one more.
 SYNC_SECONDS = 1.0
 

@@ -107,6 +107,19 @@ def collision_probability(p: Array, tables: int, least: int) -> Array:
     return np.asarray(bdtrc(least - 1, tables, p))
 
 
+def _mean_probability(p: Array, tables: int, least: int) -> float:
+    """Return the mean of `collision_probability`, to choose a number of tables by.
+
+    The closed forms take a tenth of the time, and lose only the digits of small probabilities.
+    """
+    if least > 2:
+        return float(collision_probability(p, tables, least).mean())
+    apart = (1.0 - p) ** (tables - least + 1)  # in all tables, or in all but one
+    if least == 1:
+        return float(1.0 - apart.mean())
+    return float(1.0 - (apart * (1.0 + (tables - 1) * p)).mean())
+
+
 def code_probability(q: Array, k: Array, bits: int) -> Array:
     """Return ``p_ij = (1 - theta_ij/pi)^bits`` (n_q, n_k) of unit vectors, or zero ones."""
     angles = np.arccos(np.clip(q @ k.T, -1.0, 1.0))
@@ -321,8 +334,7 @@ class MagicPIG(Method):
         p[:, fixed] = 1.0
 
         def mean_keys(tables: int) -> float:
-            share = collision_probability(p, tables, choices.least).mean()
-            return float(share) * len(kept)
+            return _mean_probability(p, tables, choices.least) * len(kept)
 
         return _nearest_tables(mean_keys, rank, choices.least)
 
