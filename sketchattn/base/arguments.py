@@ -22,11 +22,11 @@ Causal = bool | str
 ALIGNMENTS = ("top-left", "bottom-right")
 
 
-def closest(name: str, known: object) -> str:
+def closest(name: str, known: Iterable[object]) -> str:
     """Return ``"; did you mean ...?"``, or the list of what there is if nothing is close."""
     import difflib
 
-    names = sorted(str(n) for n in known)  # type: ignore[attr-defined]  # any collection of names
+    names = sorted(str(n) for n in known)
     match = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {match[0]!r}?" if match else f"; choose one of {', '.join(names)}"
 

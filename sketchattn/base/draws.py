@@ -235,19 +235,25 @@ def entropy_of(rng: Rng) -> int:
     return sum(int(w) << (32 * i) for i, w in enumerate(words))
 
 
-def check_draw(draw: object, names: tuple[str, ...]) -> Draw:
-    """Return a draw that a user handed in with exactly the arrays ``names``."""
+def check_named(draw: object) -> Mapping[str, Any]:
+    """Return a draw that a user handed in; refuse what is no mapping."""
     if not isinstance(draw, Mapping):
         raise TypeError(
             f"draw must be a mapping from names to arrays, got {type(draw).__name__}; "
             f"use method.draw(problem, rng)"
         )
-    if set(draw) != set(names):
+    return draw
+
+
+def check_draw(draw: object, names: tuple[str, ...]) -> Draw:
+    """Return a draw that a user handed in with exactly the arrays ``names``."""
+    arrays = check_named(draw)
+    if set(arrays) != set(names):
         raise ValueError(
-            f"draw must hold the arrays {sorted(names)}, got {sorted(map(str, draw))}; "
+            f"draw must hold the arrays {sorted(names)}, got {sorted(map(str, arrays))}; "
             f"use method.draw(problem, rng)"
         )
-    return Draw({name: as_array(draw[name], f"draw[{name!r}]") for name in names})
+    return Draw({name: as_array(arrays[name], f"draw[{name!r}]") for name in names})
 
 
 def check_columns(columns: Array, keys: Array) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -100,7 +101,7 @@ class Phrase(NamedTuple):
     about: str
 
 
-class Worded:
+class Worded(ABC):
     """Base of records that say in words what they hold.
 
     A subclass defines ``_title``, and ``_phrases``, a phrase for each field that it shows; those
@@ -112,8 +113,8 @@ class Worded:
     def _title(self) -> str:
         return type(self).__name__
 
-    def _phrases(self) -> list[Phrase]:
-        raise NotImplementedError
+    @abstractmethod
+    def _phrases(self) -> list[Phrase]: ...
 
     def __str__(self) -> str:
         phrases = self._phrases()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_finite
-from ..base.draws import Draw, Rng, check_origin, entropy_of, head_generator
+from ..base.draws import Draw, Rng, check_named, check_origin, entropy_of, head_generator
 from ..operators.steep import is_harmless
 from ..problem import AttentionProblem
 from .call import Call
@@ -119,10 +119,7 @@ def check_approximate(call: Call, method: Method, rng: Rng, draw: Drawn) -> floa
         raise ValueError("rng must be None when draw is given, got both; pass one of them")
     heads = layout.entries * layout.h
     if isinstance(draw, list | tuple) and not all(isinstance(x, Mapping) for x in draw):
-        raise TypeError(
-            f"draw must be a mapping from names to arrays, got {type(draw).__name__}; "
-            f"use method.draw(problem, rng)"
-        )
+        check_named(draw)
     if isinstance(draw, list | tuple) and len(draw) != heads:
         raise ValueError(
             f"draw must be one draw for all heads or a sequence of one for each of {heads}, got "

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_count, check_flag, check_scale, float_dtype
+from ..base.draws import check_named
 from ..base.floating import without_floating_errors
 from ..functional.approximate import approximate_vjp, draws_of
 from ..functional.batched import attention
@@ -371,11 +372,7 @@ class _Fixed:
     @classmethod
     def draw(cls, draw: Mapping[str, Any]) -> _Fixed:
         """Return the arrays of a draw; they compare by identity, and are read at each run."""
-        if not isinstance(draw, Mapping):
-            raise TypeError(
-                f"draw must be a mapping from names to arrays, got {type(draw).__name__}; "
-                f"use method.draw(problem, rng)"
-            )
+        check_named(draw)
         found = cls(
             {name: _concrete(x, "draw") for name, x in draw.items()},
             tuple((name, id(x)) for name, x in draw.items()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,24 +206,27 @@ def method_class(name: str) -> type[Method]:
 
 
 def _construct(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
-    (known, needs_rank), method = _parameters(cls), getattr(cls, "name", cls.__name__)
+    known, method = _parameters(cls), getattr(cls, "name", cls.__name__)
     for name in parameters:
         if name not in known:
             hint = closest(name, known) if known else "; it takes no parameters"
             raise TypeError(f"{name} must be a parameter of method {method!r}, got {name!r}{hint}")
-    if needs_rank and "rank" not in parameters:
+    if _needs_rank(cls) and "rank" not in parameters:
         raise TypeError(f"rank must be given for method {method!r}, got none; pass rank=")
     return cls(**parameters)
 
 
 @functools.cache
-def _parameters(cls: type[Method]) -> tuple[tuple[str, ...], bool]:
-    """Return the names of a method's parameters, and whether it has a rank without a default."""
-    import inspect
+def _parameters(cls: type[Method]) -> Mapping[str, inspect.Parameter]:
+    """Return what a method is made with, by name: kept, for reading a signature takes long."""
+    names = set(cls._get_param_names())
+    return {name: x for name, x in inspect.signature(cls).parameters.items() if name in names}
 
-    known = tuple(cls._get_param_names())
-    rank = inspect.signature(cls).parameters.get("rank")
-    return known, rank is not None and rank.default is inspect.Parameter.empty
+
+def _needs_rank(cls: type[Method]) -> bool:
+    """Return whether a method has a rank without a default."""
+    rank = _parameters(cls).get("rank")
+    return rank is not None and rank.default is rank.empty
 
 
 def inner_method(inner: object, rank: int) -> Method:
@@ -322,7 +326,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
                 f"n_q and n_k must be equal for method {self.name!r}, got {problem.n_q} and "
                 f"{problem.n_k}; use a method whose traits.rectangular is True"
             )
-        if hasattr(self, "rank") and (self.rank is not None or _parameters(type(self))[1]):
+        if hasattr(self, "rank") and (self.rank is not None or _needs_rank(type(self))):
             check_rank(self.rank, problem.n_k)
         self._check_parameters()
         check_overflow(problem)
@@ -375,10 +379,8 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
 
     def _described(self) -> str:
         """Return the method with the parameters that are not defaults; arrays by their shapes."""
-        import inspect
-
-        known = inspect.signature(type(self)).parameters
-        pairs = [(name, getattr(self, name), p.default) for name, p in known.items()]
+        known = _parameters(type(self)).items()
+        pairs = [(name, getattr(self, name), p.default) for name, p in known]
         texts = (f"{name}={_short(x)}" for name, x, default in pairs if _short(x) != repr(default))
         return f"{self.name}({', '.join(texts)})"
 

@@ -12,7 +12,7 @@ from ...partitions.ragged import Ragged
 
 Array = NDArray[Any]
 
-LOG2E = float(np.log2(math.e))
+LOG2E = math.log2(math.e)  # that of the kernels would load the compiler
 EMPTY = np.zeros(0, np.int64)
 
 
