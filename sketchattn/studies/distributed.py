@@ -272,10 +272,11 @@ class _Part(NamedTuple):
 
 
 class _Open(NamedTuple):
-    """Hold a head that the cluster has."""
+    """Hold a head that the cluster has, and the worker that it is meant for."""
 
     task: HeadTask
     sent: Any
+    worker: str | None
 
 
 def run_on(
@@ -311,6 +312,7 @@ class _Study:
         self.running: dict[Any, _Part] = {}  # by the future of its task
         self.ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._threads: dict[str, int] = {}
+        self._last: set[str] = set()  # the workers when there were some
         self._asked = -math.inf
         self._manned = time.monotonic()  # when there was a worker, never if nobody need be told
 
@@ -323,10 +325,15 @@ class _Study:
             with suppress(queue.Empty):
                 self.ended.get(timeout=1.0)
             self.threads()
+            failure: Exception | None = None
             for future in [x for x in self.running if x.status != "pending"]:
                 part = self.running.pop(future)
                 task = self.heads[part.head].task
-                answer = self._answer(future, part, task)
+                try:
+                    answer = self._answer(future, part, task)
+                except (RuntimeError, ValueError) as error:
+                    failure = failure or error  # first what the others have finished
+                    continue
                 if answer is None:  # asked for once more
                     continue
                 fresh = [(task.cells[i], values) for i, values in answer.found]
@@ -336,10 +343,13 @@ class _Study:
                     append_bytes(task.journal, b"".join(lines), sync=True)
                 if answer.failure is None:
                     self._continue(part, answer)
-                yield str(task.problem.name), {cell.key: values for cell, values in fresh}
-                if answer.failure is not None:
+                elif failure is None:
                     message, trace = answer.failure
-                    raise RuntimeError(message) from RemoteError(trace)
+                    failure = RuntimeError(message)
+                    failure.__cause__ = RemoteError(trace)
+                yield str(task.problem.name), {cell.key: values for cell, values in fresh}
+            if failure is not None:
+                raise failure
 
     def threads(self) -> list[str]:
         """Return the workers of the cluster, each once a thread, as they were a second ago."""
@@ -349,6 +359,9 @@ class _Study:
                 self._threads = self.client.nthreads()
             if self._threads:
                 self._manned = self._asked
+                last, self._last = self._last, set(self._threads)
+                if last and last.isdisjoint(self._last):
+                    self._ask_again()
             elif self._asked - self._manned > PATIENT_SECONDS:
                 self._manned = math.inf
                 warnings.warn(
@@ -370,19 +383,21 @@ class _Study:
 
     def _open(self) -> None:
         """Send a head, and ask for all its cells: in several parts where threads are idle."""
-        from distributed.protocol.pickle import dumps
-
         task, i = next(self.tasks), self.opened
         self.opened += 1
         self.unopened -= 1
-        raw = dumps((task.problem, task.cells))
         idle = self.idle()
         idle = idle[: max(1, len(idle) // (self.unopened + 1))]
         parts = [_Part(i, cells) for cells in _pieces(range(len(task.cells)), len(idle))]
-        # It travels as the argument of a task: what a lost worker had can be made again.
-        first = _Part(i, [], idle[0] if idle else None)
-        self.heads[i] = _Open(task, self._submit(first, SentHead, raw))
+        self._send(i, task, idle[0] if idle else None)
         self._ask(parts, idle)
+
+    def _send(self, i: int, task: HeadTask, worker: str | None) -> None:
+        """Send a head as the argument of a task: what a lost worker had can be made again."""
+        from distributed.protocol.pickle import dumps
+
+        raw = dumps((task.problem, task.cells))
+        self.heads[i] = _Open(task, self._submit(_Part(i, [], worker), SentHead, raw), worker)
 
     def _ask(self, parts: Sequence[_Part], workers: Sequence[str]) -> None:
         """Have parts computed by these workers, by any where there are no more of them."""
@@ -394,6 +409,26 @@ class _Study:
                 future = self._submit(part, run_cells, sent, part.cells, seconds, self.own)
                 self.running[future] = part
                 future.add_done_callback(self.ended.put)
+
+    def _ask_again(self) -> None:
+        """Ask for what was meant for workers once more, of any, as those of before are lost.
+
+        Dask lets a task with a worker of its own go to another one when that is lost, but not to
+        one that comes when there is none: such a task would wait for good.
+        """
+        bound = [i for i, head in self.heads.items() if head.worker is not None]
+        again = {
+            future: part
+            for future, part in self.running.items()
+            if future.status == "pending" and (part.worker is not None or part.head in bound)
+        }
+        # Heads are let go, not cancelled: answers that nobody has fetched may need them again.
+        self.client.cancel(list(again))
+        for i in bound:
+            self._send(i, self.heads[i].task, None)
+        for future, part in again.items():
+            del self.running[future]
+            self._ask([part], [])
 
     def _submit(self, part: _Part, function: Any, *args: Any) -> Any:
         """Submit a task of a part: what is there first is done first."""
