@@ -38,6 +38,7 @@ def measure(options: argparse.Namespace, folder: Path) -> sa.StudyResult:
         seeds=1,
         rows=options.rows,
         floors=("topk",),
+        jobs=1,  # one head at a time in memory, with all threads
         out=options.out,
     )
 

@@ -254,6 +254,10 @@ class Head:
         value: T = self._cache[key]
         return value
 
+    def forget(self) -> None:
+        """Let go of what is cached; some of it holds this problem, and would live as garbage."""
+        self._cache.clear()
+
     def astype(self: H, dtype: Any) -> H:
         """Return this problem in another precision (itself if it has it already)."""
         wanted = as_precision(dtype)

@@ -36,8 +36,8 @@ UNKNOWN = ("output_spec_rel", "output_spec_amm", "matrix_spec_rel", "row_tv_max"
 CONFIDENCE = 0.95
 # Entries of the block of rows of A that is compared in one piece.
 BLOCK_ENTRIES = 1 << 22
-# Entries of sampled rows of A that are kept for the next approximation: 1 GB.
-KEPT_ENTRIES = 1 << 27
+# Entries of sampled rows of A that are kept for the next approximation: 512 MB.
+KEPT_ENTRIES = 1 << 26
 
 
 @dataclass(frozen=True)

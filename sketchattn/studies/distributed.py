@@ -201,6 +201,10 @@ class SentHead:
     def __sizeof__(self) -> int:
         return len(self.raw)
 
+    def __del__(self) -> None:
+        for ready in self.free:
+            ready.problem.forget()
+
     def take(self) -> _Ready:
         """Return what another task has left, or a new one: no two threads share it."""
         try:

@@ -151,6 +151,7 @@ def run_head(task: HeadTask) -> tuple[str, dict[Key, Values]]:
     synced = time.monotonic()
     shared = holder_of(task.lock).exists()  # a worker on another machine may not see the folder
     with ExitStack() as stack:
+        stack.callback(problem.forget)
         if task.jobs > 1:
             stack.enter_context(limit_threads(max(1, cpu_count() // task.jobs)))
         # Decompositions round differently with another number of BLAS threads, and results must
