@@ -211,7 +211,7 @@ def prepare(x: Array, dtype: np.dtype[Any]) -> Array:
 
 
 # Entries of a piece that stays in the second-level cache between two passes over it.
-_PIECE = 1 << 16
+_PIECE = 1 << 18
 
 
 def largest(x: Array) -> float:

@@ -30,21 +30,28 @@ def _exact(quick: bool, rounds: int) -> Iterator[Row]:
     torch = import_torch()
     gemm = gemm_rate(rounds, 1024 if quick else 4096)
     n = 2048 if quick else 16384
-    cases: list[tuple[str, int, int, bool, float | None]] = [
-        (f"1 head, n={n}, d=64", 1, n, False, 1.15),
-        (f"1 head, n={n}, d=64, causal", 1, n, True, None),
-        ("12 heads, n=512, d=64", 12, 512, False, 1.5),
+    small = n // 4
+    cases: list[tuple[int, int, int, bool, type[np.floating[Any]]]] = [
+        (1, n, 64, False, np.float32),
+        (1, n, 64, True, np.float32),
+        (1, small, 64, False, np.float32),
+        (1, small, 128, False, np.float32),
+        (1, small, 64, True, np.float32),
+        (1, small, 64, False, np.float64),
+        (12, 512, 64, False, np.float32),
     ]
-    for case, heads, length, causal, target in cases:
-        q, k, v = normal(heads, length, 64)
+    for heads, length, d, causal, dtype in cases:
+        case = f"{heads} head{'s' * (heads > 1)}, n={length}, d={d}"
+        case += f"{', causal' * causal}{', float64' * (dtype is np.float64)}"
+        q, k, v = (x.astype(dtype) for x in normal(heads, length, d))
         calls: dict[str, Callable[[], Any]] = {"ours": partial(attention, q, k, v, causal=causal)}
         if torch is not None:
             calls["torch SDPA"] = sdpa(torch, (q, k, v), causal)
-        if not causal:
+        if not causal and length != small:
             calls["plain NumPy"] = partial(plain_numpy, q, k, v)
         repeats = rounds if length > 1024 else 10 * rounds
         seconds = time_both(calls, repeats)
-        flops = 4.0 * heads * length**2 * 64 * (0.5 if causal else 1.0)
+        flops = 4.0 * heads * length**2 * d * (0.5 if causal else 1.0)
         rate = flops / float(np.median(seconds["ours"])) / 1e9
         rows = np.random.default_rng(1).choice(length, min(256, length), replace=False)
         for name in list(calls)[1:]:
@@ -61,7 +68,7 @@ def _exact(quick: bool, rounds: int) -> Iterator[Row]:
                 seconds,
                 "ours",
                 name,
-                target=target if name == "torch SDPA" else None,
+                target=1.0 if name == "torch SDPA" else None,
                 **extra,
             )
             if name == "torch SDPA" and not causal:
