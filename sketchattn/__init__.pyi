@@ -69,6 +69,7 @@ from .zoo.linformer import LinformerFit as LinformerFit
 from .zoo.linformer import fit_linformer as fit_linformer
 from .zoo.linformer import linformer_projections as linformer_projections
 from .zoo.magicpig import MagicPIG as MagicPIG
+from .zoo.nearfar import NearFar as NearFar
 from .zoo.nystromformer import Nystromformer as Nystromformer
 from .zoo.performer import Performer as Performer
 from .zoo.skeinformer import Skeinformer as Skeinformer

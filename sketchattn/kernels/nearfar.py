@@ -1,0 +1,844 @@
+"""Near keys exactly, far clusters by their moments: clusters, moments, choice and products.
+
+In base 2, with ``x_i = scale log2(e) q_i``, a far cluster c of m_c keys has for row i the logarithm
+of its mass
+
+    g_ic = x_i . kappa_c + log2 m_c + phi(u_ic),   u_ic = sum_j x_ij^2 half_cj,
+    phi(u) = u up to f_c, else 2 sqrt(f_c u) - f_c;  at most |x_i| rho_c,
+
+with the mean key ``kappa``, ``half`` ln 2 / 2 times the variances of the coordinates, and the
+radius rho.  Its value is ``vbar_c + sum_a clip(x_i . p_ca, -b_ca, b_ca) beta_ca``.  A row folds
+
+* its own keys, a range of the list of keys that ends at ``stops[i]``, one by one;
+* the clusters ``< end`` of its tile that are not among ``skip``, by g, but
+* those that it chose key by key.  Rows that chose the same cluster are multiplied together.
+
+A choice: the ``most`` clusters of largest g, of equal ones the lower, of which those stay whose
+share of what was read so far times ``sigma^2 = 2 ln 2 u`` is at least tau.
+
+``tiles (T, 7)``: first row, last row + 1, first and last + 1 own key, clusters, first and last + 1
+cluster to skip.  Items are ranges of tiles; each is done by one thread in an order of its own, so
+that results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._jit import add_product, kernel, take
+from .softmax import LN2, LOG2E, exp2, row_maximum
+
+Array = NDArray[Any]
+
+# Keys whose clusters are looked at together before any of them is, and rows of a product of a list.
+SCAN, LIST = 32, 256
+# Rows of own keys of a causal tile that are multiplied together; it computes half a square more
+# than they see.
+OWN = 64
+# Multiply-adds below which loops are faster than BLAS.
+SMALL = 4096
+
+
+# --- clusters -----------------------------------------------------------------------------------
+
+
+@kernel(dealt=True)
+def cluster(
+    turn: Array, x: Array, starts: Array, first: Array, steps: int,
+    labels: Array, middles: Array, centers: Array,
+) -> None:  # fmt: skip
+    """Cluster the rows of x block by block: farthest rows first, then ``steps`` of Lloyd.
+
+    Block b holds the rows ``starts[b] : starts[b + 1]`` and the clusters ``first[b] : first[b + 1]``.
+    The first centre is the row farthest from the mean, the next one that farthest from those before,
+    until all distances are zero; ``labels`` number clusters over all blocks, ``centers`` are about
+    the ``middles`` of the blocks, and infinite where a block had no row for one.
+    """
+    blocks, d = first.size - 1, x.shape[1]
+    widest, most = 0, 0
+    for b in range(blocks):
+        widest = max(widest, starts[b + 1] - starts[b])
+        most = max(most, first[b + 1] - first[b])
+    y_buffer = np.empty(widest * d, x.dtype)
+    s_buffer = np.empty(widest * most, x.dtype)
+    c_buffer = np.empty(most * d, x.dtype)
+    far = np.empty(widest, x.dtype)
+    best = np.empty(widest, x.dtype)
+    place = np.empty(widest, np.int32)
+    sums = np.empty((most, d), np.float64)
+    counts = np.empty(most, np.int64)
+    zero = x.dtype.type(0.0)
+    half = x.dtype.type(0.5)
+    for _ in range(blocks):
+        b = take(turn)
+        if b >= blocks:
+            break
+        low = starts[b]
+        n = starts[b + 1] - low
+        wanted = first[b + 1] - first[b]
+        y = y_buffer[: n * d].reshape((n, d))
+        middle = sums[0]
+        middle[:] = 0.0
+        for j in range(n):
+            for t in range(d):
+                middle[t] += np.float64(x[low + j, t])
+        for t in range(d):
+            middles[b, t] = middle[t] / max(n, 1)
+        for j in range(n):
+            square = zero
+            for t in range(d):
+                value = x[low + j, t] - middles[b, t]
+                y[j, t] = value
+                square += value * value
+            far[j] = square
+        count = 0
+        for c in range(wanted):
+            pick, high = 0, x.dtype.type(-1.0)
+            for j in range(n):
+                pick = j if far[j] > high else pick
+                high = far[j] if far[j] > high else high
+            if not high > zero and c > 0:
+                break
+            for t in range(d):
+                c_buffer[c * d + t] = y[pick, t]
+            count += 1
+            for j in range(n):
+                square = zero
+                for t in range(d):
+                    value = y[j, t] - c_buffer[c * d + t]
+                    square += value * value
+                far[j] = square if square < far[j] or c == 0 else far[j]
+        for c in range(count, wanted):
+            for t in range(d):
+                centers[first[b] + c, t] = np.inf
+        chosen = c_buffer[: count * d].reshape((count, d))
+        scores = s_buffer[: count * n].reshape((count, n))
+        for step in range(steps + 1):
+            np.dot(chosen, y.T, scores)
+            best[:n] = -np.inf
+            place[:n] = 0
+            for c in range(count):
+                offset = zero
+                for t in range(d):
+                    offset += chosen[c, t] * chosen[c, t]
+                offset *= half
+                for j in range(n):
+                    score = scores[c, j] - offset
+                    place[j] = np.int32(c) if score > best[j] else place[j]
+                    best[j] = score if score > best[j] else best[j]
+            if step == steps:
+                break
+            sums[:count] = 0.0
+            counts[:count] = 0
+            for j in range(n):
+                c = place[j]
+                counts[c] += 1
+                for t in range(d):
+                    sums[c, t] += np.float64(y[j, t])
+            for c in range(count):
+                if counts[c] > 0:
+                    for t in range(d):
+                        chosen[c, t] = sums[c, t] / counts[c]
+        for c in range(count):
+            for t in range(d):
+                centers[first[b] + c, t] = chosen[c, t]
+        for j in range(n):
+            labels[low + j] = first[b] + place[j]
+
+
+@kernel(dealt=True)
+def moments(
+    turn: Array, k: Array, x: Array, members: Array, starts: Array, kt: Array, kappa: Array,
+    half: Array, rho: Array, z: Array, p: Array, bound: Array,
+) -> None:  # fmt: skip
+    """Fill what is known of the keys of every cluster c, ``members[starts[c] : starts[c + 1]]``.
+
+    ``kt`` holds the keys of each, transposed, with a row of ones below them, one after another;
+    ``kappa``, ``half (R, d)``, ``rho (R,)`` as above.  For each of the directions a, the leading ones
+    of the rows of x, ``z (h, N)`` are the scores of members, ``p (h, R, d)`` the slopes
+    ``ln 2 mean((k - kappa) z) / mean(z^2)`` and ``bound (h, R)`` 1 over h times the largest |z|.
+    """
+    d, count, h = k.shape[1], kappa.shape[0], z.shape[0]
+    widest = 0
+    for c in range(count):
+        widest = max(widest, starts[c + 1] - starts[c])
+    mean = np.empty(d, np.float64)
+    square = np.empty(d, np.float64)
+    y = np.empty((widest if h > 0 else 0, x.shape[1]), np.float64)
+    e = np.empty((h, x.shape[1]), np.float64)
+    next_e = np.empty((h, x.shape[1]), np.float64)
+    tiny = np.finfo(np.float64).tiny
+    for _ in range(count):
+        c = take(turn)
+        if c >= count:
+            break
+        low = starts[c]
+        m = starts[c + 1] - low
+        if m == 0:
+            kappa[c] = 0.0
+            half[c] = 0.0
+            rho[c] = 0.0
+            for a in range(h):
+                p[a, c] = 0.0
+                bound[a, c] = 0.0
+            continue
+        block = kt[low * (d + 1) : (low + m) * (d + 1)].reshape((d + 1, m))
+        mean[:] = 0.0
+        for j in range(m):
+            row = k[members[low + j]]
+            for t in range(d):
+                mean[t] += np.float64(row[t])
+                block[t, j] = row[t]
+            block[d, j] = 1.0
+        for t in range(d):
+            mean[t] /= m
+            kappa[c, t] = mean[t]
+        square[:] = 0.0
+        radius = 0.0
+        for j in range(m):
+            row = k[members[low + j]]
+            distance = 0.0
+            for t in range(d):
+                value = np.float64(row[t]) - mean[t]
+                square[t] += value * value
+                distance += value * value
+            radius = max(radius, distance)
+        for t in range(d):
+            half[c, t] = 0.5 * LN2 / m * square[t]
+        rho[c] = np.sqrt(radius)
+        if h == 0:
+            continue
+        width = x.shape[1]
+        for t in range(width):
+            total = 0.0
+            for j in range(m):
+                total += np.float64(x[members[low + j], t])
+            total /= m
+            for j in range(m):
+                y[j, t] = np.float64(x[members[low + j], t]) - total
+        # Columns of the covariance of largest diagonal, then four steps of subspace iteration.
+        for t in range(width):
+            total = 0.0
+            for j in range(m):
+                total += y[j, t] * y[j, t]
+            square[t] = total
+        for a in range(h):
+            column = 0
+            for t in range(width):
+                column = t if square[t] > square[column] else column
+            square[column] = -1.0
+            e[a] = 0.0
+            for j in range(m):
+                for t in range(width):
+                    e[a, t] += y[j, column] * y[j, t]
+        for step in range(5):
+            for a in range(h):
+                for other in range(a):
+                    total = 0.0
+                    for t in range(width):
+                        total += e[a, t] * e[other, t]
+                    for t in range(width):
+                        e[a, t] -= total * e[other, t]
+                total = 0.0
+                for t in range(width):
+                    total += e[a, t] * e[a, t]
+                total = 1.0 / np.sqrt(total) if total > tiny else 0.0
+                for t in range(width):
+                    e[a, t] *= total
+            if step == 4:
+                break
+            next_e[:] = 0.0
+            for j in range(m):
+                for a in range(h):
+                    total = 0.0
+                    for t in range(width):
+                        total += y[j, t] * e[a, t]
+                    for t in range(width):
+                        next_e[a, t] += total * y[j, t]
+            e[:] = next_e
+        for a in range(h):
+            largest, total = 0.0, tiny
+            square[:] = 0.0
+            for j in range(m):
+                score = 0.0
+                for t in range(width):
+                    score += y[j, t] * e[a, t]
+                z[a, low + j] = score
+                largest = max(largest, abs(score))
+                total += score * score
+                row = k[members[low + j]]
+                for t in range(d):
+                    square[t] += (np.float64(row[t]) - mean[t]) * score
+            bound[a, c] = 1.0 / (h * largest) if largest > 0.0 else 0.0
+            for t in range(d):
+                p[a, c, t] = LN2 * square[t] / total if largest > 0.0 else 0.0
+
+
+@kernel(dealt=True)
+def values_of(
+    turn: Array, v: Array, members: Array, starts: Array, z: Array, ordered: Array, vbar: Array,
+    beta: Array,
+) -> None:  # fmt: skip
+    """Order the values by clusters, ``ordered (N, w)``, and take their means and slopes.
+
+    ``vbar_c = mean v``, ``beta_ca = mean z_a (v - vbar)``: (R, w) and (h, R, w).
+    """
+    width, count, h = v.shape[1], vbar.shape[0], z.shape[0]
+    mean = np.empty(width, np.float64)
+    for _ in range(count):
+        c = take(turn)
+        if c >= count:
+            break
+        low = starts[c]
+        m = starts[c + 1] - low
+        mean[:] = 0.0
+        for j in range(low, low + m):
+            row = v[members[j]]
+            for t in range(width):
+                mean[t] += np.float64(row[t])
+                ordered[j, t] = row[t]
+        for t in range(width):
+            mean[t] /= max(m, 1)
+            vbar[c, t] = mean[t]
+        for a in range(h):
+            for t in range(width):
+                beta[a, c, t] = 0.0
+            for j in range(low, low + m):
+                score = z[a, j]
+                for t in range(width):
+                    beta[a, c, t] += score * (ordered[j, t] - vbar[c, t])
+            for t in range(width):
+                beta[a, c, t] /= max(m, 1)
+
+
+# --- pieces of a row ----------------------------------------------------------------------------
+
+
+@kernel()
+def _multiply(a: Array, b: Array, out: Array) -> None:
+    """``out = a b``; where there is little to do, every row by the same operations in all sizes."""
+    rows, inner = a.shape
+    if rows * inner * b.shape[1] >= SMALL:
+        np.dot(a, b, out)
+        return
+    for i in range(rows):
+        for j in range(b.shape[1]):
+            out[i, j] = 0.0
+        for t in range(inner):
+            value = a[i, t]
+            for j in range(b.shape[1]):
+                out[i, j] += value * b[t, j]
+
+
+@kernel()
+def _log_masses(s: Array, u: Array, norms: Array, frozen: Array, rho: Array, bits: Array) -> None:
+    """``s += phi(u) + log2 m`` for a tile of rows and all clusters; see the head of the file."""
+    two = s.dtype.type(2.0)
+    for i in range(s.shape[0]):
+        norm = norms[i]
+        for c in range(s.shape[1]):
+            f = frozen[c]
+            w = u[i, c]
+            phi = two * np.sqrt(f * w) - f
+            phi = w if w <= f else phi
+            cap = norm * rho[c]
+            phi = phi if phi < cap else cap  # which also stands for what is no number
+            s[i, c] += phi + bits[c]
+
+
+@kernel()
+def _fold(s: Array, floor: Array, top: Array, total: Array, acc: Array) -> None:
+    """Fold logits into the running softmax and leave weights, relative to at least ``floor``."""
+    lowest = s.dtype.type(-np.inf)
+    zero = s.dtype.type(0.0)
+    for i in range(s.shape[0]):
+        high = row_maximum(s[i])
+        high = floor[i] if floor[i] > high else high
+        before = top[i]
+        if high > before:
+            shift = exp2(s.dtype.type(before - high))
+            top[i] = high
+            total[i] *= shift
+            for t in range(acc.shape[1]):
+                acc[i, t] *= shift
+        m = top[i] if top[i] != lowest else zero
+        part = zero
+        for j in range(s.shape[1]):
+            e = exp2(s.dtype.type(s[i, j] - m))
+            s[i, j] = e
+            part += e
+        total[i] += part
+
+
+@kernel()
+def _choose(
+    g: Array, u: Array, top: Any, total: Any, tau: Any, best: Array, place: Array, chosen: Array
+) -> int:
+    """Write the near clusters of one row to ``chosen``, then -1, and return how many there are.
+
+    ``best`` and ``place`` are of the length of ``chosen``.
+    """
+    most = chosen.size
+    lowest = g.dtype.type(-np.inf)
+    found = 0
+    last = lowest
+    for c0 in range(0, g.size, SCAN):
+        c1 = min(c0 + SCAN, g.size)
+        if found == most and not row_maximum(g[c0:c1]) > last:
+            continue
+        for c in range(c0, c1):
+            value = g[c]
+            if not value > last:
+                continue
+            y = found if found < most else most - 1
+            found += 1 if found < most else 0
+            while y > 0 and value > best[y - 1]:
+                best[y] = best[y - 1]
+                place[y] = place[y - 1]
+                y -= 1
+            best[y] = value
+            place[y] = c
+            last = best[most - 1] if found == most else lowest
+    kept = 0
+    if found > 0:
+        ref = best[0] if best[0] > top else top
+        sums = total * exp2(g.dtype.type(top - ref)) if top != lowest else g.dtype.type(0.0)
+        for y in range(found):
+            w = exp2(g.dtype.type(best[y] - ref))
+            best[y] = w
+            sums += w
+        limit = tau * sums
+        factor = g.dtype.type(2.0 * LN2)
+        for y in range(found):
+            if best[y] * factor * u[place[y]] >= limit:
+                chosen[kept] = place[y]
+                kept += 1
+    for y in range(kept, most):
+        chosen[y] = -1
+    return kept
+
+
+@kernel()
+def _scaled(q: Array, factor: Any, x: Array, squares: Array, norms: Array) -> None:
+    """``x = factor q``, its squares and its norms, of a tile."""
+    for i in range(q.shape[0]):
+        total = 0.0
+        for t in range(q.shape[1]):
+            value = factor * q[i, t]
+            x[i, t] = value
+            squares[i, t] = value * value
+            total += np.float64(value) * np.float64(value)
+        norms[i] = np.sqrt(total)
+
+
+# --- A X ----------------------------------------------------------------------------------------
+
+
+@kernel(dealt=True)
+def attend(
+    turn: Array, q: Array, k: Array, v: Array, stops: Array, tiles: Array, items: Array,
+    factor: float, kt: Array, starts: Array, kappa: Array, half: Array, rho: Array, frozen: Array,
+    bits: Array, p: Array, bound: Array, ordered: Array, vbar: Array, beta: Array, tau: float,
+    limit: float, choose: bool, near: Array, top: Array, total: Array, out: Array,
+) -> None:  # fmt: skip
+    """``out (n_q, w)``, the largest logit ``top`` that rows refer to, and ``total`` beside it.
+
+    ``near (n_q, most)`` int32 is written if ``choose``, and read otherwise: clusters, then -1.
+    Logits of near keys may exceed ``top`` by ``limit``, which is far from an overflow; those that
+    do move it.
+    """
+    d, width, count, h = q.shape[1], v.shape[1], kappa.shape[0], p.shape[0]
+    most = near.shape[1]
+    highest, ends, members = 0, 0, 0
+    longest = 0
+    for t in range(tiles.shape[0]):
+        highest = max(highest, tiles[t, 1] - tiles[t, 0])
+        ends = max(ends, tiles[t, 4])
+        longest = max(longest, tiles[t, 3] - tiles[t, 2])
+    for c in range(count):
+        members = max(members, starts[c + 1] - starts[c])
+    tallest = 0
+    for item in range(items.size - 1):
+        tallest = max(tallest, tiles[items[item + 1] - 1, 1] - tiles[items[item], 0])
+    dtype = q.dtype
+    scale = dtype.type(factor)
+    x_buffer = np.empty(highest * d, dtype)
+    square_buffer = np.empty(highest * d, dtype)
+    norm_buffer = np.empty(highest, dtype)
+    floor_buffer = np.empty(highest, dtype)
+    s_buffer = np.empty(highest * max(ends, longest), dtype)
+    u_buffer = np.empty(highest * ends, dtype)
+    acc_buffer = np.empty(tallest * width, dtype)
+    offsets = np.empty(count + 1, np.int64)
+    listed = np.empty(tallest * most, np.int64)
+    gathered_buffer = np.empty(LIST * (d + 1), dtype)
+    weight_buffer = np.empty(LIST * members, dtype)
+    value_buffer = np.empty(LIST * width, dtype)
+    best = np.empty(most, dtype)
+    place = np.empty(most, np.int64)
+    lowest = dtype.type(-np.inf)
+    zero = dtype.type(0.0)
+    two = dtype.type(2.0)
+    threshold = dtype.type(tau)
+    for _ in range(items.size - 1):
+        # Later items have more to do where rows see the keys before them.
+        item = items.size - 2 - take(turn)
+        if item < 0:
+            break
+        base = tiles[items[item], 0]
+        stop = tiles[items[item + 1] - 1, 1]
+        acc = acc_buffer[: (stop - base) * width].reshape((stop - base, width))
+        acc[:] = 0.0
+        offsets[:] = 0
+        for tile in range(items[item], items[item + 1]):
+            i0, i1 = tiles[tile, 0], tiles[tile, 1]
+            own_low, own_high, end = tiles[tile, 2], tiles[tile, 3], tiles[tile, 4]
+            rows = i1 - i0
+            x = x_buffer[: rows * d].reshape((rows, d))
+            squares = square_buffer[: rows * d].reshape((rows, d))
+            norms = norm_buffer[:rows]
+            floor = floor_buffer[:rows]
+            _scaled(q[i0:i1], scale, x, squares, norms)
+            top[i0:i1] = lowest
+            total[i0:i1] = zero
+            floor[:] = lowest
+            # Own keys.
+            step = OWN if stops[i0] < stops[i1 - 1] else rows
+            if own_high > own_low:
+                for r0 in range(0, rows, step):
+                    r1 = min(r0 + step, rows)
+                    last = stops[i0 + r1 - 1]
+                    cols = last - own_low
+                    if cols <= 0:
+                        continue
+                    s = s_buffer[: (r1 - r0) * cols].reshape((r1 - r0, cols))
+                    np.dot(x[r0:r1], k[own_low:last].T, s)
+                    if stops[i0 + r0] < last:
+                        for r in range(r0, r1):
+                            for j in range(stops[i0 + r] - own_low, cols):
+                                s[r - r0, j] = lowest
+                    _fold(s, floor[r0:r1], top[i0 + r0 : i0 + r1], total[i0 + r0 : i0 + r1],
+                          acc[i0 + r0 - base : i0 + r1 - base])  # fmt: skip
+                    if width > 0:
+                        add_product(s, v[own_low:last], acc[i0 + r0 - base : i0 + r1 - base])
+            if end == 0:
+                for r in range(rows):
+                    for y in range(most):
+                        near[i0 + r, y] = -1
+                continue
+            # Far clusters, less those that are chosen.
+            s = s_buffer[: rows * end].reshape((rows, end))
+            u = u_buffer[: rows * end].reshape((rows, end))
+            np.dot(x, kappa[:end].T, s)
+            np.dot(squares, half[:end].T, u)
+            _log_masses(s, u, norms, frozen, rho, bits)
+            for r in range(rows):
+                for c in range(tiles[tile, 5], tiles[tile, 6]):
+                    s[r, c] = lowest
+                chosen = near[i0 + r]
+                if choose and most > 0:
+                    _choose(s[r], u[r], top[i0 + r], total[i0 + r], threshold, best, place, chosen)
+                for y in range(most):
+                    c = chosen[y]
+                    if c < 0:
+                        break
+                    # The largest of its logits is at least their mean.
+                    f, w = frozen[c], u[r, c]
+                    phi = w if w <= f else two * np.sqrt(f * w) - f
+                    cap = norms[r] * rho[c]
+                    phi = phi if phi < cap else cap
+                    mean = s[r, c] - phi - bits[c]
+                    floor[r] = mean if mean > floor[r] else floor[r]
+                    s[r, c] = lowest
+                    offsets[c + 1] += 1
+            _fold(s, floor, top[i0:i1], total[i0:i1], acc[i0 - base : i1 - base])
+            if width > 0:
+                add_product(s, vbar[:end], acc[i0 - base : i1 - base])
+                for a in range(h):
+                    np.dot(x, p[a, :end].T, u)
+                    for r in range(rows):
+                        for c in range(end):
+                            b = bound[a, c]
+                            y = u[r, c]
+                            y = y if y < b else b
+                            y = y if y > -b else -b
+                            u[r, c] = y * s[r, c]
+                    add_product(u, beta[a, :end], acc[i0 - base : i1 - base])
+        # Near clusters: the rows of each together.
+        for c in range(count):
+            offsets[c + 1] += offsets[c]
+        for i in range(base, stop):
+            for y in range(most):
+                c = near[i, y]
+                if c < 0:
+                    break
+                listed[offsets[c]] = i
+                offsets[c] += 1
+        first = 0
+        for c in range(count):
+            m = starts[c + 1] - starts[c]
+            keys = kt[starts[c] * (d + 1) : starts[c + 1] * (d + 1)].reshape((d + 1, m))
+            for l0 in range(first, offsets[c], LIST):
+                l1 = min(l0 + LIST, offsets[c])
+                rows = l1 - l0
+                gathered = gathered_buffer[: rows * (d + 1)].reshape((rows, d + 1))
+                for r in range(rows):
+                    i = listed[l0 + r]
+                    for t in range(d):
+                        gathered[r, t] = scale * q[i, t]
+                    gathered[r, d] = -top[i]
+                flat = weight_buffer[: rows * m]
+                weights = flat.reshape((rows, m))
+                _multiply(gathered, keys, weights)
+                if row_maximum(flat) > limit:
+                    for r in range(rows):
+                        high = row_maximum(weights[r])
+                        if high > zero:
+                            i = listed[l0 + r]
+                            shift = exp2(dtype.type(-high))
+                            top[i] += high
+                            total[i] *= shift
+                            for t in range(width):
+                                acc[i - base, t] *= shift
+                            for j in range(m):
+                                weights[r, j] -= high
+                for j in range(flat.size):
+                    flat[j] = exp2(dtype.type(flat[j]))
+                for r in range(rows):
+                    part = zero
+                    for j in range(m):
+                        part += weights[r, j]
+                    total[listed[l0 + r]] += part
+                if width > 0:
+                    product = value_buffer[: rows * width].reshape((rows, width))
+                    _multiply(weights, ordered[starts[c] : starts[c + 1]], product)
+                    for r in range(rows):
+                        i = listed[l0 + r] - base
+                        for t in range(width):
+                            acc[i, t] += product[r, t]
+            first = offsets[c]
+        for i in range(base, stop):
+            inverse = dtype.type(1.0) / total[i] if total[i] > zero else zero
+            for t in range(width):
+                out[i, t] = acc[i - base, t] * inverse
+
+
+# --- A^T Y and rows -----------------------------------------------------------------------------
+
+
+@kernel(dealt=True)
+def attend_transposed(
+    turn: Array, q: Array, k: Array, y: Array, stops: Array, tiles: Array, factor: float,
+    kt: Array, members: Array, starts: Array, kappa: Array, half: Array, rho: Array,
+    frozen: Array, bits: Array, p: Array, bound: Array, near: Array, top: Array, total: Array,
+    out: Array, z: Array,
+) -> None:  # fmt: skip
+    """Sums over the rows of tiles ``g, g + G, ...`` in slab g of ``out`` and ``z``.
+
+    ``out (G, N, w)`` gets ``sum_i w_ij y_i`` of the keys that rows read one by one, ``z (G, 1 + h, R,
+    w)`` ``sum_i w_ic y_i`` of the far clusters and the same times the clipped slopes.  Both are zero
+    before.  ``near``, ``top`` and ``total`` are those of `attend`.
+    """
+    d, width, h = q.shape[1], y.shape[1], p.shape[0]
+    most = near.shape[1]
+    highest, ends, longest, size = 0, 0, 0, 0
+    for t in range(tiles.shape[0]):
+        highest = max(highest, tiles[t, 1] - tiles[t, 0])
+        ends = max(ends, tiles[t, 4])
+        longest = max(longest, tiles[t, 3] - tiles[t, 2])
+    for c in range(kappa.shape[0]):
+        size = max(size, starts[c + 1] - starts[c])
+    dtype = q.dtype
+    scale = dtype.type(factor)
+    x_buffer = np.empty(highest * d, dtype)
+    square_buffer = np.empty(highest * d, dtype)
+    norm_buffer = np.empty(highest, dtype)
+    s_buffer = np.empty(highest * max(ends, longest), dtype)
+    u_buffer = np.empty(highest * ends, dtype)
+    y_buffer = np.empty(highest * width, dtype)
+    logits = np.empty(size, dtype)
+    lowest = dtype.type(-np.inf)
+    zero = dtype.type(0.0)
+    slabs = out.shape[0]
+    for _ in range(slabs):
+        g = take(turn)
+        if g >= slabs:
+            break
+        for tile in range(g, tiles.shape[0], slabs):
+            i0, i1 = tiles[tile, 0], tiles[tile, 1]
+            own_low, own_high, end = tiles[tile, 2], tiles[tile, 3], tiles[tile, 4]
+            rows = i1 - i0
+            x = x_buffer[: rows * d].reshape((rows, d))
+            squares = square_buffer[: rows * d].reshape((rows, d))
+            norms = norm_buffer[:rows]
+            part = y_buffer[: rows * width].reshape((rows, width))
+            _scaled(q[i0:i1], scale, x, squares, norms)
+            for r in range(rows):
+                inverse = dtype.type(1.0) / total[i0 + r] if total[i0 + r] > zero else zero
+                for t in range(width):
+                    part[r, t] = inverse * y[i0 + r, t]
+            if own_high > own_low:
+                cols = own_high - own_low
+                s = s_buffer[: rows * cols].reshape((rows, cols))
+                np.dot(x, k[own_low:own_high].T, s)
+                for r in range(rows):
+                    m = top[i0 + r] if top[i0 + r] != lowest else zero
+                    seen = stops[i0 + r] - own_low
+                    for j in range(cols):
+                        e = exp2(dtype.type(s[r, j] - m))
+                        s[r, j] = e if j < seen else zero
+                add_product(s.T, part, out[g, own_low:own_high])
+            if end == 0:
+                continue
+            s = s_buffer[: rows * end].reshape((rows, end))
+            u = u_buffer[: rows * end].reshape((rows, end))
+            np.dot(x, kappa[:end].T, s)
+            np.dot(squares, half[:end].T, u)
+            _log_masses(s, u, norms, frozen, rho, bits)
+            for r in range(rows):
+                for c in range(tiles[tile, 5], tiles[tile, 6]):
+                    s[r, c] = lowest
+                m = top[i0 + r] if top[i0 + r] != lowest else zero
+                for a in range(most):
+                    c = near[i0 + r, a]
+                    if c < 0:
+                        break
+                    s[r, c] = lowest
+                    low, n = starts[c], starts[c + 1] - starts[c]
+                    logits[:n] = -m
+                    for t in range(d):
+                        value = x[r, t]
+                        row = kt[low * (d + 1) + t * n : low * (d + 1) + (t + 1) * n]
+                        for j in range(n):
+                            logits[j] += value * row[j]
+                    for j in range(n):
+                        w = exp2(dtype.type(logits[j]))
+                        target = out[g, members[low + j]]
+                        for t in range(width):
+                            target[t] += w * part[r, t]
+                for c in range(end):
+                    s[r, c] = exp2(dtype.type(s[r, c] - m))
+            add_product(s.T, part, z[g, 0, :end])
+            for a in range(h):
+                np.dot(x, p[a, :end].T, u)
+                for r in range(rows):
+                    for c in range(end):
+                        b = bound[a, c]
+                        w = u[r, c]
+                        w = w if w < b else b
+                        w = w if w > -b else -b
+                        u[r, c] = w * s[r, c]
+                add_product(u.T, part, z[g, 1 + a, :end])
+
+
+@kernel(dealt=True)
+def dense_rows(
+    turn: Array, q: Array, k: Array, rows: Array, tile_of: Array, stops: Array, tiles: Array,
+    factor: float, kt: Array, members: Array, starts: Array, kappa: Array, half: Array,
+    rho: Array, frozen: Array, bits: Array, z: Array, p: Array, bound: Array, near: Array,
+    out: Array,
+) -> None:  # fmt: skip
+    """Rows of the matrix over the kept keys, ``out (len(rows), N)``, zero before; each sums to 1."""
+    d, h, most = q.shape[1], p.shape[0], near.shape[1]
+    dtype = q.dtype
+    count = rows.size
+    x = np.empty(d, dtype)
+    g = np.empty(kappa.shape[0], dtype)
+    slope = np.empty(h, dtype)
+    lowest = dtype.type(-np.inf)
+    zero, one, two = dtype.type(0.0), dtype.type(1.0), dtype.type(2.0)
+    scale = dtype.type(factor)
+    for _ in range(count):
+        item = take(turn)
+        if item >= count:
+            break
+        i = rows[item]
+        line = out[item]
+        tile = tile_of[i]
+        own_low, end = tiles[tile, 2], tiles[tile, 4]
+        own_high = stops[i] if tiles[tile, 3] > own_low else own_low
+        norm = 0.0
+        for t in range(d):
+            x[t] = scale * q[i, t]
+            norm += np.float64(x[t]) * np.float64(x[t])
+        length = dtype.type(np.sqrt(norm))
+        high = lowest
+        for j in range(own_low, own_high):
+            value = zero
+            for t in range(d):
+                value += x[t] * k[j, t]
+            line[j] = value
+            high = value if value > high else high
+        for c in range(end):
+            value, w = zero, zero
+            for t in range(d):
+                value += x[t] * kappa[c, t]
+                w += x[t] * x[t] * half[c, t]
+            f = frozen[c]
+            phi = w if w <= f else two * np.sqrt(f * w) - f
+            cap = length * rho[c]
+            phi = phi if phi < cap else cap
+            g[c] = value + phi + bits[c]
+        for c in range(tiles[tile, 5], tiles[tile, 6]):
+            g[c] = lowest
+        for a in range(most):
+            c = near[i, a]
+            if c < 0:
+                break
+            g[c] = lowest
+            low, m = starts[c], starts[c + 1] - starts[c]
+            for j in range(m):
+                value = zero
+                for t in range(d):
+                    value += x[t] * kt[low * (d + 1) + t * m + j]
+                line[members[low + j]] = value
+                high = value if value > high else high
+        for c in range(end):
+            high = g[c] if g[c] > high else high
+        if high == lowest:
+            continue
+        sums = zero
+        for j in range(own_low, own_high):
+            e = exp2(dtype.type(line[j] - high))
+            line[j] = e
+            sums += e
+        for a in range(most):
+            c = near[i, a]
+            if c < 0:
+                break
+            for j in range(starts[c], starts[c + 1]):
+                e = exp2(dtype.type(line[members[j]] - high))
+                line[members[j]] = e
+                sums += e
+        for c in range(end):
+            e = exp2(dtype.type(g[c] - high))
+            g[c] = e
+            sums += e
+        inverse = one / sums
+        for j in range(own_low, own_high):
+            line[j] *= inverse
+        for a in range(most):
+            c = near[i, a]
+            if c < 0:
+                break
+            for j in range(starts[c], starts[c + 1]):
+                line[members[j]] *= inverse
+        for c in range(end):
+            m = starts[c + 1] - starts[c]
+            if not g[c] > zero or m == 0:
+                continue
+            share = g[c] * inverse / dtype.type(m)
+            for a in range(h):
+                value = zero
+                for t in range(d):
+                    value += x[t] * p[a, c, t]
+                value = value if value < bound[a, c] else bound[a, c]
+                slope[a] = value if value > -bound[a, c] else -bound[a, c]
+            for j in range(starts[c], starts[c + 1]):
+                w = one
+                for a in range(h):
+                    w += slope[a] * z[a, j]
+                line[members[j]] = share * (w if w > zero else zero)

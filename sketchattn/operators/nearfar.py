@@ -1,0 +1,398 @@
+"""Near keys exactly, far clusters by their moments, each row with a choice of its own.
+
+With clusters c of the keys a row is ``Ahat_ij = exp(L_ij) / Zhat_i`` on its own keys and on the
+clusters that it reads key by key, and ``exp(g_ic) / Zhat_i (1 + y_ic z_j) / m_c`` on all others:
+
+    g_ic = ln m_c + scale q_i . kappa_c + phi(sigma_ic, m_c),
+    sigma_ic^2 = scale^2 sum_t q_it^2 Var_c(k_t),   y_ic = clip(scale q_i . p_c, -1/max|z|, 1/max|z|).
+
+``phi`` is ``sigma^2/2`` up to ``sigma = s_m``, the expected maximum of m normal numbers, and goes on
+as the tangent there; it is at most ``|scale q_i|`` times the radius of the cluster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..base.head import Head
+from ..kernels._threads import PRODUCT, deal, product
+from ..kernels.nearfar import attend, attend_transposed, dense_rows, moments, values_of
+from ..kernels.softmax import LN2, LOG2E, WIDEST
+from .base import AttentionOperator, Index, pick
+
+Array = NDArray[Any]
+
+# Rows of a tile, and of an item at least and at most: rows of an item that chose the same cluster
+# are multiplied together.
+TILE, LEAST, MOST = 128, 128, 4096
+# Sums of a transposed product that are kept apart, for as many threads.
+SLABS = 8
+
+
+class Rows(NamedTuple):
+    """Say what every row sees of N kept keys and R clusters.
+
+    Attributes
+    ----------
+    stops : int64 array (n_q,)
+        Its own keys end there.
+    tiles : int64 array (T, 7)
+        First row, last + 1, first own key, last + 1, clusters, first and last + 1 cluster to skip.
+    items : int64 array
+        Where items begin among the tiles, and their number.
+    """
+
+    stops: Array
+    tiles: Array
+    items: Array
+
+
+class Moments(NamedTuple):
+    """Hold the moments of R clusters, as kernels want them; see ``kernels/nearfar.py``."""
+
+    members: Array
+    starts: Array
+    kt: Array
+    kappa: Array
+    half: Array
+    rho: Array
+    frozen: Array
+    bits: Array
+    z: Array
+    p: Array
+    bound: Array
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Say which kept keys form clusters, and what is kept of these.
+
+    Attributes
+    ----------
+    labels : int array (N,)
+        Cluster of each kept key, -1 for none.
+    count : int
+        Number R of clusters, of which some may be empty.
+    root : array (d, d) or None
+        Directions are those of ``K root``; None: of K.
+    directions : int
+        Of the first-order correction.
+    second_order : bool
+        Whether phi is used; without it every g is a lower bound.
+    """
+
+    labels: Array
+    count: int
+    root: Array | None
+    directions: int
+    second_order: bool
+
+    def moments(self, k: Array) -> Moments:
+        """Return the moments of kept keys (N, d), in their precision."""
+        r, d, h, dtype = self.count, k.shape[1], self.directions, k.dtype
+        # Narrow labels are sorted in one pass.
+        narrow = self.labels.astype(np.int16 if r < 1 << 15 else np.int64)
+        unlabelled = int(np.count_nonzero(narrow < 0))
+        members = np.argsort(narrow, kind="stable")[unlabelled:]
+        sizes = np.bincount(self.labels[members], minlength=r)
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        x = k if self.root is None or h == 0 else product(k, self.root.astype(dtype))
+        n = len(members)
+        kt = np.empty(n * (d + 1), dtype)
+        kappa, half = np.empty((r, d), dtype), np.empty((r, d), dtype)
+        rho, bound = np.empty(r, dtype), np.empty((h, r), dtype)
+        z, p = np.empty((h, n), dtype), np.empty((h, r, d), dtype)
+        work = n * d * (3 + 12 * h)
+        deal(moments, k, x, members, starts, kt, kappa, half, rho, z, p, bound, work=work)
+        frozen = frozen_from(sizes)
+        if not self.second_order:
+            half[:] = 0
+        with np.errstate(divide="ignore"):
+            bits = np.log2(sizes)
+        return Moments(
+            members, starts, kt, kappa, half, rho, frozen.astype(dtype), bits.astype(dtype),
+            z, p, bound,
+        )  # fmt: skip
+
+
+def expected_maximum(m: Array) -> Array:
+    """Return Blom's value of the expected maximum of m standard normal numbers, 0 up to m = 1.
+
+    ``Phi^-1((m - 3/8) / (m + 1/4))``.
+
+    Examples
+    --------
+    >>> expected_maximum(np.array([0, 1, 8, 32])).round(2).tolist()
+    [0.0, 0.0, 1.43, 2.07]
+    """
+    from scipy.special import ndtri
+
+    m = np.maximum(m, 1)
+    found: Array = np.maximum(ndtri((m - 0.375) / (m + 0.25)), 0)
+    return found
+
+
+def frozen_from(m: Array) -> Array:
+    """Return from which u on, in bits, the second-order term of clusters of m keys is frozen."""
+    found: Array = 0.5 * LOG2E * expected_maximum(m) ** 2
+    return found
+
+
+def rows_in_tiles(
+    stops: Array, own: Array, ends: Array, skip: Array | None, height: int = TILE
+) -> Rows:
+    """Return rows cut into tiles that see the same clusters and begin their own keys together.
+
+    Parameters
+    ----------
+    stops, own : int array (n_q,)
+        Own keys are ``own[i] .. stops[i] - 1``; both ascend.
+    ends : int array (n_q,)
+        Row i sees the clusters below.
+    skip : int array (n_q, 2), optional
+        First and last + 1 of the clusters that it does not see.
+    height : int
+        Rows of a tile at most.
+    """
+    n = len(stops)
+    change = np.flatnonzero((np.diff(own) != 0) | (np.diff(ends) != 0)) + 1
+    runs = np.concatenate([[0], change, [n]]).tolist() if n else [0, 0]
+    cuts = [i for a, b in zip(runs[:-1], runs[1:], strict=True) for i in range(a, b, height)]
+    low = np.array(cuts, np.int64)
+    high = np.append(low[1:], n).astype(np.int64)[: len(low)]
+    tiles = np.zeros((len(low), 7), np.int64)
+    tiles[:, 0], tiles[:, 1] = low, high
+    tiles[:, 2], tiles[:, 4] = own[low], ends[low]
+    tiles[:, 3] = stops[high - 1]
+    if skip is not None:
+        tiles[:, 5:] = skip[low]
+    size = min(max(n // 8, LEAST), MOST)
+    items, start = [0], 0
+    for t, stop in enumerate(high.tolist()):
+        if stop - start >= size:
+            items.append(t + 1)
+            start = stop
+    if items[-1] < len(low):
+        items.append(len(low))
+    return Rows(stops.astype(np.int64), tiles, np.array(items, np.int64))
+
+
+class NearFarAttention(AttentionOperator):
+    """Represent ``Ahat`` by clusters of keys, their moments, and the choice of every row.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    clusters : Clusters
+    rows : Rows
+    most : int
+        Candidates of a row at most.
+    tau : float
+        What share times variance keeps a candidate.
+    near : int32 array (n_q, most), optional
+        The choice of an operator in another precision: clusters, then -1.
+
+    Attributes
+    ----------
+    near : ndarray (n_q, most), int32
+        Clusters that rows read key by key, then -1.
+    moments : Moments
+
+    Notes
+    -----
+    Weights are recomputed in every product; nothing of the size of the matrix is held.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> problem = sa.make_heads("gaussian", n=64, d=4, rng=0)[0]
+    >>> ahat = sa.NearFar(block=16, clusters=4, near=2).approximate(problem)
+    >>> ahat.near.shape, bool(abs(ahat.row_sums() - 1).max() < 1e-6)
+    ((64, 2), True)
+    """
+
+    def __init__(
+        self,
+        problem: Head,
+        clusters: Clusters,
+        rows: Rows,
+        most: int,
+        tau: float,
+        near: Array | None = None,
+    ) -> None:
+        super().__init__((problem.n_q, problem.n_k), problem.dtype, None)
+        self.problem, self.clusters, self.layout = problem, clusters, rows
+        self.most, self.tau = most, tau
+        self.kept = problem.kept_keys
+        self.k = kept_rows(problem, problem.arrays.k)
+        self.moments = clusters.moments(self.k)
+        nothing = np.empty((len(self.k), 0), self.dtype)
+        made = solve(problem, self.k, nothing, self.moments, rows, most, tau, near)
+        self.near, self.top, self.total = made.near, made.top, made.total
+        read = self.reads(problem) - self._own()
+        mean = float(read.mean()) if len(read) else 0.0
+        self.effective_rank = min(len(self.kept), int(np.ceil(mean)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of queries, keys, moments, layout and choice."""
+        held = super().nbytes + self.problem.q.nbytes
+        parts = (*self.moments, *self.layout)
+        return held + self.clusters.labels.nbytes + sum(x.nbytes for x in parts)
+
+    @property
+    def _tile_of(self) -> Array:
+        tiles = self.layout.tiles
+        return np.repeat(np.arange(len(tiles)), tiles[:, 1] - tiles[:, 0])
+
+    def _own(self) -> Array:
+        """Return the number of own keys of each row."""
+        tile = self.layout.tiles[self._tile_of]
+        return np.where(tile[:, 3] > tile[:, 2], self.layout.stops - tile[:, 2], 0)
+
+    def reads(self, problem: Head) -> Array:
+        """Return own keys, keys of near clusters, and far clusters of each row."""
+        sizes = np.append(np.diff(self.moments.starts), 0)  # -1 is the last: nothing
+        full = np.concatenate([[0], np.cumsum(sizes[:-1] > 0)])
+        tile = self.layout.tiles[self._tile_of]
+        far = full[tile[:, 4]] - (full[tile[:, 6]] - full[tile[:, 5]])
+        near = sizes[self.near].sum(axis=1) - (self.near >= 0).sum(axis=1)
+        return np.asarray(self._own() + far + near, np.float64)
+
+    @property
+    def log_normalizer(self) -> Array:
+        """Natural logarithm of ``Zhat_i`` (n_q,), -inf for a row without keys."""
+        return log_sums(self.top, self.total)
+
+    def wide(self) -> AttentionOperator:
+        """Return the operator in float64, with the same clusters and choice."""
+        if self.dtype == np.float64:
+            return self
+        problem = self.problem.astype(np.float64)
+        return NearFarAttention(
+            problem, self.clusters, self.layout, self.most, self.tau, self.near
+        )
+
+    def _matmat(self, x: Array) -> Array:
+        values = kept_rows(self.problem, self._cast(x))
+        return solve(
+            self.problem, self.k, values, self.moments, self.layout, self.most, self.tau, self.near
+        ).out
+
+    def _rmatmat(self, y: Array) -> Array:
+        y, m, (stops, tiles, _) = self._cast(y), self.moments, self.layout
+        n, r, h, dtype = len(self.kept), self.clusters.count, self.clusters.directions, self.dtype
+        out = np.zeros((self.shape[1], y.shape[1]), dtype)
+        sizes = np.maximum(np.diff(m.starts), 1).astype(dtype)
+        label = np.repeat(np.arange(r), np.diff(m.starts))
+        for start in range(0, y.shape[1], WIDEST):
+            part = np.require(y[:, start : start + WIDEST], requirements=["C", "W"])
+            width = part.shape[1]
+            keys = np.zeros((SLABS, n, width), dtype)
+            z = np.zeros((SLABS, 1 + h, r, width), dtype)
+            deal(
+                attend_transposed, self.problem.arrays.q, self.k, part, stops, tiles,
+                self._factor, m.kt, m.members, m.starts, m.kappa, m.half, m.rho, m.frozen, m.bits,
+                m.p, m.bound, self.near, self.top, self.total, keys, z,
+                work=float(self.reads(self.problem).sum()) * (1 + 0.1 * width),
+            )  # fmt: skip
+            found, far = keys[0], z[0] / sizes[:, None]
+            for slab in range(1, SLABS):
+                found += keys[slab]
+                far += z[slab] / sizes[:, None]
+            spread = far[0][label]
+            for a in range(h):
+                spread += m.z[a][:, None] * far[1 + a][label]
+            found[m.members] += spread
+            out[self.kept, start : start + width] = found
+        return out
+
+    def rows(self, index: Index) -> Array:
+        """Return chosen rows as a dense array (len(index), n_k)."""
+        chosen = pick(self.shape[0], index)
+        m, (stops, tiles, _) = self.moments, self.layout
+        found = np.zeros((len(chosen), len(self.kept)), self.dtype)
+        deal(
+            dense_rows, self.problem.arrays.q, self.k, chosen, self._tile_of, stops, tiles,
+            self._factor, m.kt, m.members, m.starts, m.kappa, m.half, m.rho, m.frozen, m.bits,
+            m.z, m.p, m.bound, self.near, found,
+            work=found.size,
+        )  # fmt: skip
+        if self.problem.key_mask is None:
+            return found
+        out = np.zeros((len(chosen), self.shape[1]), self.dtype)
+        out[:, self.kept] = found
+        return out
+
+    @property
+    def _factor(self) -> float:
+        return float(self.problem.scale * LOG2E)
+
+
+class Solved(NamedTuple):
+    """Hold a product, the choice of rows, and their largest logits and sums."""
+
+    out: Array
+    near: Array
+    top: Array
+    total: Array
+
+
+def kept_rows(problem: Head, x: Array) -> Array:
+    """Return the rows of kept keys, contiguous; all of them are not copied."""
+    return x if problem.key_mask is None else np.ascontiguousarray(x[problem.key_mask])
+
+
+def log_sums(top: Array, total: Array) -> Array:
+    """Return the natural logarithm of ``2^top total``, -inf where a row has nothing."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(LN2 * (top + np.log2(total)), top.dtype)
+
+
+def solve(
+    problem: Head,
+    k: Array,
+    x: Array,
+    m: Moments,
+    rows: Rows,
+    most: int,
+    tau: float,
+    near: Array | None = None,
+) -> Solved:
+    """Return ``Ahat X`` with the clusters that rows choose, or with those of ``near``.
+
+    ``k (N, d)`` and ``x (N, w)`` are rows of kept keys.
+    """
+    q, dtype, n_q = problem.arrays.q, problem.dtype, problem.n_q
+    h, r, d = len(m.z), len(m.kappa), q.shape[1]
+    choose = near is None
+    chosen = np.empty((n_q, most), np.int32) if near is None else near
+    top, total = np.empty(n_q, dtype), np.empty(n_q, dtype)
+    width = x.shape[1]
+    out = np.empty((n_q, width), dtype)
+    limit = 60.0 if dtype == np.float32 else 500.0
+    own = float((rows.tiles[:, 3] - rows.tiles[:, 2]) @ (rows.tiles[:, 1] - rows.tiles[:, 0]))
+    far = float(rows.tiles[:, 4] @ (rows.tiles[:, 1] - rows.tiles[:, 0]))
+    listed = n_q * min(most * len(k) / max(r, 1), len(k))
+    for start in range(0, max(width, 1), WIDEST):
+        part = x if width <= WIDEST else np.ascontiguousarray(x[:, start : start + WIDEST])
+        piece = part.shape[1]
+        ordered, vbar = np.empty((len(m.members), piece), dtype), np.empty((r, piece), dtype)
+        beta = np.empty((h, r, piece), dtype)
+        deal(values_of, part, m.members, m.starts, m.z, ordered, vbar, beta,
+             work=len(m.members) * piece * (1 + h))  # fmt: skip
+        target = out if width <= WIDEST else np.empty((n_q, piece), dtype)
+        deal(
+            attend, q, k, part, rows.stops, rows.tiles, rows.items, float(problem.scale * LOG2E),
+            m.kt, m.starts, m.kappa, m.half, m.rho, m.frozen, m.bits, m.p, m.bound, ordered, vbar,
+            beta, tau, limit, choose, chosen, top, total, target,
+            work=(own + 2 * far + listed) * (0.5 + PRODUCT * (d + piece)),
+        )  # fmt: skip
+        choose = False
+        if width > WIDEST:
+            out[:, start : start + piece] = target
+    return Solved(out, chosen, top, total)

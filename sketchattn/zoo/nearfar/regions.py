@@ -1,0 +1,161 @@
+"""Which keys form clusters, and which of them a row sees: blocks of positions, or all keys."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...base.head import Head
+from ...kernels._threads import deal, product
+from ...kernels.clustering import nearest_centers
+from ...kernels.nearfar import cluster
+from ...operators.nearfar import Clusters, Rows, kept_rows, rows_in_tiles
+
+Array = NDArray[Any]
+
+STEPS = 4
+# Queries that the metric and the rule for regions look at.
+METRIC_ROWS, RULE_ROWS = 1024, 64
+# Keys for each cluster that are looked at for the centres of clusters of all keys.
+SAMPLE = 8
+
+
+class Sizes(NamedTuple):
+    """Say how many keys a block has, how many clusters, and how many of them rows may choose."""
+
+    block: int
+    clusters: int
+    near: int
+
+
+def default_block(n: int) -> int:
+    """Return the power of two up to ``4 sqrt(n)``: 256 keys for 4096, 512 for 16384.
+
+    Examples
+    --------
+    >>> [default_block(n) for n in (1, 512, 4096, 16384)]
+    [4, 64, 256, 512]
+    """
+    size: int = 1 << (int(4 * np.sqrt(max(n, 1))).bit_length() - 1)
+    return size
+
+
+def within_rank(n: int, rank: int, sizes: Sizes, fixed: bool, near: int | None) -> Sizes:
+    """Return sizes with ``n C/B`` clusters and ``p B/C`` keys of near ones below a rank.
+
+    Half of the rank at most is for clusters, unless ``fixed``; the rest is for keys.
+    """
+    block, clusters, _ = sizes
+    most = max(1, rank // 2)
+    if not fixed and n * clusters > most * block:
+        clusters = max(1, most * block // n)
+        block = max(block, -(-n // most)) if n > most * block else block
+    regions = -(-n * clusters // block)
+    room = max(0, int((rank - regions) * clusters / block))
+    return Sizes(block, clusters, room if near is None else min(near, room))
+
+
+def metric_root(problem: Head) -> Array:
+    """Return the symmetric root of the second moment of the queries, float64 (d, d)."""
+    n = problem.n_q
+    rows = np.arange(n) if n <= METRIC_ROWS else np.arange(METRIC_ROWS) * n // METRIC_ROWS
+    q = problem.q[rows].astype(np.float64)
+    values, vectors = np.linalg.eigh(product(q.T, q) / max(len(q), 1))
+    root: Array = product(vectors * np.sqrt(np.maximum(values, 0)), vectors.T)
+    return root
+
+
+def own_share(problem: Head, block: int) -> float:
+    """Return the share of its block of keys in a row of A, mean over a few rows."""
+    n = problem.n_q
+    count = min(RULE_ROWS, n)
+    rows = (np.arange(count) * 2 + 1) * n // (2 * count)
+    logits = product(problem.scale * problem.q[rows], kept_rows(problem, problem.arrays.k).T)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
+    start = rows // block * block
+    sums = np.concatenate([np.zeros((count, 1)), np.cumsum(weights, axis=1)], axis=1)
+    each = np.arange(count)
+    own = sums[each, np.minimum(start + block, n)] - sums[each, start]
+    return float((own / sums[:, -1]).mean())
+
+
+class Regions(NamedTuple):
+    """Hold clusters and what rows see of them."""
+
+    clusters: Clusters
+    rows: Rows
+
+
+def in_blocks(
+    problem: Head, sizes: Sizes, root: Array | None, directions: int, second_order: bool
+) -> Regions:
+    """Cut the kept keys into blocks, and cluster each.
+
+    Causal rows own the keys from the block of the last one that they see, and see the blocks
+    before; other rows own the block of their position if each has a key of its own, and see all
+    other blocks.
+    """
+    (b, c, _), k = sizes, kept_rows(problem, problem.arrays.k)
+    n, n_q = len(k), problem.n_q
+    skip = None
+    if problem.causal:
+        stops = problem.visible_counts()
+        block = np.maximum(stops - 1, 0) // b
+        own, ends = block * b, block * c
+        full, rest = int(block.max(initial=0)), 0
+    else:
+        full, rest = divmod(n, b)
+        first = np.minimum(np.arange(full + 1) * c, full * c)
+        ends = np.full(n_q, full * c + (-(-rest * c // b) if rest else 0))
+        if n_q == n:
+            block = np.arange(n) // b
+            own, stops = block * b, np.minimum(block * b + b, n)
+            first = np.append(first, ends[:1])
+            skip = np.stack([first[block], first[block + 1]], axis=1)
+        else:
+            own = stops = np.zeros(n_q, np.int64)
+    count = full + (rest > 0)
+    starts = np.minimum(np.arange(count + 1) * b, n)
+    first = np.minimum(np.arange(count + 1) * c, full * c + (-(-rest * c // b) if rest else 0))
+    labels, _, _ = clustered(k if root is None else in_metric(k, root), starts, first)
+    clusters = Clusters(labels, int(first[-1]), root, directions, second_order)
+    return Regions(clusters, rows_in_tiles(stops, own, ends, skip))
+
+
+def of_all_keys(
+    problem: Head, count: int, root: Array | None, directions: int, second_order: bool
+) -> Regions:
+    """Cluster all kept keys: centres from evenly spaced ones, and the nearest of them for each."""
+    k, n_q = kept_rows(problem, problem.arrays.k), problem.n_q
+    x, n = k if root is None else in_metric(k, root), len(k)
+    size = min(n, max(SAMPLE * count, METRIC_ROWS))
+    sample = x if size == n else np.ascontiguousarray(x[np.arange(size) * n // size])
+    labels, middles, centers = clustered(sample, np.array([0, size]), np.array([0, count]))
+    if size < n:
+        used = np.ascontiguousarray(centers[np.isfinite(centers).all(axis=1)])
+        labels = nearest_centers(x, middles[0], used)[0]
+    clusters = Clusters(labels, count, root, directions, second_order)
+    zeros = np.zeros(n_q, np.int64)
+    return Regions(clusters, rows_in_tiles(zeros, zeros, np.full(n_q, count), None))
+
+
+def in_metric(k: Array, root: Array) -> Array:
+    """Return ``K root`` in the precision of the keys, writeable and contiguous."""
+    return np.require(product(k, root.astype(k.dtype)), requirements=["C", "W"])
+
+
+def clustered(x: Array, starts: Array, first: Array) -> tuple[Array, Array, Array]:
+    """Return labels, -1 outside of all blocks, middles of blocks and centres about them."""
+    n, d = x.shape
+    labels = np.full(n, -1, np.int64)
+    middles = np.zeros((len(first) - 1, d), x.dtype)
+    centers = np.full((int(first[-1]), d), np.inf, x.dtype)
+    sizes, counts = np.diff(starts), np.diff(first)
+    work = float((sizes * counts).sum()) * (2 + d / 4)
+    deal(
+        cluster, x, starts.astype(np.int64), first.astype(np.int64), STEPS, labels, middles,
+        centers, work=work,
+    )  # fmt: skip
+    return labels, middles, centers
