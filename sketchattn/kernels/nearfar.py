@@ -374,6 +374,48 @@ def _fold(s: Array, floor: Array, top: Array, total: Array, acc: Array) -> None:
 
 
 @kernel()
+def _above(g: Array, value: Any) -> Any:
+    """Return how many entries of a row are larger, in its precision: float32 counts exactly."""
+    zero, one = g.dtype.type(0.0), g.dtype.type(1.0)
+    count = zero
+    for c in range(g.size):
+        count += one if g[c] > value else zero
+    return count
+
+
+@kernel()
+def _cut(g: Array, most: int) -> Any:
+    """Return numbers ``low <= high`` with at most ``most`` entries above ``high``.
+
+    Those between them, if any, are equal: the first of these fill up what is missing.  Bisection;
+    a pass over a row is a few instructions for eight entries.
+    """
+    lowest = g.dtype.type(-np.inf)
+    wanted = g.dtype.type(most)
+    high = row_maximum(g)
+    low = high
+    for c in range(g.size):
+        value = g[c] if g[c] > lowest else high
+        low = value if value < low else low
+    if _above(g, lowest) <= wanted:
+        return lowest, lowest
+    if _above(g, low) <= wanted:
+        return lowest, low
+    half = g.dtype.type(0.5)
+    while True:
+        middle = g.dtype.type(half * low + half * high)
+        if not low < middle < high:
+            return low, high
+        count = _above(g, middle)
+        if count == wanted:
+            return middle, middle
+        if count > wanted:
+            low = middle
+        else:
+            high = middle
+
+
+@kernel()
 def _choose(
     g: Array, u: Array, top: Any, total: Any, tau: Any, best: Array, place: Array, chosen: Array
 ) -> int:
@@ -383,28 +425,28 @@ def _choose(
     """
     most = chosen.size
     lowest = g.dtype.type(-np.inf)
+    low, high = _cut(g, most)
     found = 0
-    last = lowest
+    ref = top
     for c0 in range(0, g.size, SCAN):
         c1 = min(c0 + SCAN, g.size)
-        if found == most and not row_maximum(g[c0:c1]) > last:
+        if not row_maximum(g[c0:c1]) > high:
             continue
         for c in range(c0, c1):
-            value = g[c]
-            if not value > last:
-                continue
-            y = found if found < most else most - 1
-            found += 1 if found < most else 0
-            while y > 0 and value > best[y - 1]:
-                best[y] = best[y - 1]
-                place[y] = place[y - 1]
-                y -= 1
-            best[y] = value
-            place[y] = c
-            last = best[most - 1] if found == most else lowest
+            if g[c] > high:
+                place[found] = c
+                best[found] = g[c]
+                ref = g[c] if g[c] > ref else ref
+                found += 1
+    if low < high:
+        for c in range(g.size):
+            if found < most and low < g[c] <= high:
+                place[found] = c
+                best[found] = g[c]
+                ref = g[c] if g[c] > ref else ref
+                found += 1
     kept = 0
     if found > 0:
-        ref = best[0] if best[0] > top else top
         sums = total * exp2(g.dtype.type(top - ref)) if top != lowest else g.dtype.type(0.0)
         for y in range(found):
             w = exp2(g.dtype.type(best[y] - ref))

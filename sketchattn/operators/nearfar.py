@@ -170,7 +170,7 @@ def rows_in_tiles(
     tiles[:, 3] = stops[high - 1]
     if skip is not None:
         tiles[:, 5:] = skip[low]
-    size = min(max(n // 8, LEAST), MOST)
+    size = min(max(n // 4, LEAST), MOST)
     items, start = [0], 0
     for t, stop in enumerate(high.tolist()):
         if stop - start >= size:
