@@ -84,6 +84,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"least": 1, "bits": 5, "center": False},
         {"least": 3, "floor": 1e-4, "bits": 3},
     ],
+    "nearfar": [
+        {"preset": "fast", "regions": "all"},
+        {"block": 4, "clusters": 2, "tau": 0.0, "regions": "blocks"},
+        {"first_order": 2, "metric": "query", "tau": 0.1},
+        {"second_order": "none", "near": 1, "first_order": 0},
+    ],
     "nystromformer": [
         {"landmarks": "kmeans"},
         {"landmarks": "random", "iterations": None, "ridge": 1e-3},
@@ -134,7 +140,7 @@ SMALL_LOGITS = {"performer": 0.02}
 LEAST_FALL = {"combiner": 1.1}
 
 # Methods that need no rank: their other parameters have defaults that say as much.
-RANK_IS_OPTIONAL = frozenset({"combiner"})
+RANK_IS_OPTIONAL = frozenset({"combiner", "nearfar"})
 
 
 @dataclass(frozen=True)

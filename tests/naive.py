@@ -1072,3 +1072,116 @@ def naive_budget_sample(
             for j, x in kept.items():
                 weights[i, j] = math.exp(x - high) / total
     return weights, lse
+
+
+def naive_nearfar(
+    q: Array,
+    k: Array,
+    v: Array,
+    labels: list[int],
+    seen: list[dict[str, Any]],
+    *,
+    scale: float,
+    most: int,
+    tau: float,
+    scores: list[list[float]] | None = None,
+    second_order: bool = True,
+) -> tuple[Array, Array, list[list[int]]]:
+    """Return (weights (n_q, n_k), outputs, near clusters of each row) of near keys and moments.
+
+    Key j is in cluster ``labels[j]``, -1 for none.  ``seen[i]`` has the ``own`` keys of row i and
+    the ``clusters`` that it sees.  ``scores`` has, for each direction, a score z_j of each key: the
+    slope of row i is ``scale q_i . E[(k - kappa) z] / E[z^2]``, clipped to 1 over the number of
+    directions times the largest |z| of the cluster.
+    """
+    n_q, n_k, d = len(q), len(k), q.shape[1]
+    weights = np.zeros((n_q, n_k))
+    chosen: list[list[int]] = []
+    normal = NormalDist()
+
+    def members(c: int) -> list[int]:
+        return [j for j in range(n_k) if labels[j] == c]
+
+    def mean(c: int) -> list[float]:
+        return [sum(float(k[j, t]) for j in members(c)) / len(members(c)) for t in range(d)]
+
+    def logit(i: int, x: Any) -> float:
+        return scale * sum(float(q[i, t]) * float(x[t]) for t in range(d))
+
+    for i in range(n_q):
+        own = {j: logit(i, k[j]) for j in seen[i]["own"]}
+        mass, variance = {}, {}
+        for c in seen[i]["clusters"]:
+            m = len(members(c))
+            if m == 0:
+                continue
+            kappa = mean(c)
+            sigma2 = scale**2 * sum(
+                float(q[i, t]) ** 2
+                * sum((float(k[j, t]) - kappa[t]) ** 2 for j in members(c)) / m
+                for t in range(d)
+            )  # fmt: skip
+            radius = max(math.dist([float(x) for x in k[j]], kappa) for j in members(c))
+            length = math.sqrt(sum(float(x) ** 2 for x in q[i]))
+            s = max(0.0, normal.inv_cdf((m - 3 / 8) / (m + 1 / 4)))
+            sigma = math.sqrt(sigma2)
+            phi = sigma2 / 2 if sigma <= s else s * sigma - s * s / 2
+            phi = min(phi, abs(scale) * length * radius) if second_order else 0.0
+            mass[c] = math.log(m) + logit(i, kappa) + phi
+            variance[c] = sigma2 if second_order else 0.0
+        candidates = sorted(mass, key=lambda c: (-mass[c], c))[:most]
+        top = max([*own.values(), *(mass[c] for c in candidates)], default=0.0)
+        total = sum(math.exp(x - top) for x in own.values())
+        total += sum(math.exp(mass[c] - top) for c in candidates)
+        near = [c for c in candidates if math.exp(mass[c] - top) / total * variance[c] >= tau]
+        chosen.append(sorted(near))
+        terms = dict(own)
+        terms |= {j: logit(i, k[j]) for c in near for j in members(c)}
+        far = [c for c in mass if c not in near]
+        top = max([*terms.values(), *(mass[c] for c in far)], default=0.0)
+        total = sum(math.exp(x - top) for x in terms.values())
+        total += sum(math.exp(mass[c] - top) for c in far)
+        for j, x in terms.items():
+            weights[i, j] = math.exp(x - top) / total
+        for c in far:
+            share = math.exp(mass[c] - top) / total / len(members(c))
+            kappa = mean(c)
+            slopes = []
+            for z in scores or []:
+                square = sum(z[j] ** 2 for j in members(c))
+                largest = max(abs(z[j]) for j in members(c))
+                if square == 0:
+                    slopes.append(0.0)
+                    continue
+                p = [
+                    sum((float(k[j, t]) - kappa[t]) * z[j] for j in members(c)) / square
+                    for t in range(d)
+                ]
+                bound = 1 / (len(scores or []) * largest)
+                slopes.append(min(max(logit(i, p), -bound), bound))
+            for j in members(c):
+                tilt = sum(y * z[j] for y, z in zip(slopes, scores or [], strict=True))
+                weights[i, j] = share * max(0.0, 1 + tilt)
+    return weights, weights @ v.astype(np.float64), chosen
+
+
+def naive_farthest_first(x: Array, count: int, steps: int) -> list[int]:
+    """Return labels of rows by the farthest rows as first centres, then steps of Lloyd."""
+    n, rows = len(x), [[float(t) for t in row] for row in x]
+
+    def mean(group: list[int]) -> list[float]:
+        return [sum(rows[j][t] for j in group) / len(group) for t in range(x.shape[1])]
+
+    centers: list[list[float]] = []
+    far = [math.dist(rows[j], mean(list(range(n)))) for j in range(n)]
+    while len(centers) < count and (not centers or max(far) > 0):
+        centers.append(rows[far.index(max(far))])
+        far = [min(math.dist(row, c) for c in centers) for row in rows]
+    labels: list[int] = []
+    for step in range(steps + 1):
+        distances = [[math.dist(row, c) for c in centers] for row in rows]
+        labels = [x.index(min(x)) for x in distances]
+        if step < steps:
+            groups = [[j for j in range(n) if labels[j] == c] for c in range(len(centers))]
+            centers = [mean(g) if g else c for g, c in zip(groups, centers, strict=True)]
+    return labels

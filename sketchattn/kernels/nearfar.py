@@ -219,6 +219,15 @@ def moments(
             total /= m
             for j in range(m):
                 y[j, t] = np.float64(x[members[low + j], t]) - total
+        # In units of the largest entry, whose powers would overflow: directions have no length.
+        largest = 0.0
+        for j in range(m):
+            for t in range(width):
+                largest = max(largest, abs(y[j, t]))
+        largest = 1.0 / largest if largest > tiny else 0.0
+        for j in range(m):
+            for t in range(width):
+                y[j, t] *= largest
         # Columns of the covariance of largest diagonal, then four steps of subspace iteration.
         for t in range(width):
             total = 0.0
@@ -682,7 +691,8 @@ def attend_transposed(
 
     ``out (G, N, w)`` gets ``sum_i w_ij y_i`` of the keys that rows read one by one, ``z (G, 1 + h, R,
     w)`` ``sum_i w_ic y_i`` of the far clusters and the same times the clipped slopes.  Both are zero
-    before.  ``near``, ``top`` and ``total`` are those of `attend`.
+    before.  ``near``, ``top`` and ``total`` are those of `attend`; rows without a finite positive
+    total are left out.
     """
     d, width, h = q.shape[1], y.shape[1], p.shape[0]
     most = near.shape[1]
@@ -702,6 +712,7 @@ def attend_transposed(
     u_buffer = np.empty(highest * ends, dtype)
     y_buffer = np.empty(highest * width, dtype)
     logits = np.empty(size, dtype)
+    used = np.empty(highest, np.bool_)
     lowest = dtype.type(-np.inf)
     zero = dtype.type(0.0)
     slabs = out.shape[0]
@@ -720,6 +731,7 @@ def attend_transposed(
             _scaled(q[i0:i1], scale, x, squares, norms)
             for r in range(rows):
                 inverse = dtype.type(1.0) / total[i0 + r] if total[i0 + r] > zero else zero
+                used[r] = inverse > zero
                 for t in range(width):
                     part[r, t] = inverse * y[i0 + r, t]
             if own_high > own_low:
@@ -728,7 +740,7 @@ def attend_transposed(
                 np.dot(x, k[own_low:own_high].T, s)
                 for r in range(rows):
                     m = top[i0 + r] if top[i0 + r] != lowest else zero
-                    seen = stops[i0 + r] - own_low
+                    seen = stops[i0 + r] - own_low if used[r] else 0
                     for j in range(cols):
                         e = exp2(dtype.type(s[r, j] - m))
                         s[r, j] = e if j < seen else zero
@@ -744,6 +756,10 @@ def attend_transposed(
                 for c in range(tiles[tile, 5], tiles[tile, 6]):
                     s[r, c] = lowest
                 m = top[i0 + r] if top[i0 + r] != lowest else zero
+                if not used[r]:
+                    for c in range(end):
+                        s[r, c] = zero
+                    continue
                 for a in range(most):
                     c = near[i0 + r, a]
                     if c < 0:

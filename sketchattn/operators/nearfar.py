@@ -23,6 +23,7 @@ from ..kernels._threads import PRODUCT, deal, product
 from ..kernels.nearfar import attend, attend_transposed, dense_rows, moments, values_of
 from ..kernels.softmax import LN2, LOG2E, WIDEST
 from .base import AttentionOperator, Index, pick
+from .steep import steep_rows
 
 Array = NDArray[Any]
 
@@ -31,6 +32,8 @@ Array = NDArray[Any]
 TILE, LEAST, MOST = 128, 128, 4096
 # Sums of a transposed product that are kept apart, for as many threads.
 SLABS = 8
+# Entries of whole rows that are held at a time.
+ENTRIES = 1 << 22
 
 
 class Rows(NamedTuple):
@@ -201,10 +204,13 @@ class NearFarAttention(AttentionOperator):
     near : ndarray (n_q, most), int32
         Clusters that rows read key by key, then -1.
     moments : Moments
+    steep : ndarray or None
+        Rows whose logits are too large for one normaliser in several products.
 
     Notes
     -----
-    Weights are recomputed in every product; nothing of the size of the matrix is held.
+    Weights are recomputed in every product; nothing of the size of the matrix is held.  Steep rows
+    are formed whole, and divided by their own sums, in all products.
 
     Examples
     --------
@@ -233,6 +239,8 @@ class NearFarAttention(AttentionOperator):
         nothing = np.empty((len(self.k), 0), self.dtype)
         made = solve(problem, self.k, nothing, self.moments, rows, most, tau, near)
         self.near, self.top, self.total = made.near, made.top, made.total
+        steep = steep_rows(problem)
+        self.steep = steep if len(steep) else None
         read = self.reads(problem) - self._own()
         mean = float(read.mean()) if len(read) else 0.0
         self.effective_rank = min(len(self.kept), int(np.ceil(mean)))
@@ -279,14 +287,35 @@ class NearFarAttention(AttentionOperator):
 
     def _matmat(self, x: Array) -> Array:
         values = kept_rows(self.problem, self._cast(x))
-        return solve(
+        made = solve(
             self.problem, self.k, values, self.moments, self.layout, self.most, self.tau, self.near
-        ).out
+        )
+        return made.out if self.steep is None else self._by_rows(made.out, x)
+
+    def _by_rows(self, out: Array, x: Array) -> Array:
+        """Return a product with the steep rows replaced by those of `rows`."""
+        x = self._cast(x)
+        if self.problem.key_mask is not None:
+            x = np.where(self.problem.key_mask[:, None], x, self.dtype.type(0))
+        for part in self._steep_parts():
+            out[part] = product(self.rows(part), x)
+        return out
+
+    def _steep_parts(self) -> list[Array]:
+        """Return the steep rows, so many at a time that they hold few entries."""
+        if self.steep is None:
+            return []
+        step = max(1, ENTRIES // max(1, self.shape[1]))
+        return [self.steep[i : i + step] for i in range(0, len(self.steep), step)]
 
     def _rmatmat(self, y: Array) -> Array:
         y, m, (stops, tiles, _) = self._cast(y), self.moments, self.layout
         n, r, h, dtype = len(self.kept), self.clusters.count, self.clusters.directions, self.dtype
         out = np.zeros((self.shape[1], y.shape[1]), dtype)
+        total = self.total
+        if self.steep is not None:
+            total = total.copy()
+            total[self.steep] = np.inf
         sizes = np.maximum(np.diff(m.starts), 1).astype(dtype)
         label = np.repeat(np.arange(r), np.diff(m.starts))
         for start in range(0, y.shape[1], WIDEST):
@@ -297,7 +326,7 @@ class NearFarAttention(AttentionOperator):
             deal(
                 attend_transposed, self.problem.arrays.q, self.k, part, stops, tiles,
                 self._factor, m.kt, m.members, m.starts, m.kappa, m.half, m.rho, m.frozen, m.bits,
-                m.p, m.bound, self.near, self.top, self.total, keys, z,
+                m.p, m.bound, self.near, self.top, total, keys, z,
                 work=float(self.reads(self.problem).sum()) * (1 + 0.1 * width),
             )  # fmt: skip
             found, far = keys[0], z[0] / sizes[:, None]
@@ -309,6 +338,8 @@ class NearFarAttention(AttentionOperator):
                 spread += m.z[a][:, None] * far[1 + a][label]
             found[m.members] += spread
             out[self.kept, start : start + width] = found
+        for rows in self._steep_parts():
+            out += product(self.rows(rows).T, y[rows])
         return out
 
     def rows(self, index: Index) -> Array:

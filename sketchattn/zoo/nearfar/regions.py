@@ -58,12 +58,18 @@ def within_rank(n: int, rank: int, sizes: Sizes, fixed: bool, near: int | None) 
 
 
 def metric_root(problem: Head) -> Array:
-    """Return the symmetric root of the second moment of the queries, float64 (d, d)."""
+    """Return the symmetric root of the second moment of the queries over its trace, (d, d).
+
+    Only ratios of distances count, and without the trace their squares could overflow.
+    """
     n = problem.n_q
     rows = np.arange(n) if n <= METRIC_ROWS else np.arange(METRIC_ROWS) * n // METRIC_ROWS
     q = problem.q[rows].astype(np.float64)
-    values, vectors = np.linalg.eigh(product(q.T, q) / max(len(q), 1))
-    root: Array = product(vectors * np.sqrt(np.maximum(values, 0)), vectors.T)
+    q /= np.abs(q).max(initial=0.0) or 1.0
+    values, vectors = np.linalg.eigh(product(q.T, q))
+    values = np.maximum(values, 0)
+    values /= values.sum() or 1.0
+    root: Array = product(vectors * np.sqrt(values), vectors.T)
     return root
 
 
