@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -809,9 +810,7 @@ def naive_pivots(
         if scores.max() == -math.inf:
             break
         s = int(np.argmax(scores))
-        column = np.array(
-            [math.exp(-0.5 * c * float((k - keys[s]) @ (k - keys[s]))) for k in keys]
-        )
+        column = np.array([math.exp(-0.5 * c * float((k - keys[s]) @ (k - keys[s]))) for k in keys])
         for f in columns:
             column = column - f * f[s]
         column = column / math.sqrt(left[s])

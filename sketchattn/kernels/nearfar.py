@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import add_product, kernel, take
-from .softmax import LN2, LOG2E, exp2, row_maximum
+from .softmax import LN2, exp2, row_maximum
 
 Array = NDArray[Any]
 
@@ -52,8 +52,8 @@ def cluster(
 ) -> None:  # fmt: skip
     """Cluster the rows of x block by block: farthest rows first, then ``steps`` of Lloyd.
 
-    Block b holds the rows ``starts[b] : starts[b + 1]`` and the clusters ``first[b] : first[b + 1]``.
-    The first centre is the row farthest from the mean, the next one that farthest from those before,
+    Block b holds rows ``starts[b] : starts[b + 1]`` and clusters ``first[b] : first[b + 1]``.  The
+    first centre is the row farthest from the mean, the next one that farthest from those before,
     until all distances are zero; ``labels`` number clusters over all blocks, ``centers`` are about
     the ``middles`` of the blocks, and infinite where a block had no row for one.
     """
@@ -157,8 +157,8 @@ def moments(
     """Fill what is known of the keys of every cluster c, ``members[starts[c] : starts[c + 1]]``.
 
     ``kt`` holds the keys of each, transposed, with a row of ones below them, one after another;
-    ``kappa``, ``half (R, d)``, ``rho (R,)`` as above.  For each of the directions a, the leading ones
-    of the rows of x, ``z (h, N)`` are the scores of members, ``p (h, R, d)`` the slopes
+    ``kappa``, ``half (R, d)``, ``rho (R,)`` as above.  For each of the directions a, the leading
+    ones of the rows of x, ``z (h, N)`` are the scores of members, ``p (h, R, d)`` the slopes
     ``ln 2 mean((k - kappa) z) / mean(z^2)`` and ``bound (h, R)`` 1 over h times the largest |z|.
     """
     d, count, h = k.shape[1], kappa.shape[0], z.shape[0]
@@ -687,12 +687,12 @@ def attend_transposed(
     frozen: Array, bits: Array, p: Array, bound: Array, near: Array, top: Array, total: Array,
     out: Array, z: Array,
 ) -> None:  # fmt: skip
-    """Sums over the rows of tiles ``g, g + G, ...`` in slab g of ``out`` and ``z``.
+    """Sum over the rows of tiles ``g, g + G, ...`` in slab g of ``out`` and ``z``.
 
-    ``out (G, N, w)`` gets ``sum_i w_ij y_i`` of the keys that rows read one by one, ``z (G, 1 + h, R,
-    w)`` ``sum_i w_ic y_i`` of the far clusters and the same times the clipped slopes.  Both are zero
-    before.  ``near``, ``top`` and ``total`` are those of `attend`; rows without a finite positive
-    total are left out.
+    ``out (G, N, w)`` gets ``sum_i w_ij y_i`` of the keys that rows read one by one, and
+    ``z (G, 1 + h, R, w)`` ``sum_i w_ic y_i`` of the far clusters and the same times the clipped
+    slopes.  Both are zero before.  ``near``, ``top`` and ``total`` are those of `attend`; rows
+    without a finite positive total are left out.
     """
     d, width, h = q.shape[1], y.shape[1], p.shape[0]
     most = near.shape[1]
@@ -799,7 +799,7 @@ def dense_rows(
     rho: Array, frozen: Array, bits: Array, z: Array, p: Array, bound: Array, near: Array,
     out: Array,
 ) -> None:  # fmt: skip
-    """Rows of the matrix over the kept keys, ``out (len(rows), N)``, zero before; each sums to 1."""
+    """Write rows of the matrix over the kept keys, ``out (len(rows), N)``, zero before."""
     d, h, most = q.shape[1], p.shape[0], near.shape[1]
     dtype = q.dtype
     count = rows.size

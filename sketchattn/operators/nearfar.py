@@ -4,10 +4,11 @@ With clusters c of the keys a row is ``Ahat_ij = exp(L_ij) / Zhat_i`` on its own
 clusters that it reads key by key, and ``exp(g_ic) / Zhat_i (1 + y_ic z_j) / m_c`` on all others:
 
     g_ic = ln m_c + scale q_i . kappa_c + phi(sigma_ic, m_c),
-    sigma_ic^2 = scale^2 sum_t q_it^2 Var_c(k_t),   y_ic = clip(scale q_i . p_c, -1/max|z|, 1/max|z|).
+    sigma_ic^2 = scale^2 sum_t q_it^2 Var_c(k_t),
+    y_ic = clip(scale q_i . p_c, -1/max|z|, 1/max|z|).
 
-``phi`` is ``sigma^2/2`` up to ``sigma = s_m``, the expected maximum of m normal numbers, and goes on
-as the tangent there; it is at most ``|scale q_i|`` times the radius of the cluster.
+``phi`` is ``sigma^2/2`` up to ``sigma = s_m``, the expected maximum of m normal numbers, and goes
+on as the tangent there; it is at most ``|scale q_i|`` times the radius of the cluster.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Clusters:
         """Return the moments of kept keys (N, d), in their precision."""
         r, d, h, dtype = self.count, k.shape[1], self.directions, k.dtype
         # Narrow labels are sorted in one pass.
-        narrow = self.labels.astype(np.int16 if r < 1 << 15 else np.int64)
+        narrow: Array = self.labels.astype(np.int16 if r < 1 << 15 else np.int64)
         unlabelled = int(np.count_nonzero(narrow < 0))
         members = np.argsort(narrow, kind="stable")[unlabelled:]
         sizes = np.bincount(self.labels[members], minlength=r)
@@ -276,14 +277,65 @@ class NearFarAttention(AttentionOperator):
         """Natural logarithm of ``Zhat_i`` (n_q,), -inf for a row without keys."""
         return log_sums(self.top, self.total)
 
+    def estimated_error(self, values: Array) -> float:
+        """Return an estimate of ``|Ahat V - A V|_F / |A V|_F``: a diagnostic, never a bound.
+
+        ``e_i^2 = sum_c Pi_ic^2 sigma_ic^2 V_c`` over the far clusters of row i, of share ``Pi_ic``
+        and mean squared distance ``V_c`` of a value from their mean: what mean values change by to
+        first order, clusters taken as independent.  Without near keys that nobody saw it is within
+        a factor of three of the truth on most real heads, and a tenth of it on a few.
+
+        Parameters
+        ----------
+        values : array (n_k, d_v)
+
+        Examples
+        --------
+        >>> import sketchattn as sa
+        >>> problem = sa.load_heads("minilm")[5]
+        >>> ahat = sa.NearFar(preset="fast").approximate(problem)
+        >>> 0.03 < ahat.estimated_error(problem.values) < 0.3
+        True
+        """
+        m, q = self.moments, self.problem.q.astype(np.float64)
+        v = kept_rows(self.problem, np.asarray(values, np.float64))[m.members]
+        sizes = np.diff(m.starts)
+        label = np.repeat(np.arange(len(sizes)), sizes)
+        counts = np.maximum(sizes, 1)
+        means = np.zeros((len(sizes), v.shape[1]))
+        np.add.at(means, label, v)
+        means /= counts[:, None]
+        square = ((v - means[label]) ** 2).sum(axis=1)
+        spread = np.bincount(label, weights=square, minlength=len(sizes)) / counts
+        kappa, half = m.kappa.astype(np.float64), m.half.astype(np.float64)
+        scale, tile, lse = self.problem.scale, self.layout.tiles[self._tile_of], self.log_normalizer
+        total, step = 0.0, max(1, ENTRIES // max(1, len(sizes)))
+        clusters = np.arange(len(sizes))
+        for start in range(0, len(q), step):
+            rows = slice(start, start + step)
+            x = scale * q[rows]
+            # half holds ln 2 / 2 times variances, and squares are of logits in base 2.
+            sigma2 = product(x * x, half.T) * 2 * LOG2E
+            far = (clusters < tile[rows, 4:5]) & (sizes > 0)
+            far &= ~((clusters >= tile[rows, 5:6]) & (clusters < tile[rows, 6:7]))
+            near = np.zeros((len(x), len(sizes) + 1), bool)
+            np.put_along_axis(near, self.near[rows], True, axis=1)
+            far &= ~near[:, :-1]
+            bits = 0.5 * LOG2E * sigma2
+            phi = np.where(bits <= m.frozen, bits, 2 * np.sqrt(m.frozen * bits) - m.frozen)
+            phi = np.minimum(phi, LOG2E * np.linalg.norm(x, axis=1)[:, None] * m.rho)
+            logs = product(x, kappa.T) + LN2 * (phi + m.bits)
+            logs = np.where(far, logs - np.where(lse > -np.inf, lse, 0)[rows, None], -np.inf)
+            total += float((np.exp(2 * logs) * sigma2 * spread).sum())
+        size = float(np.linalg.norm(self @ np.asarray(values, self.dtype)))
+        return float(np.sqrt(total)) / size if size > 0 else 0.0
+
     def wide(self) -> AttentionOperator:
         """Return the operator in float64, with the same clusters and choice."""
         if self.dtype == np.float64:
             return self
         problem = self.problem.astype(np.float64)
-        return NearFarAttention(
-            problem, self.clusters, self.layout, self.most, self.tau, self.near
-        )
+        return NearFarAttention(problem, self.clusters, self.layout, self.most, self.tau, self.near)
 
     def _matmat(self, x: Array) -> Array:
         values = kept_rows(self.problem, self._cast(x))

@@ -68,7 +68,8 @@ class NearFar(Method):
     and of every other cluster c the logarithm of its mass,
     ``g_ic = ln m_c + scale q_i . kappa_c + phi(sigma_ic, m_c)``, from its count, mean key and
     ``sigma_ic^2 = scale^2 sum_t q_it^2 Var_c(k_t)``, and its mean value:
-    ``Ahat_ij = exp(L_ij) / Zhat_i`` for keys that it reads, ``exp(g_ic) / (m_c Zhat_i)`` for others.
+    ``Ahat_ij = exp(L_ij) / Zhat_i`` for keys that it reads, ``exp(g_ic) / (m_c Zhat_i)`` for the
+    others.
 
     Parameters
     ----------
@@ -91,9 +92,10 @@ class NearFar(Method):
         ``vbar_c + clip(scale q_i . p_c) beta_c``, at most d; the clip keeps weights nonnegative.
         None: 1 for clusters of all keys, 0 for those of blocks.
     regions : {"auto", "blocks", "all"}
-        Clusters of each block of consecutive keys beside the exact own block, or of all keys without
-        any own ones.  Causal rows have blocks.  "auto" takes blocks for other rows, too, where 64
-        of them have a fifth of their mass in their own block beyond what equal weights have.
+        Clusters of each block of consecutive keys beside the exact own block, or of all keys
+        without any own ones.  Causal rows have blocks.  "auto" takes blocks for other rows, too,
+        where 64 of them have a fifth of their mass in their own block beyond what equal weights
+        have.
     metric : {"auto", "key", "query"}
         Distances of keys in clusters: theirs, or those of ``K M^(1/2)`` with the second moment M
         of the queries.  "auto": "query" for clusters of all keys.  Causal rows take "key", for M
@@ -243,9 +245,7 @@ class NearFar(Method):
             return np.asarray(ahat @ values), ahat.log_normalizer
         (clusters, rows), near, tau = self._plan(problem)
         k = kept_rows(problem, problem.arrays.k)
-        made = solve(
-            problem, k, kept_rows(problem, values), clusters.moments(k), rows, near, tau
-        )
+        made = solve(problem, k, kept_rows(problem, values), clusters.moments(k), rows, near, tau)
         return made.out, log_sums(made.top, made.total)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
