@@ -24,6 +24,7 @@ import test_informer
 import test_kernels
 import test_methods
 import test_metrics
+import test_nearfar
 import test_operators
 import test_partitions
 import test_performer
@@ -58,6 +59,9 @@ KERNELS: dict[str, Check] = {
     ),
     "features": lambda: test_performer.test_the_formula_by_loops({}, True, True, np.float32),
     "halving": lambda: test_thinformer.test_buckets_are_halved_as_by_loops("simple", np.float32),
+    "nearfar": lambda: test_nearfar.test_weights_are_those_of_the_loops(
+        test_nearfar.FORMS[3], "causal"
+    ),
     "partitioned": test_combiner.test_products_are_those_of_the_formula_for_small_lengths,
     "pivoted": lambda: test_wildcat.test_pivots_are_those_of_the_loops(40, 3, 40, True),
     "probsparse": lambda: test_informer.test_a_given_draw_gives_what_the_formulas_give(

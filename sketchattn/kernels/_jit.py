@@ -296,3 +296,182 @@ def _compiled_add_product(a: Any, b: Any, out: Any) -> Callable[[Any, Any, Any],
         _gemm_added(a, b, out)
 
     return implementation
+
+
+# --- products of chosen rows ----------------------------------------------------------------------
+
+
+def _lanes() -> int:
+    """Return how many float32 numbers a register of this machine holds."""
+    features = importlib.import_module("llvmlite.binding").get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16
+    return 8 if features.get("avx") else 4
+
+
+LANES = _lanes()
+# Rows that share what is loaded of the second factor: their sums fill the registers.
+TOGETHER = 6
+
+
+def _make_tile(rows: int, vectors: int) -> Any:
+    """Return ``tile(a, ia, p, b, k, out, io, j, fresh)`` of so many rows and vectors of columns.
+
+    ``out[io[p + r], j : j + w] (+)= a[ia[p + r], :k] b[:k, j : j + w]``; the sum replaces what is
+    there if ``fresh``.  Sums stay in registers, and their order does not depend
+    on which rows are done together.
+    """
+
+    def tile(
+        context: Any, a: Any, ia: Any, p: Any, b: Any, k: Any, out: Any, io: Any, j: Any, fresh: Any
+    ) -> Any:
+        kinds = (a, b, out)
+        if any(not isinstance(x, types.Array) or (x.ndim, x.layout) != (2, "C") for x in kinds):
+            raise TypeError(f"matrices without gaps are wanted, got {a}, {b} and {out}")
+        if len({x.dtype for x in kinds}) > 1 or a.dtype not in (types.float32, types.float64):
+            raise TypeError(f"matrices of one precision are wanted, got {a}, {b} and {out}")
+        lanes = LANES if a.dtype == types.float32 else LANES // 2
+
+        def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            number = target.get_value_type(a.dtype)
+            size = target.get_value_type(types.intp)
+            vector = ir.VectorType(number, lanes)
+            contract = ("contract",)  # one rounding where the processor has that instruction
+            bytes_ = 4 if a.dtype == types.float32 else 8
+
+            def array(place: int) -> tuple[Any, list[Any]]:
+                kind = signature.args[place]
+                made = target.make_array(kind)(target, builder, arguments[place])
+                return made.data, cgutils.unpack_tuple(builder, made.shape)
+
+            def at(data: Any, row: Any, width: Any, column: Any) -> Any:
+                return builder.gep(data, [builder.add(builder.mul(row, width), column)])
+
+            (x, (_, x_width)), (y, (_, y_width)) = array(0), array(3)
+            (z, (_, z_width)), (ix, _), (iz, _) = array(5), array(1), array(6)
+            first, depth, column = arguments[2], arguments[4], arguments[7]
+            zero = ir.Constant(size, 0)
+            places = [builder.add(first, ir.Constant(size, r)) for r in range(rows)]
+            sources = [
+                at(x, builder.load(builder.gep(ix, [place])), x_width, zero) for place in places
+            ]
+            targets = [
+                at(z, builder.load(builder.gep(iz, [place])), z_width, column) for place in places
+            ]
+            start, loop = builder.block, builder.append_basic_block("product")
+            done = builder.append_basic_block("product.done")
+            nothing = ir.Constant(vector, [ir.Constant(number, 0.0)] * lanes)
+            some = builder.icmp_signed(">", depth, zero)
+            builder.cbranch(some, loop, done)
+            builder.position_at_end(loop)
+            step = builder.phi(size)
+            step.add_incoming(zero, start)
+            sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
+            loaded = []
+            for v in range(vectors):
+                shifted = builder.add(column, ir.Constant(size, v * lanes))
+                place = builder.bitcast(at(y, step, y_width, shifted), vector.as_pointer())
+                loaded.append(builder.load(place, align=bytes_))
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+            grown = []
+            for r in range(rows):
+                value = builder.load(builder.gep(sources[r], [step]))
+                wide = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
+                wide = builder.shuffle_vector(wide, wide, zeros)
+                terms = [builder.fmul(wide, x, flags=contract) for x in loaded]
+                pairs = zip(sums[r], terms, strict=True)
+                grown.append([builder.fadd(x, term, flags=contract) for x, term in pairs])
+            after = builder.add(step, ir.Constant(size, 1))
+            for r in range(rows):
+                for v in range(vectors):
+                    sums[r][v].add_incoming(nothing, start)
+                    sums[r][v].add_incoming(grown[r][v], loop)
+            step.add_incoming(after, loop)
+            builder.cbranch(builder.icmp_signed("<", after, depth), loop, done)
+            builder.position_at_end(done)
+            final = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
+            for r in range(rows):
+                for v in range(vectors):
+                    final[r][v].add_incoming(nothing, start)
+                    final[r][v].add_incoming(grown[r][v], loop)
+            for r in range(rows):
+                for v in range(vectors):
+                    place = builder.gep(targets[r], [ir.Constant(size, v * lanes)])
+                    place = builder.bitcast(place, vector.as_pointer())
+                    old = builder.load(place, align=bytes_)
+                    old = builder.select(arguments[8], nothing, old)
+                    builder.store(builder.fadd(old, final[r][v]), place, align=bytes_)
+            return target.get_dummy_value()
+
+        whole = types.intp
+        form = types.void(a, ia, whole, b, whole, out, io, whole, types.boolean)
+        return form, generate
+
+    return _intrinsic(tile)
+
+
+_tile_62, _tile_61 = _make_tile(TOGETHER, 2), _make_tile(TOGETHER, 1)
+_tile_22, _tile_21 = _make_tile(2, 2), _make_tile(2, 1)
+_tile_12, _tile_11 = _make_tile(1, 2), _make_tile(1, 1)
+
+
+def row_products(
+    a: Any, ia: Any, b: Any, k: int, n: int, out: Any, io: Any, fresh: bool
+) -> None:  # fmt: skip
+    """``out[io, :n] += a[ia, :k] b[:k, :n]``, or ``=`` if ``fresh``, without copies of rows.
+
+    ``a``, ``b`` and ``out`` of one precision, without gaps; ``ia`` and ``io`` int64 of one length,
+    the latter distinct.  For some ten to hundred rows, of which BLAS copies all.  A row has the
+    same bits with whichever others it is computed.
+    """
+    for i, o in zip(ia, io, strict=True):
+        found = a[i, :k] @ b[:k, :n]
+        if fresh:
+            out[o, :n] = found
+        else:
+            out[o, :n] += found
+
+
+@overload(row_products, jit_options={"fastmath": set(FASTMATH), "forceinline": True})
+def _compiled_row_products(
+    a: Any, ia: Any, b: Any, k: int, n: int, out: Any, io: Any, fresh: bool
+) -> Callable[..., None]:
+    lanes = LANES if a.dtype == types.float32 else LANES // 2
+    both, six = 2 * lanes, TOGETHER
+
+    def implementation(
+        a: Any, ia: Any, b: Any, k: int, n: int, out: Any, io: Any, fresh: bool
+    ) -> None:
+        count = ia.size
+        for j in range(0, n - both + 1, both):
+            p = 0
+            while p + six <= count:
+                _tile_62(a, ia, p, b, k, out, io, j, fresh)
+                p += six
+            while p + 2 <= count:
+                _tile_22(a, ia, p, b, k, out, io, j, fresh)
+                p += 2
+            if p < count:
+                _tile_12(a, ia, p, b, k, out, io, j, fresh)
+        j = n - n % both
+        if j + lanes <= n:
+            p = 0
+            while p + six <= count:
+                _tile_61(a, ia, p, b, k, out, io, j, fresh)
+                p += six
+            while p + 2 <= count:
+                _tile_21(a, ia, p, b, k, out, io, j, fresh)
+                p += 2
+            if p < count:
+                _tile_11(a, ia, p, b, k, out, io, j, fresh)
+            j += lanes
+        if j < n:
+            for p in range(count):
+                i, o = ia[p], io[p]
+                for c in range(j, n):
+                    total = a.dtype.type(0.0)
+                    for t in range(k):
+                        total += a[i, t] * b[t, c]
+                    out[o, c] = total if fresh else out[o, c] + total
+
+    return implementation

@@ -19,6 +19,11 @@ share of what was read so far times ``sigma^2 = 2 ln 2 u`` is at least tau.
 ``tiles (T, 7)``: first row, last row + 1, first and last + 1 own key, clusters, first and last + 1
 cluster to skip.  Items are ranges of tiles; each is done by one thread in an order of its own, so
 that results do not depend on the number of threads.
+
+Tables of clusters are transposed and filled up to whole registers, columns ``(., R')``, of which
+those without a cluster have ``bits = -inf``: products of few rows are `row_products`, in which a
+row does not depend on those beside it.  The keys of a cluster, ``(d + 1, m')``, are filled up with
+zeros, whose weights nobody adds.
 """
 
 from __future__ import annotations
@@ -28,18 +33,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import add_product, kernel, take
+from ._jit import LANES, add_product, kernel, row_products, take
 from .softmax import LN2, exp2, row_maximum
 
 Array = NDArray[Any]
 
-# Keys whose clusters are looked at together before any of them is, and rows of a product of a list.
-SCAN, LIST = 32, 256
+# Clusters whose largest is found before any of them is looked at, and rows of a product of a list.
+SCAN, LIST = 32, 96
 # Rows of own keys of a causal tile that are multiplied together; it computes half a square more
 # than they see.
-OWN = 64
-# Multiply-adds below which loops are faster than BLAS.
-SMALL = 4096
+OWN = 48
 
 
 # --- clusters -----------------------------------------------------------------------------------
@@ -63,7 +66,9 @@ def cluster(
         widest = max(widest, starts[b + 1] - starts[b])
         most = max(most, first[b + 1] - first[b])
     y_buffer = np.empty(widest * d, x.dtype)
-    s_buffer = np.empty(widest * most, x.dtype)
+    across_buffer = np.empty((widest + LANES) * d, x.dtype)
+    lines = np.arange(most)
+    s_buffer = np.empty((widest + LANES) * most, x.dtype)
     c_buffer = np.empty(most * d, x.dtype)
     far = np.empty(widest, x.dtype)
     best = np.empty(widest, x.dtype)
@@ -94,6 +99,13 @@ def cluster(
                 y[j, t] = value
                 square += value * value
             far[j] = square
+        columns = (n + LANES - 1) // LANES * LANES
+        across = across_buffer[: d * columns].reshape((d, columns))
+        for t in range(d):
+            for j in range(n):
+                across[t, j] = y[j, t]
+            for j in range(n, columns):
+                across[t, j] = zero
         count = 0
         for c in range(wanted):
             pick, high = 0, x.dtype.type(-1.0)
@@ -105,19 +117,23 @@ def cluster(
             for t in range(d):
                 c_buffer[c * d + t] = y[pick, t]
             count += 1
+            best[:n] = zero
+            for t in range(d):
+                center, row = y[pick, t], across[t]
+                for j in range(n):
+                    value = row[j] - center
+                    best[j] += value * value
             for j in range(n):
-                square = zero
-                for t in range(d):
-                    value = y[j, t] - c_buffer[c * d + t]
-                    square += value * value
-                far[j] = square if square < far[j] or c == 0 else far[j]
+                far[j] = best[j] if best[j] < far[j] or c == 0 else far[j]
         for c in range(count, wanted):
             for t in range(d):
                 centers[first[b] + c, t] = np.inf
         chosen = c_buffer[: count * d].reshape((count, d))
-        scores = s_buffer[: count * n].reshape((count, n))
+        scores = s_buffer[: count * columns].reshape((count, columns))
         for step in range(steps + 1):
-            np.dot(chosen, y.T, scores)
+            row_products(
+                chosen, lines[:count], across, d, columns, scores, lines[:count], True
+            )  # fmt: skip
             best[:n] = -np.inf
             place[:n] = 0
             for c in range(count):
@@ -151,17 +167,18 @@ def cluster(
 
 @kernel(dealt=True)
 def moments(
-    turn: Array, k: Array, x: Array, members: Array, starts: Array, kt: Array, kappa: Array,
-    half: Array, rho: Array, z: Array, p: Array, bound: Array,
+    turn: Array, k: Array, x: Array, members: Array, starts: Array, wide: Array, kt: Array,
+    kappa: Array, half: Array, rho: Array, z: Array, p: Array, bound: Array,
 ) -> None:  # fmt: skip
     """Fill what is known of the keys of every cluster c, ``members[starts[c] : starts[c + 1]]``.
 
-    ``kt`` holds the keys of each, transposed, with a row of ones below them, one after another;
-    ``kappa``, ``half (R, d)``, ``rho (R,)`` as above.  For each of the directions a, the leading
-    ones of the rows of x, ``z (h, N)`` are the scores of members, ``p (h, R, d)`` the slopes
-    ``ln 2 mean((k - kappa) z) / mean(z^2)`` and ``bound (h, R)`` 1 over h times the largest |z|.
+    ``kt`` holds the keys of each, transposed, with a row of ones below them, in columns
+    ``wide[c] : wide[c + 1]``; ``kappa``, ``half (d, R')``, ``rho (R',)`` as above.  For each of the
+    directions a, the leading ones of the rows of x, ``z (h, N)`` are the scores of members,
+    ``p (h, d, R')`` the slopes ``ln 2 mean((k - kappa) z) / mean(z^2)`` and ``bound (h, R')`` 1
+    over h times the largest |z|.  All are zero before.
     """
-    d, count, h = k.shape[1], kappa.shape[0], z.shape[0]
+    d, count, h = k.shape[1], starts.size - 1, z.shape[0]
     widest = 0
     for c in range(count):
         widest = max(widest, starts[c + 1] - starts[c])
@@ -178,14 +195,9 @@ def moments(
         low = starts[c]
         m = starts[c + 1] - low
         if m == 0:
-            kappa[c] = 0.0
-            half[c] = 0.0
-            rho[c] = 0.0
-            for a in range(h):
-                p[a, c] = 0.0
-                bound[a, c] = 0.0
             continue
-        block = kt[low * (d + 1) : (low + m) * (d + 1)].reshape((d + 1, m))
+        columns = wide[c + 1] - wide[c]
+        block = kt[wide[c] * (d + 1) : wide[c + 1] * (d + 1)].reshape((d + 1, columns))
         mean[:] = 0.0
         for j in range(m):
             row = k[members[low + j]]
@@ -195,7 +207,7 @@ def moments(
             block[d, j] = 1.0
         for t in range(d):
             mean[t] /= m
-            kappa[c, t] = mean[t]
+            kappa[t, c] = mean[t]
         square[:] = 0.0
         radius = 0.0
         for j in range(m):
@@ -207,7 +219,7 @@ def moments(
                 distance += value * value
             radius = max(radius, distance)
         for t in range(d):
-            half[c, t] = 0.5 * LN2 / m * square[t]
+            half[t, c] = 0.5 * LN2 / m * square[t]
         rho[c] = np.sqrt(radius)
         if h == 0:
             continue
@@ -283,7 +295,7 @@ def moments(
                     square[t] += (np.float64(row[t]) - mean[t]) * score
             bound[a, c] = 1.0 / (h * largest) if largest > 0.0 else 0.0
             for t in range(d):
-                p[a, c, t] = LN2 * square[t] / total if largest > 0.0 else 0.0
+                p[a, t, c] = LN2 * square[t] / total if largest > 0.0 else 0.0
 
 
 @kernel(dealt=True)
@@ -324,22 +336,6 @@ def values_of(
 
 
 # --- pieces of a row ----------------------------------------------------------------------------
-
-
-@kernel()
-def _multiply(a: Array, b: Array, out: Array) -> None:
-    """``out = a b``; where there is little to do, every row by the same operations in all sizes."""
-    rows, inner = a.shape
-    if rows * inner * b.shape[1] >= SMALL:
-        np.dot(a, b, out)
-        return
-    for i in range(rows):
-        for j in range(b.shape[1]):
-            out[i, j] = 0.0
-        for t in range(inner):
-            value = a[i, t]
-            for j in range(b.shape[1]):
-                out[i, j] += value * b[t, j]
 
 
 @kernel()
@@ -474,7 +470,7 @@ def _choose(
 
 @kernel()
 def _scaled(q: Array, factor: Any, x: Array, squares: Array, norms: Array) -> None:
-    """``x = factor q``, its squares and its norms, of a tile."""
+    """``x = factor q``, its squares and its norms, of a tile; x may have more columns."""
     for i in range(q.shape[0]):
         total = 0.0
         for t in range(q.shape[1]):
@@ -485,13 +481,23 @@ def _scaled(q: Array, factor: Any, x: Array, squares: Array, norms: Array) -> No
         norms[i] = np.sqrt(total)
 
 
+@kernel()
+def _transposed(k: Array, low: int, high: int, out: Array) -> None:
+    """Write rows ``low : high`` of k as the first columns of ``out``, and zeros beside them."""
+    for t in range(k.shape[1]):
+        for j in range(high - low):
+            out[t, j] = k[low + j, t]
+        for j in range(high - low, out.shape[1]):
+            out[t, j] = 0.0
+
+
 # --- A X ----------------------------------------------------------------------------------------
 
 
 @kernel(dealt=True)
 def attend(
     turn: Array, q: Array, k: Array, v: Array, stops: Array, tiles: Array, items: Array,
-    factor: float, kt: Array, starts: Array, kappa: Array, half: Array, rho: Array, frozen: Array,
+    factor: float, kt: Array, starts: Array, wide: Array, kappa: Array, half: Array, rho: Array, frozen: Array,
     bits: Array, p: Array, bound: Array, ordered: Array, vbar: Array, beta: Array, tau: float,
     limit: float, choose: bool, near: Array, top: Array, total: Array, out: Array,
 ) -> None:  # fmt: skip
@@ -501,39 +507,39 @@ def attend(
     Logits of near keys may exceed ``top`` by ``limit``, which is far from an overflow; those that
     do move it.
     """
-    d, width, count, h = q.shape[1], v.shape[1], kappa.shape[0], p.shape[0]
-    most = near.shape[1]
-    highest, ends, members = 0, 0, 0
-    longest = 0
+    d, width, count, h = q.shape[1], v.shape[1], starts.size - 1, p.shape[0]
+    most, columns = near.shape[1], kappa.shape[1]
+    highest, longest, members, tallest = 0, 0, 0, 0
     for t in range(tiles.shape[0]):
         highest = max(highest, tiles[t, 1] - tiles[t, 0])
-        ends = max(ends, tiles[t, 4])
         longest = max(longest, tiles[t, 3] - tiles[t, 2])
     for c in range(count):
-        members = max(members, starts[c + 1] - starts[c])
-    tallest = 0
+        members = max(members, wide[c + 1] - wide[c])
     for item in range(items.size - 1):
         tallest = max(tallest, tiles[items[item + 1] - 1, 1] - tiles[items[item], 0])
+    # No power of two: steps through columns would meet in few lines of the cache.
+    longest = (longest + LANES - 1) // LANES * LANES + LANES
     dtype = q.dtype
     scale = dtype.type(factor)
-    x_buffer = np.empty(highest * d, dtype)
-    square_buffer = np.empty(highest * d, dtype)
+    x_buffer = np.empty(tallest * (d + 1), dtype)
+    acc_buffer = np.empty(tallest * width, dtype)
+    squares = np.empty((highest, d), dtype)
     norm_buffer = np.empty(highest, dtype)
     floor_buffer = np.empty(highest, dtype)
-    s_buffer = np.empty(highest * max(ends, longest), dtype)
-    u_buffer = np.empty(highest * ends, dtype)
-    acc_buffer = np.empty(tallest * width, dtype)
+    s_buffer = np.empty(highest * max(columns, longest), dtype)
+    u_buffer = np.empty(highest * columns, dtype)
+    own = np.empty((d, longest), dtype)
     offsets = np.empty(count + 1, np.int64)
     listed = np.empty(tallest * most, np.int64)
-    gathered_buffer = np.empty(LIST * (d + 1), dtype)
+    lines = np.arange(max(tallest, LIST))
     weight_buffer = np.empty(LIST * members, dtype)
-    value_buffer = np.empty(LIST * width, dtype)
     best = np.empty(most, dtype)
     place = np.empty(most, np.int64)
     lowest = dtype.type(-np.inf)
     zero = dtype.type(0.0)
     two = dtype.type(2.0)
     threshold = dtype.type(tau)
+    held, reached = -1, -1
     for _ in range(items.size - 1):
         # Later items have more to do where rows see the keys before them.
         item = items.size - 2 - take(turn)
@@ -541,6 +547,7 @@ def attend(
             break
         base = tiles[items[item], 0]
         stop = tiles[items[item + 1] - 1, 1]
+        x = x_buffer[: (stop - base) * (d + 1)].reshape((stop - base, d + 1))
         acc = acc_buffer[: (stop - base) * width].reshape((stop - base, width))
         acc[:] = 0.0
         offsets[:] = 0
@@ -548,45 +555,54 @@ def attend(
             i0, i1 = tiles[tile, 0], tiles[tile, 1]
             own_low, own_high, end = tiles[tile, 2], tiles[tile, 3], tiles[tile, 4]
             rows = i1 - i0
-            x = x_buffer[: rows * d].reshape((rows, d))
-            squares = square_buffer[: rows * d].reshape((rows, d))
             norms = norm_buffer[:rows]
             floor = floor_buffer[:rows]
-            _scaled(q[i0:i1], scale, x, squares, norms)
+            _scaled(q[i0:i1], scale, x[i0 - base : i1 - base], squares, norms)
             top[i0:i1] = lowest
             total[i0:i1] = zero
             floor[:] = lowest
             # Own keys.
             step = OWN if stops[i0] < stops[i1 - 1] else rows
             if own_high > own_low:
+                # The next tile may see more keys of the same block.
+                if held != own_low or reached < own_high:
+                    _transposed(k, own_low, own_high, own)
+                    held, reached = own_low, own_high
                 for r0 in range(0, rows, step):
                     r1 = min(r0 + step, rows)
                     last = stops[i0 + r1 - 1]
-                    cols = last - own_low
+                    cols = (last - own_low + LANES - 1) // LANES * LANES
                     if cols <= 0:
                         continue
                     s = s_buffer[: (r1 - r0) * cols].reshape((r1 - r0, cols))
-                    np.dot(x[r0:r1], k[own_low:last].T, s)
-                    if stops[i0 + r0] < last:
-                        for r in range(r0, r1):
-                            for j in range(stops[i0 + r] - own_low, cols):
-                                s[r - r0, j] = lowest
+                    mine = lines[i0 + r0 - base : i0 + r1 - base]
+                    row_products(x, mine, own, d, cols, s, lines[: r1 - r0], True)
+                    for r in range(r0, r1):
+                        for j in range(stops[i0 + r] - own_low, cols):
+                            s[r - r0, j] = lowest
                     _fold(s, floor[r0:r1], top[i0 + r0 : i0 + r1], total[i0 + r0 : i0 + r1],
                           acc[i0 + r0 - base : i0 + r1 - base])  # fmt: skip
                     if width > 0:
-                        add_product(s, v[own_low:last], acc[i0 + r0 - base : i0 + r1 - base])
+                        row_products(
+                            s, lines[: r1 - r0], v[own_low:last], last - own_low, width, acc, mine,
+                            False,
+                        )  # fmt: skip
             if end == 0:
                 for r in range(rows):
                     for y in range(most):
                         near[i0 + r, y] = -1
                 continue
             # Far clusters, less those that are chosen.
-            s = s_buffer[: rows * end].reshape((rows, end))
-            u = u_buffer[: rows * end].reshape((rows, end))
-            np.dot(x, kappa[:end].T, s)
-            np.dot(squares, half[:end].T, u)
+            cols = (end + LANES - 1) // LANES * LANES
+            s = s_buffer[: rows * cols].reshape((rows, cols))
+            u = u_buffer[: rows * cols].reshape((rows, cols))
+            mine = lines[i0 - base : i1 - base]
+            row_products(x, mine, kappa, d, cols, s, lines[:rows], True)
+            row_products(squares, lines[:rows], half, d, cols, u, lines[:rows], True)
             _log_masses(s, u, norms, frozen, rho, bits)
             for r in range(rows):
+                for c in range(end, cols):
+                    s[r, c] = lowest
                 for c in range(tiles[tile, 5], tiles[tile, 6]):
                     s[r, c] = lowest
                 chosen = near[i0 + r]
@@ -607,53 +623,50 @@ def attend(
                     offsets[c + 1] += 1
             _fold(s, floor, top[i0:i1], total[i0:i1], acc[i0 - base : i1 - base])
             if width > 0:
-                add_product(s, vbar[:end], acc[i0 - base : i1 - base])
+                row_products(s, lines[:rows], vbar, end, width, acc, mine, False)
                 for a in range(h):
-                    np.dot(x, p[a, :end].T, u)
+                    row_products(x, mine, p[a], d, cols, u, lines[:rows], True)
                     for r in range(rows):
-                        for c in range(end):
+                        for c in range(cols):
                             b = bound[a, c]
                             y = u[r, c]
                             y = y if y < b else b
                             y = y if y > -b else -b
                             u[r, c] = y * s[r, c]
-                    add_product(u, beta[a, :end], acc[i0 - base : i1 - base])
+                    row_products(u, lines[:rows], beta[a], end, width, acc, mine, False)
         # Near clusters: the rows of each together.
         for c in range(count):
             offsets[c + 1] += offsets[c]
         for i in range(base, stop):
+            x[i - base, d] = -top[i]
             for y in range(most):
                 c = near[i, y]
                 if c < 0:
                     break
-                listed[offsets[c]] = i
+                listed[offsets[c]] = i - base
                 offsets[c] += 1
         first = 0
         for c in range(count):
-            m = starts[c + 1] - starts[c]
-            keys = kt[starts[c] * (d + 1) : starts[c + 1] * (d + 1)].reshape((d + 1, m))
+            m, cols = starts[c + 1] - starts[c], wide[c + 1] - wide[c]
+            keys = kt[wide[c] * (d + 1) : wide[c + 1] * (d + 1)].reshape((d + 1, cols))
             for l0 in range(first, offsets[c], LIST):
                 l1 = min(l0 + LIST, offsets[c])
                 rows = l1 - l0
-                gathered = gathered_buffer[: rows * (d + 1)].reshape((rows, d + 1))
-                for r in range(rows):
-                    i = listed[l0 + r]
-                    for t in range(d):
-                        gathered[r, t] = scale * q[i, t]
-                    gathered[r, d] = -top[i]
-                flat = weight_buffer[: rows * m]
-                weights = flat.reshape((rows, m))
-                _multiply(gathered, keys, weights)
+                mine = listed[l0:l1]
+                flat = weight_buffer[: rows * cols]
+                weights = flat.reshape((rows, cols))
+                row_products(x, mine, keys, d + 1, cols, weights, lines[:rows], True)
                 if row_maximum(flat) > limit:
                     for r in range(rows):
-                        high = row_maximum(weights[r])
+                        high = row_maximum(weights[r, :m])
                         if high > zero:
-                            i = listed[l0 + r]
+                            i = mine[r]
                             shift = exp2(dtype.type(-high))
-                            top[i] += high
-                            total[i] *= shift
+                            top[base + i] += high
+                            x[i, d] = -top[base + i]
+                            total[base + i] *= shift
                             for t in range(width):
-                                acc[i - base, t] *= shift
+                                acc[i, t] *= shift
                             for j in range(m):
                                 weights[r, j] -= high
                 for j in range(flat.size):
@@ -662,14 +675,12 @@ def attend(
                     part = zero
                     for j in range(m):
                         part += weights[r, j]
-                    total[listed[l0 + r]] += part
+                    total[base + mine[r]] += part
                 if width > 0:
-                    product = value_buffer[: rows * width].reshape((rows, width))
-                    _multiply(weights, ordered[starts[c] : starts[c + 1]], product)
-                    for r in range(rows):
-                        i = listed[l0 + r] - base
-                        for t in range(width):
-                            acc[i, t] += product[r, t]
+                    row_products(
+                        weights, lines[:rows], ordered[starts[c] : starts[c + 1]], m, width, acc,
+                        mine, False,
+                    )  # fmt: skip
             first = offsets[c]
         for i in range(base, stop):
             inverse = dtype.type(1.0) / total[i] if total[i] > zero else zero
@@ -683,14 +694,14 @@ def attend(
 @kernel(dealt=True)
 def attend_transposed(
     turn: Array, q: Array, k: Array, y: Array, stops: Array, tiles: Array, factor: float,
-    kt: Array, members: Array, starts: Array, kappa: Array, half: Array, rho: Array,
+    kt: Array, members: Array, starts: Array, wide: Array, kappa: Array, half: Array, rho: Array,
     frozen: Array, bits: Array, p: Array, bound: Array, near: Array, top: Array, total: Array,
     out: Array, z: Array,
 ) -> None:  # fmt: skip
     """Sum over the rows of tiles ``g, g + G, ...`` in slab g of ``out`` and ``z``.
 
     ``out (G, N, w)`` gets ``sum_i w_ij y_i`` of the keys that rows read one by one, and
-    ``z (G, 1 + h, R, w)`` ``sum_i w_ic y_i`` of the far clusters and the same times the clipped
+    ``z (G, 1 + h, R', w)`` ``sum_i w_ic y_i`` of the far clusters and the same times the clipped
     slopes.  Both are zero before.  ``near``, ``top`` and ``total`` are those of `attend`; rows
     without a finite positive total are left out.
     """
@@ -701,8 +712,10 @@ def attend_transposed(
         highest = max(highest, tiles[t, 1] - tiles[t, 0])
         ends = max(ends, tiles[t, 4])
         longest = max(longest, tiles[t, 3] - tiles[t, 2])
-    for c in range(kappa.shape[0]):
+    for c in range(starts.size - 1):
         size = max(size, starts[c + 1] - starts[c])
+    ends = (ends + LANES - 1) // LANES * LANES
+    lines = np.arange(highest)
     dtype = q.dtype
     scale = dtype.type(factor)
     x_buffer = np.empty(highest * d, dtype)
@@ -747,17 +760,20 @@ def attend_transposed(
                 add_product(s.T, part, out[g, own_low:own_high])
             if end == 0:
                 continue
-            s = s_buffer[: rows * end].reshape((rows, end))
-            u = u_buffer[: rows * end].reshape((rows, end))
-            np.dot(x, kappa[:end].T, s)
-            np.dot(squares, half[:end].T, u)
+            cols = (end + LANES - 1) // LANES * LANES
+            s = s_buffer[: rows * cols].reshape((rows, cols))
+            u = u_buffer[: rows * cols].reshape((rows, cols))
+            row_products(x, lines[:rows], kappa, d, cols, s, lines[:rows], True)
+            row_products(squares, lines[:rows], half, d, cols, u, lines[:rows], True)
             _log_masses(s, u, norms, frozen, rho, bits)
             for r in range(rows):
+                for c in range(end, cols):
+                    s[r, c] = lowest
                 for c in range(tiles[tile, 5], tiles[tile, 6]):
                     s[r, c] = lowest
                 m = top[i0 + r] if top[i0 + r] != lowest else zero
                 if not used[r]:
-                    for c in range(end):
+                    for c in range(cols):
                         s[r, c] = zero
                     continue
                 for a in range(most):
@@ -766,10 +782,11 @@ def attend_transposed(
                         break
                     s[r, c] = lowest
                     low, n = starts[c], starts[c + 1] - starts[c]
+                    first, step = wide[c] * (d + 1), wide[c + 1] - wide[c]
                     logits[:n] = -m
                     for t in range(d):
                         value = x[r, t]
-                        row = kt[low * (d + 1) + t * n : low * (d + 1) + (t + 1) * n]
+                        row = kt[first + t * step : first + t * step + n]
                         for j in range(n):
                             logits[j] += value * row[j]
                     for j in range(n):
@@ -777,26 +794,26 @@ def attend_transposed(
                         target = out[g, members[low + j]]
                         for t in range(width):
                             target[t] += w * part[r, t]
-                for c in range(end):
+                for c in range(cols):
                     s[r, c] = exp2(dtype.type(s[r, c] - m))
-            add_product(s.T, part, z[g, 0, :end])
+            add_product(s.T, part, z[g, 0, :cols])
             for a in range(h):
-                np.dot(x, p[a, :end].T, u)
+                row_products(x, lines[:rows], p[a], d, cols, u, lines[:rows], True)
                 for r in range(rows):
-                    for c in range(end):
+                    for c in range(cols):
                         b = bound[a, c]
                         w = u[r, c]
                         w = w if w < b else b
                         w = w if w > -b else -b
                         u[r, c] = w * s[r, c]
-                add_product(u.T, part, z[g, 1 + a, :end])
+                add_product(u.T, part, z[g, 1 + a, :cols])
 
 
 @kernel(dealt=True)
 def dense_rows(
     turn: Array, q: Array, k: Array, rows: Array, tile_of: Array, stops: Array, tiles: Array,
-    factor: float, kt: Array, members: Array, starts: Array, kappa: Array, half: Array,
-    rho: Array, frozen: Array, bits: Array, z: Array, p: Array, bound: Array, near: Array,
+    factor: float, kt: Array, members: Array, starts: Array, wide: Array, kappa: Array,
+    half: Array, rho: Array, frozen: Array, bits: Array, z: Array, p: Array, bound: Array, near: Array,
     out: Array,
 ) -> None:  # fmt: skip
     """Write rows of the matrix over the kept keys, ``out (len(rows), N)``, zero before."""
@@ -804,7 +821,7 @@ def dense_rows(
     dtype = q.dtype
     count = rows.size
     x = np.empty(d, dtype)
-    g = np.empty(kappa.shape[0], dtype)
+    g, u = np.empty(kappa.shape[1], dtype), np.empty(kappa.shape[1], dtype)
     slope = np.empty(h, dtype)
     lowest = dtype.type(-np.inf)
     zero, one, two = dtype.type(0.0), dtype.type(1.0), dtype.type(2.0)
@@ -830,16 +847,20 @@ def dense_rows(
                 value += x[t] * k[j, t]
             line[j] = value
             high = value if value > high else high
+        g[:end] = zero
+        u[:end] = zero
+        for t in range(d):
+            value = x[t]
+            w = value * value
+            for c in range(end):
+                g[c] += value * kappa[t, c]
+                u[c] += w * half[t, c]
         for c in range(end):
-            value, w = zero, zero
-            for t in range(d):
-                value += x[t] * kappa[c, t]
-                w += x[t] * x[t] * half[c, t]
-            f = frozen[c]
+            f, w = frozen[c], u[c]
             phi = w if w <= f else two * np.sqrt(f * w) - f
             cap = length * rho[c]
             phi = phi if phi < cap else cap
-            g[c] = value + phi + bits[c]
+            g[c] += phi + bits[c]
         for c in range(tiles[tile, 5], tiles[tile, 6]):
             g[c] = lowest
         for a in range(most):
@@ -848,10 +869,11 @@ def dense_rows(
                 break
             g[c] = lowest
             low, m = starts[c], starts[c + 1] - starts[c]
+            first, step = wide[c] * (d + 1), wide[c + 1] - wide[c]
             for j in range(m):
                 value = zero
                 for t in range(d):
-                    value += x[t] * kt[low * (d + 1) + t * m + j]
+                    value += x[t] * kt[first + t * step + j]
                 line[members[low + j]] = value
                 high = value if value > high else high
         for c in range(end):
@@ -892,7 +914,7 @@ def dense_rows(
             for a in range(h):
                 value = zero
                 for t in range(d):
-                    value += x[t] * p[a, c, t]
+                    value += x[t] * p[a, t, c]
                 value = value if value < bound[a, c] else bound[a, c]
                 slope[a] = value if value > -bound[a, c] else -bound[a, c]
             for j in range(starts[c], starts[c + 1]):

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.head import Head
+from ..kernels._jit import LANES
 from ..kernels._threads import PRODUCT, deal, product
 from ..kernels.nearfar import attend, attend_transposed, dense_rows, moments, values_of
 from ..kernels.softmax import LN2, LOG2E, WIDEST
@@ -60,6 +61,7 @@ class Moments(NamedTuple):
 
     members: Array
     starts: Array
+    wide: Array
     kt: Array
     kappa: Array
     half: Array
@@ -105,22 +107,29 @@ class Clusters:
         sizes = np.bincount(self.labels[members], minlength=r)
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         x = k if self.root is None or h == 0 else product(k, self.root.astype(dtype))
-        n = len(members)
-        kt = np.empty(n * (d + 1), dtype)
-        kappa, half = np.empty((r, d), dtype), np.empty((r, d), dtype)
-        rho, bound = np.empty(r, dtype), np.empty((h, r), dtype)
-        z, p = np.empty((h, n), dtype), np.empty((h, r, d), dtype)
+        n, columns = len(members), in_registers(r)
+        wide = np.concatenate([[0], np.cumsum(in_registers(sizes))]).astype(np.int64)
+        kt = np.zeros(int(wide[-1]) * (d + 1), dtype)
+        kappa, half = np.zeros((d, columns), dtype), np.zeros((d, columns), dtype)
+        rho, bound = np.zeros(columns, dtype), np.zeros((h, columns), dtype)
+        z, p = np.empty((h, n), dtype), np.zeros((h, d, columns), dtype)
         work = n * d * (3 + 12 * h)
-        deal(moments, k, x, members, starts, kt, kappa, half, rho, z, p, bound, work=work)
-        frozen = frozen_from(sizes)
+        deal(moments, k, x, members, starts, wide, kt, kappa, half, rho, z, p, bound, work=work)
+        counts = np.zeros(columns, np.int64)
+        counts[:r] = sizes
         if not self.second_order:
             half[:] = 0
         with np.errstate(divide="ignore"):
-            bits = np.log2(sizes)
+            bits = np.log2(counts)
         return Moments(
-            members, starts, kt, kappa, half, rho, frozen.astype(dtype), bits.astype(dtype),
-            z, p, bound,
+            members, starts, wide, kt, kappa, half, rho, frozen_from(counts).astype(dtype),
+            bits.astype(dtype), z, p, bound,
         )  # fmt: skip
+
+
+def in_registers(n: Any) -> Any:
+    """Return numbers of columns filled up to whole registers."""
+    return -(-n // LANES) * LANES
 
 
 def expected_maximum(m: Array) -> Array:
@@ -174,7 +183,7 @@ def rows_in_tiles(
     tiles[:, 3] = stops[high - 1]
     if skip is not None:
         tiles[:, 5:] = skip[low]
-    size = min(max(n // 4, LEAST), MOST)
+    size = min(max(n // 8, LEAST), MOST)
     items, start = [0], 0
     for t, stop in enumerate(high.tolist()):
         if stop - start >= size:
@@ -307,7 +316,9 @@ class NearFarAttention(AttentionOperator):
         means /= counts[:, None]
         square = ((v - means[label]) ** 2).sum(axis=1)
         spread = np.bincount(label, weights=square, minlength=len(sizes)) / counts
-        kappa, half = m.kappa.astype(np.float64), m.half.astype(np.float64)
+        r = len(sizes)
+        kappa, half = (x[:, :r].astype(np.float64) for x in (m.kappa, m.half))
+        frozen, rho, logs_of_counts = (x[:r] for x in (m.frozen, m.rho, m.bits))
         scale, tile, lse = self.problem.scale, self.layout.tiles[self._tile_of], self.log_normalizer
         total, step = 0.0, max(1, ENTRIES // max(1, len(sizes)))
         clusters = np.arange(len(sizes))
@@ -315,16 +326,16 @@ class NearFarAttention(AttentionOperator):
             rows = slice(start, start + step)
             x = scale * q[rows]
             # half holds ln 2 / 2 times variances, and squares are of logits in base 2.
-            sigma2 = product(x * x, half.T) * 2 * LOG2E
+            sigma2 = product(x * x, half) * 2 * LOG2E
             far = (clusters < tile[rows, 4:5]) & (sizes > 0)
             far &= ~((clusters >= tile[rows, 5:6]) & (clusters < tile[rows, 6:7]))
             near = np.zeros((len(x), len(sizes) + 1), bool)
             np.put_along_axis(near, self.near[rows], True, axis=1)
             far &= ~near[:, :-1]
             bits = 0.5 * LOG2E * sigma2
-            phi = np.where(bits <= m.frozen, bits, 2 * np.sqrt(m.frozen * bits) - m.frozen)
-            phi = np.minimum(phi, LOG2E * np.linalg.norm(x, axis=1)[:, None] * m.rho)
-            logs = product(x, kappa.T) + LN2 * (phi + m.bits)
+            phi = np.where(bits <= frozen, bits, 2 * np.sqrt(frozen * bits) - frozen)
+            phi = np.minimum(phi, LOG2E * np.linalg.norm(x, axis=1)[:, None] * rho)
+            logs = product(x, kappa) + LN2 * (phi + logs_of_counts)
             logs = np.where(far, logs - np.where(lse > -np.inf, lse, 0)[rows, None], -np.inf)
             total += float((np.exp(2 * logs) * sigma2 * spread).sum())
         size = float(np.linalg.norm(self @ np.asarray(values, self.dtype)))
@@ -374,17 +385,17 @@ class NearFarAttention(AttentionOperator):
             part = np.require(y[:, start : start + WIDEST], requirements=["C", "W"])
             width = part.shape[1]
             keys = np.zeros((SLABS, n, width), dtype)
-            z = np.zeros((SLABS, 1 + h, r, width), dtype)
+            z = np.zeros((SLABS, 1 + h, m.kappa.shape[1], width), dtype)
             deal(
                 attend_transposed, self.problem.arrays.q, self.k, part, stops, tiles,
-                self._factor, m.kt, m.members, m.starts, m.kappa, m.half, m.rho, m.frozen, m.bits,
+                self._factor, m.kt, m.members, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen, m.bits,
                 m.p, m.bound, self.near, self.top, total, keys, z,
                 work=float(self.reads(self.problem).sum()) * (1 + 0.1 * width),
             )  # fmt: skip
-            found, far = keys[0], z[0] / sizes[:, None]
+            found, far = keys[0], z[0, :, :r] / sizes[:, None]
             for slab in range(1, SLABS):
                 found += keys[slab]
-                far += z[slab] / sizes[:, None]
+                far += z[slab, :, :r] / sizes[:, None]
             spread = far[0][label]
             for a in range(h):
                 spread += m.z[a][:, None] * far[1 + a][label]
@@ -401,7 +412,7 @@ class NearFarAttention(AttentionOperator):
         found = np.zeros((len(chosen), len(self.kept)), self.dtype)
         deal(
             dense_rows, self.problem.arrays.q, self.k, chosen, self._tile_of, stops, tiles,
-            self._factor, m.kt, m.members, m.starts, m.kappa, m.half, m.rho, m.frozen, m.bits,
+            self._factor, m.kt, m.members, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen, m.bits,
             m.z, m.p, m.bound, self.near, found,
             work=found.size,
         )  # fmt: skip
@@ -451,7 +462,7 @@ def solve(
     ``k (N, d)`` and ``x (N, w)`` are rows of kept keys.
     """
     q, dtype, n_q = problem.arrays.q, problem.dtype, problem.n_q
-    h, r, d = len(m.z), len(m.kappa), q.shape[1]
+    h, r, d = len(m.z), len(m.starts) - 1, q.shape[1]
     choose = near is None
     chosen = np.empty((n_q, most), np.int32) if near is None else near
     top, total = np.empty(n_q, dtype), np.empty(n_q, dtype)
@@ -471,7 +482,7 @@ def solve(
         target = out if width <= WIDEST else np.empty((n_q, piece), dtype)
         deal(
             attend, q, k, part, rows.stops, rows.tiles, rows.items, float(problem.scale * LOG2E),
-            m.kt, m.starts, m.kappa, m.half, m.rho, m.frozen, m.bits, m.p, m.bound, ordered, vbar,
+            m.kt, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen, m.bits, m.p, m.bound, ordered, vbar,
             beta, tau, limit, choose, chosen, top, total, target,
             work=(own + 2 * far + listed) * (0.5 + PRODUCT * (d + piece)),
         )  # fmt: skip
