@@ -314,12 +314,94 @@ LANES = _lanes()
 TOGETHER = 6
 
 
+def _tile_function(module: Any, name: str, number: Any, lanes: int, rows: int, vectors: int) -> Any:
+    """Return the function of a module that `_make_tile` calls; written there if it is not yet.
+
+    It belongs to the module alone, and is called, not inlined: kernels have many products.
+    """
+    if name in module.globals:
+        return module.globals[name]
+    size, index = ir.IntType(64), ir.IntType(32)
+    vector, matrix, list_ = ir.VectorType(number, lanes), number.as_pointer(), size.as_pointer()
+    form = [matrix, size, list_, size, matrix, size, size, matrix, size, list_, size, size]
+    function = ir.Function(module, ir.FunctionType(size, [*form, ir.IntType(1)]), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    x, x_width, ix, count, y, y_width, depth, z, z_width, iz, column, first, fresh = function.args
+    contract = ("contract",)  # one rounding where the processor has that instruction
+    aligned = 4 if isinstance(number, ir.FloatType) else 8
+    zero, nothing = ir.Constant(size, 0), ir.Constant(vector, [ir.Constant(number, 0.0)] * lanes)
+    same = ir.Constant(ir.VectorType(index, lanes), [0] * lanes)
+    entry, head, body, loop, done, leave = (
+        function.append_basic_block(label)
+        for label in ("entry", "head", "body", "loop", "done", "leave")
+    )
+    ir.IRBuilder(entry).branch(head)
+    builder = ir.IRBuilder(head)
+    p = builder.phi(size)
+    p.add_incoming(first, entry)
+    after_p = builder.add(p, ir.Constant(size, rows))
+    builder.cbranch(builder.icmp_signed("<=", after_p, count), body, leave)
+    ir.IRBuilder(leave).ret(p)
+
+    builder = ir.IRBuilder(body)
+    places = [builder.add(p, ir.Constant(size, r)) for r in range(rows)]
+
+    def at(data: Any, list_: Any, place: Any, width: Any) -> Any:
+        row = builder.load(builder.gep(list_, [place]))
+        return builder.gep(data, [builder.mul(row, width)])
+
+    sources = [at(x, ix, place, x_width) for place in places]
+    targets = [builder.gep(at(z, iz, place, z_width), [column]) for place in places]
+    builder.cbranch(builder.icmp_signed(">", depth, zero), loop, done)
+
+    builder = ir.IRBuilder(loop)
+    step = builder.phi(size)
+    sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
+    line = builder.gep(y, [builder.add(builder.mul(step, y_width), column)])
+
+    def vector_at(data: Any, v: int) -> Any:
+        place = builder.gep(data, [ir.Constant(size, v * lanes)])
+        return builder.bitcast(place, vector.as_pointer())
+
+    loaded = [builder.load(vector_at(line, v), align=aligned) for v in range(vectors)]
+    grown = []
+    for r in range(rows):
+        value = builder.load(builder.gep(sources[r], [step]))
+        wide = builder.insert_element(nothing, value, ir.Constant(index, 0))
+        wide = builder.shuffle_vector(wide, wide, same)
+        terms = [builder.fmul(wide, part, flags=contract) for part in loaded]
+        pairs = zip(sums[r], terms, strict=True)
+        grown.append([builder.fadd(part, term, flags=contract) for part, term in pairs])
+    after = builder.add(step, ir.Constant(size, 1))
+    step.add_incoming(zero, body)
+    step.add_incoming(after, loop)
+    builder.cbranch(builder.icmp_signed("<", after, depth), loop, done)
+
+    builder = ir.IRBuilder(done)
+    finals = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
+    for r in range(rows):
+        for v in range(vectors):
+            for phi in (sums[r][v], finals[r][v]):
+                phi.add_incoming(nothing, body)
+                phi.add_incoming(grown[r][v], loop)
+    for r in range(rows):
+        for v in range(vectors):
+            place = vector_at(targets[r], v)
+            old = builder.select(fresh, nothing, builder.load(place, align=aligned))
+            builder.store(builder.fadd(old, finals[r][v]), place, align=aligned)
+    p.add_incoming(after_p, done)
+    builder.branch(head)
+    return function
+
+
 def _make_tile(rows: int, vectors: int) -> Any:
     """Return ``tile(a, ia, p, b, k, out, io, j, fresh)`` of so many rows and vectors of columns.
 
-    ``out[io[p + r], j : j + w] (+)= a[ia[p + r], :k] b[:k, j : j + w]``; the sum replaces what is
-    there if ``fresh``.  Sums stay in registers, and their order does not depend
-    on which rows are done together.
+    ``out[io[p], j : j + w] (+)= a[ia[p], :k] b[:k, j : j + w]`` for the rows from p on, as far as
+    they come together, and returns the first row that is left; the sum replaces what is there if
+    ``fresh``.  Sums stay in registers, and their order does not depend on which rows are done
+    together.
     """
 
     def tile(
@@ -334,77 +416,22 @@ def _make_tile(rows: int, vectors: int) -> Any:
 
         def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             number = target.get_value_type(a.dtype)
-            size = target.get_value_type(types.intp)
-            vector = ir.VectorType(number, lanes)
-            contract = ("contract",)  # one rounding where the processor has that instruction
-            bytes_ = 4 if a.dtype == types.float32 else 8
+            name = f"sketchattn_tile_{rows}_{vectors}_{a.dtype}"
+            function = _tile_function(builder.module, name, number, lanes, rows, vectors)
 
-            def array(place: int) -> tuple[Any, list[Any]]:
+            def array(place: int) -> tuple[Any, Any]:
                 kind = signature.args[place]
                 made = target.make_array(kind)(target, builder, arguments[place])
-                return made.data, cgutils.unpack_tuple(builder, made.shape)
+                return made.data, cgutils.unpack_tuple(builder, made.shape)[-1]
 
-            def at(data: Any, row: Any, width: Any, column: Any) -> Any:
-                return builder.gep(data, [builder.add(builder.mul(row, width), column)])
-
-            (x, (_, x_width)), (y, (_, y_width)) = array(0), array(3)
-            (z, (_, z_width)), (ix, _), (iz, _) = array(5), array(1), array(6)
-            first, depth, column = arguments[2], arguments[4], arguments[7]
-            zero = ir.Constant(size, 0)
-            places = [builder.add(first, ir.Constant(size, r)) for r in range(rows)]
-            sources = [
-                at(x, builder.load(builder.gep(ix, [place])), x_width, zero) for place in places
-            ]
-            targets = [
-                at(z, builder.load(builder.gep(iz, [place])), z_width, column) for place in places
-            ]
-            start, loop = builder.block, builder.append_basic_block("product")
-            done = builder.append_basic_block("product.done")
-            nothing = ir.Constant(vector, [ir.Constant(number, 0.0)] * lanes)
-            some = builder.icmp_signed(">", depth, zero)
-            builder.cbranch(some, loop, done)
-            builder.position_at_end(loop)
-            step = builder.phi(size)
-            step.add_incoming(zero, start)
-            sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
-            loaded = []
-            for v in range(vectors):
-                shifted = builder.add(column, ir.Constant(size, v * lanes))
-                place = builder.bitcast(at(y, step, y_width, shifted), vector.as_pointer())
-                loaded.append(builder.load(place, align=bytes_))
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-            grown = []
-            for r in range(rows):
-                value = builder.load(builder.gep(sources[r], [step]))
-                wide = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
-                wide = builder.shuffle_vector(wide, wide, zeros)
-                terms = [builder.fmul(wide, x, flags=contract) for x in loaded]
-                pairs = zip(sums[r], terms, strict=True)
-                grown.append([builder.fadd(x, term, flags=contract) for x, term in pairs])
-            after = builder.add(step, ir.Constant(size, 1))
-            for r in range(rows):
-                for v in range(vectors):
-                    sums[r][v].add_incoming(nothing, start)
-                    sums[r][v].add_incoming(grown[r][v], loop)
-            step.add_incoming(after, loop)
-            builder.cbranch(builder.icmp_signed("<", after, depth), loop, done)
-            builder.position_at_end(done)
-            final = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
-            for r in range(rows):
-                for v in range(vectors):
-                    final[r][v].add_incoming(nothing, start)
-                    final[r][v].add_incoming(grown[r][v], loop)
-            for r in range(rows):
-                for v in range(vectors):
-                    place = builder.gep(targets[r], [ir.Constant(size, v * lanes)])
-                    place = builder.bitcast(place, vector.as_pointer())
-                    old = builder.load(place, align=bytes_)
-                    old = builder.select(arguments[8], nothing, old)
-                    builder.store(builder.fadd(old, final[r][v]), place, align=bytes_)
-            return target.get_dummy_value()
+            (x, x_width), (ix, count) = array(0), array(1)
+            (y, y_width), (z, z_width), (iz, _) = array(3), array(5), array(6)
+            p, depth, column, fresh = (arguments[i] for i in (2, 4, 7, 8))
+            whole = [x, x_width, ix, count, y, y_width, depth, z, z_width, iz, column, p, fresh]
+            return builder.call(function, whole)
 
         whole = types.intp
-        form = types.void(a, ia, whole, b, whole, out, io, whole, types.boolean)
+        form = whole(a, ia, whole, b, whole, out, io, whole, types.boolean)
         return form, generate
 
     return _intrinsic(tile)
@@ -437,33 +464,21 @@ def _compiled_row_products(
     a: Any, ia: Any, b: Any, k: int, n: int, out: Any, io: Any, fresh: bool
 ) -> Callable[..., None]:
     lanes = LANES if a.dtype == types.float32 else LANES // 2
-    both, six = 2 * lanes, TOGETHER
+    both = 2 * lanes
 
     def implementation(
         a: Any, ia: Any, b: Any, k: int, n: int, out: Any, io: Any, fresh: bool
     ) -> None:
         count = ia.size
         for j in range(0, n - both + 1, both):
-            p = 0
-            while p + six <= count:
-                _tile_62(a, ia, p, b, k, out, io, j, fresh)
-                p += six
-            while p + 2 <= count:
-                _tile_22(a, ia, p, b, k, out, io, j, fresh)
-                p += 2
-            if p < count:
-                _tile_12(a, ia, p, b, k, out, io, j, fresh)
+            p = _tile_62(a, ia, 0, b, k, out, io, j, fresh)
+            p = _tile_22(a, ia, p, b, k, out, io, j, fresh)
+            _tile_12(a, ia, p, b, k, out, io, j, fresh)
         j = n - n % both
         if j + lanes <= n:
-            p = 0
-            while p + six <= count:
-                _tile_61(a, ia, p, b, k, out, io, j, fresh)
-                p += six
-            while p + 2 <= count:
-                _tile_21(a, ia, p, b, k, out, io, j, fresh)
-                p += 2
-            if p < count:
-                _tile_11(a, ia, p, b, k, out, io, j, fresh)
+            p = _tile_61(a, ia, 0, b, k, out, io, j, fresh)
+            p = _tile_21(a, ia, p, b, k, out, io, j, fresh)
+            _tile_11(a, ia, p, b, k, out, io, j, fresh)
             j += lanes
         if j < n:
             for p in range(count):

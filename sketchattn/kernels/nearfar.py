@@ -434,14 +434,15 @@ def _choose(
     found = 0
     ref = top
     for c0 in range(0, g.size, SCAN):
-        c1 = min(c0 + SCAN, g.size)
-        if not row_maximum(g[c0:c1]) > high:
+        part = g[c0 : min(c0 + SCAN, g.size)]
+        if not row_maximum(part) > high:
             continue
-        for c in range(c0, c1):
-            if g[c] > high:
-                place[found] = c
-                best[found] = g[c]
-                ref = g[c] if g[c] > ref else ref
+        for c in range(part.size):
+            value = part[c]
+            if value > high:
+                place[found] = c0 + c
+                best[found] = value
+                ref = value if value > ref else ref
                 found += 1
     if low < high:
         for c in range(g.size):
@@ -482,13 +483,14 @@ def _scaled(q: Array, factor: Any, x: Array, squares: Array, norms: Array) -> No
 
 
 @kernel()
-def _transposed(k: Array, low: int, high: int, out: Array) -> None:
-    """Write rows ``low : high`` of k as the first columns of ``out``, and zeros beside them."""
-    for t in range(k.shape[1]):
-        for j in range(high - low):
-            out[t, j] = k[low + j, t]
-        for j in range(high - low, out.shape[1]):
-            out[t, j] = 0.0
+def _transposed(k: Array, out: Array, first: int) -> None:
+    """Write the rows of k as columns ``first, ...`` of ``out``, and zeros beyond them."""
+    for t in range(out.shape[0]):
+        row = out[t, first:]
+        for j in range(k.shape[0]):
+            row[j] = k[j, t]
+        for j in range(k.shape[0], row.size):
+            row[j] = 0.0
 
 
 # --- A X ----------------------------------------------------------------------------------------
@@ -565,9 +567,11 @@ def attend(
             step = OWN if stops[i0] < stops[i1 - 1] else rows
             if own_high > own_low:
                 # The next tile may see more keys of the same block.
-                if held != own_low or reached < own_high:
-                    _transposed(k, own_low, own_high, own)
-                    held, reached = own_low, own_high
+                if held != own_low:
+                    held, reached = own_low, own_low
+                if reached < own_high:
+                    _transposed(k[reached:own_high], own, reached - own_low)
+                    reached = own_high
                 for r0 in range(0, rows, step):
                     r1 = min(r0 + step, rows)
                     last = stops[i0 + r1 - 1]
