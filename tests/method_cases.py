@@ -88,7 +88,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"preset": "fast", "regions": "all"},
         {"block": 4, "clusters": 2, "tau": 0.0, "regions": "blocks"},
         {"first_order": 2, "metric": "query", "tau": 0.1},
-        {"second_order": "none", "near": 1, "first_order": 0},
+        {"second_order": "none", "first_order": 0},
     ],
     "nystromformer": [
         {"landmarks": "kmeans"},

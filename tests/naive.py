@@ -1127,7 +1127,7 @@ def naive_nearfar(
             phi = sigma2 / 2 if sigma <= s else s * sigma - s * s / 2
             phi = min(phi, abs(scale) * length * radius) if second_order else 0.0
             mass[c] = math.log(m) + logit(i, kappa) + phi
-            variance[c] = sigma2 if second_order else 0.0
+            variance[c] = sigma2
         candidates = sorted(mass, key=lambda c: (-mass[c], c))[:most]
         top = max([*own.values(), *(mass[c] for c in candidates)], default=0.0)
         total = sum(math.exp(x - top) for x in own.values())

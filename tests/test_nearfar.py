@@ -14,6 +14,7 @@ from naive import naive_farthest_first, naive_nearfar
 from numpy.typing import NDArray
 
 import sketchattn as sa
+from sketchattn.kernels._jit import kernel, row_products
 from sketchattn.kernels._threads import limit_threads
 from sketchattn.operators.nearfar import NearFarAttention, expected_maximum, frozen_from
 from sketchattn.zoo.nearfar import method as nearfar
@@ -70,7 +71,7 @@ FORMS: list[dict[str, Any]] = [
     {"near": 4, "tau": 0.1},
     {"near": 1, "tau": 0.02, "first_order": 1},
     {"near": 2, "tau": 0.02, "first_order": 2, "metric": "query"},
-    {"near": 2, "tau": 0, "second_order": "none"},
+    {"near": 2, "tau": 0.02, "second_order": "none"},
     {"near": 2, "tau": 0.02, "regions": "all"},
 ]
 
@@ -596,3 +597,43 @@ def test_float64_keeps_the_choice() -> None:
     assert ahat.nbytes > problem.q.nbytes + problem.k.nbytes
     sums = np.abs(ahat.log_normalizer - wide.log_normalizer)
     assert sums.max() <= 1e3 * unit_roundoff(np.float32)
+
+
+# --- products of few rows -----------------------------------------------------------------------
+
+
+@kernel(dealt=True)
+def few_rows(
+    turn: Array, a: Array, ia: Array, b: Array, k: int, n: int, out: Array, io: Array, fresh: bool
+) -> None:
+    """Run `row_products` as kernels do."""
+    row_products(a, ia, b, k, n, out, io, fresh)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("size", [(1, 1, 1), (7, 5, 3), (13, 0, 9), (15, 33, 50), (6, 20, 40)])
+def test_products_of_few_rows_are_products(size: tuple[int, int, int], dtype: Any) -> None:
+    rows, k, n = size
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((rows + 3, k + 2)), rng.standard_normal((k + 1, n + 4))
+    out = rng.standard_normal((rows + 5, n + 1))
+    a, b, out = (x.astype(dtype) for x in (a, b, out))
+    ia, io = rng.permutation(rows + 3)[:rows], rng.permutation(rows + 5)[:rows]
+    turn = np.array([0, 1])
+    size_of = np.abs(a[ia, :k]) @ np.abs(b[:k, :n])
+    for fresh in (True, False):
+        wanted = out.astype(np.float64)
+        product = a[ia, :k].astype(np.float64) @ b[:k, :n].astype(np.float64)
+        wanted[io, :n] = product if fresh else wanted[io, :n] + product
+        found = out.copy()
+        few_rows(turn, a, ia, b, k, n, found, io, fresh)
+        bound = (k + 2) * 2 * unit_roundoff(dtype) * (size_of + np.abs(wanted[io, :n]))
+        assert (np.abs(found - wanted)[io, :n] <= bound).all()
+        found[io, :n], wanted[io, :n] = 0, 0
+        assert np.array_equal(found, wanted.astype(dtype))
+    # A row has the same bits alone.
+    together, alone = out.copy(), out.copy()
+    few_rows(turn, a, ia, b, k, n, together, io, True)
+    for p in range(rows):
+        few_rows(turn, a, ia[p : p + 1], b, k, n, alone, io[p : p + 1], True)
+    assert np.array_equal(together, alone)

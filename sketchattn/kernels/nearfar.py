@@ -499,9 +499,10 @@ def _transposed(k: Array, out: Array, first: int) -> None:
 @kernel(dealt=True)
 def attend(
     turn: Array, q: Array, k: Array, v: Array, stops: Array, tiles: Array, items: Array,
-    factor: float, kt: Array, starts: Array, wide: Array, kappa: Array, half: Array, rho: Array, frozen: Array,
-    bits: Array, p: Array, bound: Array, ordered: Array, vbar: Array, beta: Array, tau: float,
-    limit: float, choose: bool, near: Array, top: Array, total: Array, out: Array,
+    factor: float, kt: Array, starts: Array, wide: Array, kappa: Array, half: Array, rho: Array,
+    frozen: Array, bits: Array, p: Array, bound: Array, ordered: Array, vbar: Array,
+    beta: Array, tau: float, limit: float, choose: bool, near: Array, top: Array, total: Array,
+    out: Array,
 ) -> None:  # fmt: skip
     """``out (n_q, w)``, the largest logit ``top`` that rows refer to, and ``total`` beside it.
 
@@ -817,7 +818,8 @@ def attend_transposed(
 def dense_rows(
     turn: Array, q: Array, k: Array, rows: Array, tile_of: Array, stops: Array, tiles: Array,
     factor: float, kt: Array, members: Array, starts: Array, wide: Array, kappa: Array,
-    half: Array, rho: Array, frozen: Array, bits: Array, z: Array, p: Array, bound: Array, near: Array,
+    half: Array, rho: Array, frozen: Array, bits: Array, z: Array, p: Array, bound: Array,
+    near: Array,
     out: Array,
 ) -> None:  # fmt: skip
     """Write rows of the matrix over the kept keys, ``out (len(rows), N)``, zero before."""

@@ -117,13 +117,13 @@ class Clusters:
         deal(moments, k, x, members, starts, wide, kt, kappa, half, rho, z, p, bound, work=work)
         counts = np.zeros(columns, np.int64)
         counts[:r] = sizes
-        if not self.second_order:
-            half[:] = 0
+        # Frozen from the start, the second order is zero; variances still say what is near.
+        frozen = frozen_from(counts if self.second_order else np.ones_like(counts))
         with np.errstate(divide="ignore"):
             bits = np.log2(counts)
         return Moments(
-            members, starts, wide, kt, kappa, half, rho, frozen_from(counts).astype(dtype),
-            bits.astype(dtype), z, p, bound,
+            members, starts, wide, kt, kappa, half, rho, frozen.astype(dtype), bits.astype(dtype),
+            z, p, bound,
         )  # fmt: skip
 
 
@@ -388,7 +388,8 @@ class NearFarAttention(AttentionOperator):
             z = np.zeros((SLABS, 1 + h, m.kappa.shape[1], width), dtype)
             deal(
                 attend_transposed, self.problem.arrays.q, self.k, part, stops, tiles,
-                self._factor, m.kt, m.members, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen, m.bits,
+                self._factor, m.kt, m.members, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen,
+                m.bits,
                 m.p, m.bound, self.near, self.top, total, keys, z,
                 work=float(self.reads(self.problem).sum()) * (1 + 0.1 * width),
             )  # fmt: skip
@@ -412,7 +413,8 @@ class NearFarAttention(AttentionOperator):
         found = np.zeros((len(chosen), len(self.kept)), self.dtype)
         deal(
             dense_rows, self.problem.arrays.q, self.k, chosen, self._tile_of, stops, tiles,
-            self._factor, m.kt, m.members, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen, m.bits,
+            self._factor, m.kt, m.members, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen,
+            m.bits,
             m.z, m.p, m.bound, self.near, found,
             work=found.size,
         )  # fmt: skip
@@ -482,7 +484,8 @@ def solve(
         target = out if width <= WIDEST else np.empty((n_q, piece), dtype)
         deal(
             attend, q, k, part, rows.stops, rows.tiles, rows.items, float(problem.scale * LOG2E),
-            m.kt, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen, m.bits, m.p, m.bound, ordered, vbar,
+            m.kt, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen, m.bits, m.p, m.bound, ordered,
+            vbar,
             beta, tau, limit, choose, chosen, top, total, target,
             work=(own + 2 * far + listed) * (0.5 + PRODUCT * (d + piece)),
         )  # fmt: skip

@@ -82,6 +82,7 @@ PINNED: dict[str, int] = {
     "jl-plain": 2,
     "jl-gqa": 1,
     "linformer-gqa": 1,
+    "nearfar-plain": 3,
     "nystromformer-plain": 3,
     "nystromformer-key_mask": 1,
     "performer-plain": 3,
