@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 # Rows of a tile, and of an item at least and at most: rows of an item that chose the same cluster
 # are multiplied together.
-TILE, LEAST, MOST = 128, 128, 4096
+TILE, LEAST, MOST = 128, 128, 1024
 # Sums of a transposed product that are kept apart, for as many threads.
 SLABS = 8
 # Entries of whole rows that are held at a time.

@@ -36,6 +36,8 @@ SECOND_ORDERS = ("frozen", "none")
 # below.
 LOCAL = 0.2
 CLUSTERS, NEAR, TAU = 8, 16, 0.01
+# Near clusters of all keys, and keys from which on rows that are not causal need twice as many.
+ALL_NEAR, MANY = 12, 16384
 
 
 class Choices(NamedTuple):
@@ -50,6 +52,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "accurate": {"clusters": CLUSTERS, "near": NEAR, "tau": TAU},
     "fast": {"clusters": 4, "near": 8, "tau": 0.03},
 }
+
+
+def default_near(problem: AttentionProblem, blocks: bool) -> int:
+    """Return how many clusters a row may choose: fewer of all keys, more of many blocks."""
+    if not blocks:
+        return ALL_NEAR
+    return NEAR if problem.causal or problem.n_k < MANY else 2 * NEAR
 
 
 class Plan(NamedTuple):
@@ -82,8 +91,9 @@ class NearFar(Method):
     clusters : int, optional
         Clusters C of a block, at least 1; of all n_k keys ``n_k C / B``.  None: 8.
     near : int, optional
-        Clusters p that a row may read key by key: those of largest mass.  None: 16, or what the
-        rank leaves.
+        Clusters p that a row may read key by key: those of largest mass.  None: what the rank
+        leaves; without one 12 for clusters of all keys, 16 for blocks, and 32 for blocks of 16384
+        keys or more without a mask of order.
     tau : float, optional
         Of these, the clusters are read whose share times ``sigma^2`` is at least tau; 0: all.
         None: 0.01.
@@ -94,7 +104,7 @@ class NearFar(Method):
     regions : {"auto", "blocks", "all"}
         Clusters of each block of consecutive keys beside the exact own block, or of all keys
         without any own ones.  Causal rows have blocks.  "auto" takes blocks for other rows, too,
-        where 64 of them have a fifth of their mass in their own block beyond what equal weights
+        where 32 of them have a fifth of their mass in their own block beyond what equal weights
         have.
     metric : {"auto", "key", "query"}
         Distances of keys in clusters: theirs, or those of ``K M^(1/2)`` with the second moment M
@@ -201,12 +211,13 @@ class NearFar(Method):
         c, n = self.choices, len(problem.kept_keys)
         block = min(default_block(n) if self.block is None else int(self.block), n)
         clusters = min(CLUSTERS if c.clusters is None else int(c.clusters), block)
-        near = NEAR if c.near is None else int(c.near)
-        sizes = Sizes(block, clusters, near)
+        sizes = Sizes(block, clusters, NEAR if c.near is None else int(c.near))
         if self.rank is not None:
             fixed = self.block is not None or c.clusters is not None
             sizes = within_rank(n, int(self.rank), sizes, fixed, c.near)
         blocks = self._in_blocks(problem, sizes.block)
+        if c.near is None and self.rank is None:
+            sizes = sizes._replace(near=default_near(problem, blocks))
         tau = TAU if c.tau is None else float(c.tau)
         metric = self.metric
         if metric == "auto":

@@ -17,9 +17,9 @@ Array = NDArray[Any]
 
 STEPS = 4
 # Queries that the metric and the rule for regions look at.
-METRIC_ROWS, RULE_ROWS = 1024, 64
-# Keys for each cluster that are looked at for the centres of clusters of all keys.
-SAMPLE = 8
+METRIC_ROWS, RULE_ROWS = 1024, 32
+# Keys that are looked at for the centres of clusters of all keys: for each cluster, and at least.
+SAMPLE, SAMPLED = 4, 512
 
 
 class Sizes(NamedTuple):
@@ -78,13 +78,12 @@ def own_share(problem: Head, block: int) -> float:
     n = problem.n_q
     count = min(RULE_ROWS, n)
     rows = (np.arange(count) * 2 + 1) * n // (2 * count)
-    logits = product(problem.scale * problem.q[rows], kept_rows(problem, problem.arrays.k).T)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
-    start = rows // block * block
-    sums = np.concatenate([np.zeros((count, 1)), np.cumsum(weights, axis=1)], axis=1)
-    each = np.arange(count)
-    own = sums[each, np.minimum(start + block, n)] - sums[each, start]
-    return float((own / sums[:, -1]).mean())
+    q = problem.dtype.type(problem.scale) * problem.q[rows]
+    logits = product(q, kept_rows(problem, problem.arrays.k).T)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    starts = (rows // block * block).tolist()
+    own = [float(x[a : a + block].sum()) for x, a in zip(weights, starts, strict=True)]
+    return float((np.array(own) / weights.sum(axis=1)).mean())
 
 
 class Regions(NamedTuple):
@@ -136,7 +135,7 @@ def of_all_keys(
     """Cluster all kept keys: centres from evenly spaced ones, and the nearest of them for each."""
     k, n_q = kept_rows(problem, problem.arrays.k), problem.n_q
     x, n = k if root is None else in_metric(k, root), len(k)
-    size = min(n, max(SAMPLE * count, METRIC_ROWS))
+    size = min(n, max(SAMPLE * count, SAMPLED))
     sample = x if size == n else np.ascontiguousarray(x[np.arange(size) * n // size])
     labels, middles, centers = clustered(sample, np.array([0, size]), np.array([0, count]))
     if size < n:
