@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import aslinearoperator
 
 import sketchattn as sa
+from sketchattn.base.content import UnreadableError, function_content
 from sketchattn.base.draws import Origin
 from sketchattn.cli import main
+from sketchattn.zoo import base as registry
 
 Array = NDArray[Any]
 
@@ -204,6 +208,102 @@ def test_functions_are_told_what_they_ask_for() -> None:
         sa.Function(exact).attend(head(causal=True))
     with pytest.raises(ValueError, match="key_mask must be None"):
         sa.Function(exact).attend(head(key_mask=mask))
+
+
+FILE = """
+import numpy as np
+import sketchattn as sa
+
+KEPT = {kept}
+
+def helper(x):
+    return x[:KEPT]
+
+@sa.register("first")
+def of_the_first(q, k, v, rank):
+    \"\"\"Return a mean.\"\"\"
+    return np.repeat(helper(v[:rank]).mean(0)[None], len(q), axis=0)
+"""
+
+
+def test_a_function_has_a_name_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "first.py", tmp_path / "out"
+    command = [sys.executable, "-m", "sketchattn", "study", "--import", str(file)]
+    heads = sa.make_heads("gaussian", n=32, d=4, heads=1, rng=0)
+    sa.write_heads(tmp_path / "heads.npz", heads)
+    command += [str(tmp_path / "heads.npz"), "--methods", "first", "--ranks", "4,8", "--seeds", "1"]
+
+    def lines(kept: int) -> int:
+        file.write_text(FILE.format(kept=kept))
+        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "first" in done.stdout
+        return sum(len(f.read_text().splitlines()) for f in (out / "cells").glob("*.jsonl"))
+
+    first = lines(4)
+    # Another process knows the same function again, and one that reads another constant apart.
+    assert lines(4) == first
+    assert lines(3) == first + 2
+
+
+def test_what_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+    def mean(q: Array, k: Array, v: Array) -> Array:
+        return np.repeat(v.mean(0)[None], len(q), axis=0)
+
+    assert sa.register("own_mean")(mean) is mean
+    assert sa.register("own_few")(Few) is Few
+    problem = head()
+    out = sa.attention(problem.q, problem.k, problem.v, "own_mean")
+    assert np.array_equal(out, mean(problem.q, problem.k, problem.values))
+    assert sa.study(problem, "own_mean", ranks=[4], seeds=1).frame.method.unique() == ["own_mean"]
+    sa.register("own_mean")(mean)  # a cell of a notebook that runs again
+    with pytest.raises(ValueError, match="'own_few' must be unique"):
+        sa.register("own_few")(mean)
+    for wrong in (Few(4), 3, int):
+        with pytest.raises(TypeError, match="must be a class derived from sketchattn.Method or a"):
+            sa.register("own_wrong")(wrong)  # type: ignore[type-var]
+
+
+def test_functions_are_told_apart_by_what_they_compute() -> None:
+    def make(x: float, body: str) -> Any:
+        scope: dict[str, Any] = {"x": x, "__name__": "made"}
+        exec(f"def g(t):\n    return t + x\ndef f(t, a=1):\n    return {body}", scope)
+        return scope["f"]
+
+    same = function_content(make(1.0, "g(t)"))
+    assert function_content(make(1.0, "g(t)")) == same
+    others = [make(2.0, "g(t)"), make(1.0, "g(t) + 1"), make(1.0, "g(g(t))"), make(1.0, "t")]
+    assert len({same, *map(function_content, others)}) == 5
+    default = make(1.0, "g(t)")
+    default.__defaults__ = (2,)
+    assert function_content(default) != same
+    with pytest.raises(UnreadableError):
+        function_content(make(object(), "g(t)"))  # type: ignore[arg-type]
+
+
+def test_what_is_missing_is_said() -> None:
+    problem = head()
+    causal = sa.AttentionProblem(problem.q, problem.k, problem.v, causal=True)
+    method = sa.Function(lambda q, k, v: v)
+    with pytest.raises(ValueError, match="has no parameter causal.*give it the parameter"):
+        method.attend(causal)
+
+    class Lost(Few):
+        def __init__(self, rank: int, width: int = 3) -> None:
+            self.rank = rank
+
+    with pytest.raises(AttributeError, match="write self.width = width in __init__"):
+        sa.study(problem, [Lost(4)], ranks=[4], seeds=1)
+    with pytest.raises(TypeError, match="shares of n_k"):
+        sa.study(problem, "uniform", ranks=["10%"], seeds=1)  # type: ignore[list-item]
+    with pytest.raises(FileNotFoundError, match="'nowhere', which does not exist"):
+        sa.read_heads("nowhere")
+    with pytest.raises(ValueError, match="Heads.from_projections"):
+        sa.AttentionProblem(np.ones((4, 8)), np.ones((4, 2)), np.ones((4, 2)))
 
 
 def test_functions_of_other_arguments_are_refused() -> None:

@@ -28,6 +28,8 @@ def closest(name: str, known: Iterable[object]) -> str:
 
     names = sorted(str(n) for n in known)
     match = difflib.get_close_matches(name, names, n=1)
+    if not names:
+        return "; there is none"
     return f"; did you mean {match[0]!r}?" if match else f"; choose one of {', '.join(names)}"
 
 
@@ -265,9 +267,11 @@ def check_width(q: Array, k: Array, v: Array | None) -> None:
     if q.shape[-1] < 1:
         raise ValueError("q must have a head width d of at least 1, got d = 0; pass q of (n_q, d)")
     if k.shape[-1] != q.shape[-1]:
+        several = q.shape[-1] % max(k.shape[-1], 1) == 0
         raise ValueError(
-            f"k must have the head width d = {q.shape[-1]} of q, got {k.shape[-1]}; "
-            f"project q and k to one width"
+            f"k must have the head width d = {q.shape[-1]} of q, got {k.shape[-1]}; project q and "
+            f"k to one width"
+            + ", or make heads of grouped queries with Heads.from_projections" * several
         )
     if v is not None and v.shape[-2] != k.shape[-2]:
         raise ValueError(

@@ -292,7 +292,8 @@ def _integers(values: Any, name: str, least: int) -> list[int]:
             f"{name} must be a sequence of integers, got {type(values).__name__}; "
             f"put it into a list"
         )
-    found = [check_count(x, name, f"give {name} as integers", least) for x in values]
+    shares = ", or as shares of n_k such as 0.1" if name == "ranks" else ""
+    found = [check_count(x, name, f"give {name} as integers{shares}", least) for x in values]
     if not found:
         raise ValueError(f"{name} must hold at least one number, got none; leave {name} out")
     repeated = [x for i, x in enumerate(found) if x in found[:i]]

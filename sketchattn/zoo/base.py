@@ -103,16 +103,24 @@ class Traits:
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Register a method class under its lower-case name; every contract test then runs on it."""
+    """Register a method class under its lower-case name; every contract test then runs on it.
+
+    A class that is defined again, as in a notebook, takes the place of its earlier self.
+    """
 
     def add(cls: M) -> M:
-        if name in _REGISTRY:
+        known = _REGISTRY.get(name)
+        if known is not None and _path_of(known) != _path_of(cls):
             raise ValueError(f"method name {name!r} must be unique; it is taken")
         cls.name = name
         _REGISTRY[name] = cls
         return cls
 
     return add
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def methods() -> dict[str, type[Method]]:
@@ -306,6 +314,17 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     @abstractmethod
     def traits(self) -> Traits:
         """What the method can do and what its approximation is promised to be."""
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters by name, as scikit-learn does."""
+        for name in self._get_param_names():
+            if not hasattr(self, name):
+                raise AttributeError(
+                    f"parameters must be kept under their names, got no attribute {name!r} of "
+                    f"{type(self).__name__}; write self.{name} = {name} in __init__"
+                )
+        found: dict[str, Any] = super().get_params(deep=deep)
+        return found
 
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
