@@ -354,6 +354,41 @@ def test_other_endings_and_damaged_files_are_refused(tmp_path: Path) -> None:
             sa.Draw.load(path)
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_files_that_are_no_draws_are_refused(tmp_path: Path, suffix: str) -> None:
+    from safetensors.numpy import save_file
+
+    sa.write_heads(tmp_path / f"heads{suffix}", sa.make_heads("gaussian", n=8, d=4, rng=0))
+    x: dict[str, Any] = {"columns": np.arange(4)}
+    if suffix == ".npz":
+        np.savez(tmp_path / "plain.npz", **x)
+    else:
+        save_file(x, tmp_path / "plain.safetensors")
+    for name, held in (("heads", "q, k, v"), ("plain", "columns")):
+        with pytest.raises(ValueError, match="does not say what drew its arrays") as said:
+            sa.Draw.load(tmp_path / f"{name}{suffix}")
+        assert all(part in str(said.value) for part in held.split(", "))
+        assert "read_heads" in str(said.value)
+    # What was saved without an origin is a draw, still without one.
+    for draw in (sa.Draw(x), sa.UniformColumns(4).draw(head(), 0).detach(), sa.Draw()):
+        draw.save(tmp_path / f"mine{suffix}")
+        back = sa.Draw.load(tmp_path / f"mine{suffix}")
+        assert back.origin is None
+        assert set(back) == set(draw)
+
+
+def test_a_file_of_a_draw_that_was_not_read_as_one(tmp_path: Path) -> None:
+    draw = sa.UniformColumns(4).draw(head(), 0)
+    draw.save(tmp_path / "draw.npz")
+    given = head()
+    with np.load(tmp_path / "draw.npz") as file:
+        for wrong in (dict(file), file):
+            with pytest.raises(ValueError, match=r"text 'origin'.*sketchattn.Draw.load"):
+                sa.UniformColumns(4).attend(given, draw=wrong)
+            with pytest.raises(ValueError, match=r"text 'origin'.*sketchattn.Draw.load"):
+                sa.attention(given.q, given.k, given.v, "uniform", rank=4, draw=wrong)
+
+
 def test_a_draw_of_another_problem_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
     problem, other = head(0), head(1)
     method = sa.UniformColumns(4)
@@ -367,6 +402,17 @@ def test_a_draw_of_another_problem_is_refused_unless_it_is_meant(tmp_path: Path)
             sa.attention(other.q, other.k, other.v, "uniform", rank=4, draw=foreign)
         assert method.attend(other, draw=foreign.detach()).shape == (32, 8)
         assert method.attend(other, draw=dict(foreign)).shape == (32, 8)
+        # A copy is as much of that problem as the draw.
+        copies = (foreign.copy(), foreign | {}, {} | foreign, sa.Draw(foreign), copy.copy(foreign))
+        changed = foreign | {"columns": np.arange(4)}
+        for copied in (*copies, changed, foreign.detach() | foreign):
+            assert isinstance(copied, sa.Draw)
+            with pytest.raises(ValueError, match="draw must be of this problem"):
+                method.attend(other, draw=copied)
+            assert method.attend(problem, draw=copied).shape == (32, 8)
+        assert list(changed["columns"]) == [0, 1, 2, 3]
+        with pytest.raises(TypeError):
+            foreign | 3
     # The same problem again, in the other precision, and copies of the draw are all the same.
     again = sa.AttentionProblem(problem.q, problem.k, problem.v)
     for same in (again, problem.astype(np.float64)):
@@ -391,6 +437,8 @@ def test_draws_of_a_batch() -> None:
     assert np.array_equal(out, wanted)
     assert all(np.array_equal(a[x], b[x]) for a, b in zip(draws, made, strict=True) for x in a)
     assert [draw.origin.problem for draw in made] == [head.digest for head in heads]
+    assert [origin_of(draw).seed for draw in draws + made] == 6 * [5]
+    assert [origin_of(draw).head for draw in draws + made] == 2 * [(0, 0), (0, 1), (0, 2)]
     problems = [head for head in heads]
     assert np.array_equal(sa.Skeinformer(4).attend_heads(problems, [None] * 3, draw=made), wanted)
     with pytest.raises(ValueError, match="one for each of 3"):
@@ -409,3 +457,33 @@ def test_draws_of_a_batch() -> None:
     again = sa.attention(q, k, v, "wildcat", rank=4, draw=made, return_lse=True)
     assert np.array_equal(again[0], out)
     assert np.array_equal(again[1], lse)
+
+
+def origin_of(draw: sa.Draw) -> Origin:
+    assert isinstance(draw.origin, Origin)
+    return draw.origin
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_draw_of_a_batch_says_what_draws_it_again(tmp_path: Path, suffix: str) -> None:
+    heads = sa.make_heads("gaussian", n=16, d=4, heads=6, rng=0)
+    q, k, v = (x.reshape(2, 3, 16, 4) for x in (heads.q, heads.k, heads.v))
+    method = sa.UniformColumns(4)
+    _, draws = sa.attention(q, k, v, method, rng=np.int64(5), return_draws=True)
+    for i, draw in enumerate(draws):
+        draw.save(tmp_path / f"d{suffix}")
+        for back in (sa.Draw.load(tmp_path / f"d{suffix}"), pickle.loads(pickle.dumps(draw))):
+            origin = origin_of(back)
+            assert (origin.seed, origin.head) == (5, divmod(i, 3))
+            assert origin.problem == heads[i].digest
+            assert f"head={divmod(i, 3)}" in str(origin)
+        stream = np.random.SeedSequence(5, spawn_key=divmod(i, 3))
+        again = method.draw(heads[i], np.random.default_rng(stream))
+        assert np.array_equal(again["columns"], draw["columns"])
+    # One head alone has the stream of the seed itself, and a generator is no number.
+    _, (one,) = sa.attention(q[0, 0], k[0, 0], v[0, 0], method, rng=5, return_draws=True)
+    assert (one.origin.seed, one.origin.head) == (5, None)
+    assert origin_of(method.draw(heads[0], np.int64(5))).seed == 5
+    for rng in (None, np.random.default_rng(5)):
+        (draw,) = method.draw_heads([heads[0]], rng)
+        assert (origin_of(draw).seed, origin_of(draw).head) == (None, (0, 0))

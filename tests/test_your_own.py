@@ -48,3 +48,9 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     columns = sa.Draw.load("draw.safetensors")["columns"]
     assert [int(x) for x in said.stdout.split()] == columns.tolist()
+    (tmp_path / "other.safetensors").write_bytes(b"no such thing")
+    for name in (["missing.safetensors"], ["mine.safetensors"], ["other.safetensors"], []):
+        said = subprocess.run(["./read", *name], capture_output=True, text=True)
+        # A line and an exit code; a signal would be negative.
+        assert (said.returncode, said.stdout) == (1, "")
+        assert said.stderr.count("\n") == 1

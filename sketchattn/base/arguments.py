@@ -193,12 +193,18 @@ def float_dtype(x: Array, name: str) -> np.dtype[Any]:
     )
 
 
+def numpy_name(dtype: Any) -> Any:
+    """Return the name of a dtype of torch, ``float16`` of ``torch.float16``; others as they are."""
+    kind, _, name = str(dtype).rpartition(".")
+    return name if kind == "torch" and not isinstance(dtype, str) else dtype
+
+
 def as_precision(dtype: Any) -> np.dtype[Any] | None:
     """Return float32 or float64 as NumPy's dtype, and None for everything else."""
     if dtype is None:
         return None  # which NumPy would take for float64
     try:
-        wanted: np.dtype[Any] = np.dtype(dtype)
+        wanted: np.dtype[Any] = np.dtype(numpy_name(dtype))
     except TypeError:
         return None
     return wanted if wanted in (np.dtype(np.float32), np.dtype(np.float64)) else None

@@ -24,7 +24,17 @@ from ..base.arguments import (
     prepare,
     stacked,
 )
-from ..base.draws import Draw, Origin, Rng, as_generator, check_origin, entropy_of, head_generator
+from ..base.draws import (
+    Draw,
+    Origin,
+    Rng,
+    as_generator,
+    check_origin,
+    entropy_of,
+    head_generator,
+    of_head,
+    seed_of,
+)
 from ..base.quiet import quiet
 from ..kernels._threads import blas_single_thread
 from ..operators.base import AttentionOperator
@@ -369,7 +379,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
             Named arrays; empty for deterministic methods.
         """
         made = self._checked(problem, rng, None)
-        made.origin = Origin(self._described(), rng if isinstance(rng, int) else None, problem)
+        made.origin = Origin(self._described(), seed_of(rng), problem)
         return made
 
     def draw_heads(self, problems: Sequence[AttentionProblem], rng: Rng = None) -> list[Draw]:
@@ -380,6 +390,11 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         problems : sequence of AttentionProblem
         rng : None, int or numpy.random.Generator
             Each head has a stream of its own, which does not depend on how many there are.
+
+        Returns
+        -------
+        list of Draw
+            ``draw.origin`` has the seed, and ``(0, i)`` as the head.
 
         Examples
         --------
@@ -393,7 +408,8 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         entropy = entropy_of(rng)
         draws = []
         for i, problem in enumerate(problems):
-            draws.append(self.draw(problem, head_generator(entropy, 0, i)))
+            drawn = self.draw(problem, head_generator(entropy, 0, i))
+            draws.append(of_head(drawn, rng, 0, i))
         return draws
 
     def _described(self) -> str:
