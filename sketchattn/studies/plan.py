@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 import numpy as np
 import pandas as pd
 
-from ..base.arguments import check_count, check_flag, check_name, guesses
+from ..base.arguments import check_count, check_flag, check_name
 from ..base.files import as_folder
 from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
@@ -533,7 +533,7 @@ def as_bounds(
 
 def _error_bound(name: object) -> ErrorBound:
     from ..theory.engine.curves import error_bounds
-    from ..theory.engine.registry import claims
+    from ..theory.engine.registry import claims, near_ids
 
     known = error_bounds()
     if not isinstance(name, str):
@@ -545,7 +545,7 @@ def _error_bound(name: object) -> ErrorBound:
         return known[name]
     claim = claims().get(name)
     if claim is None:
-        raise ValueError(f"bounds must be ids of claims, got {name!r}{guesses(name, known)}")
+        raise ValueError(f"bounds must be ids of claims, got {name!r}{near_ids(name, known)}")
     raise ValueError(
         f"bounds must be claims about an error measure at each rank, got {name!r}, which is about "
         f"{claim.observes}; choose one of sketchattn.theory.error_bounds()"

@@ -13,7 +13,7 @@ from ..base.arguments import closest
 from ..base.drawing import as_png, make_figure, plain_style
 from ..base.files import write_bytes
 from ..errors.reports import FIELDS
-from .columns import MAIN_FIELDS
+from .columns import MAIN_FIELDS, REFERENCES
 from .pictures.cost import draw_cost
 from .pictures.curves import BESIDE, methods_of
 from .pictures.each_method import draw_each
@@ -182,6 +182,7 @@ def own_figure(
         beside = _chosen(floors, "floors", BESIDE)
     wanted = _chosen(claims, "bounds", list(dict.fromkeys(bounds["claim"])))
     limits = bounds[bounds["claim"].isin(wanted)]
+    _check_limits(limits, field, names)
     beside = [name for name in beside if name in set(references["method"])]
 
     axes: list[Axes]
@@ -213,6 +214,22 @@ def own_figure(
         _legend(figure, axes)
     made: Figure = figure
     return made
+
+
+def _check_limits(limits: pd.DataFrame, field: str, methods: Collection[str]) -> None:
+    """Refuse a bound of another measure, or of a method that is not drawn."""
+    columns = (limits[name] for name in ("claim", "method", "field"))
+    for claim, method, about in dict.fromkeys(zip(*columns, strict=True)):
+        if about != field:
+            raise ValueError(
+                f"bounds must be about {field!r}, got {claim!r}, which is about {about!r}; draw "
+                f"that measure or leave the bound out"
+            )
+        if method not in methods and method not in REFERENCES:
+            raise ValueError(
+                f"bounds must be about a method that is drawn, got {claim!r}, which is about "
+                f"{method!r}; add it to methods or leave the bound out"
+            )
 
 
 def _grid(figure: Figure, panels: int) -> list[Axes]:

@@ -222,7 +222,7 @@ class StudyResult:
             Whether floors and predictors are drawn, or which of ``svd``, ``topk``, ``zero``,
             ``vmean``.
         bounds : sequence of ids
-            Claims among the bounds of this study.
+            Claims among the bounds of this study that are about this field.
         ax : matplotlib.axes.Axes, optional
             Draw into these axes, without a legend: lines have their labels.
 
@@ -235,7 +235,8 @@ class StudyResult:
         Raises
         ------
         ValueError
-            For a field, method, head, floor or bound that is not in this result.
+            For a field, method, head, floor or bound that is not in this result, and a bound of
+            another field or of a method that is not drawn.
 
         Examples
         --------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..columns import quantiles
+from ..columns import REFERENCES, quantiles
 from ..palette import style_of
 from .curves import Curve, Table, curve_of, table_of
 
@@ -28,10 +28,13 @@ class Bound(NamedTuple):
 def bounds_of(
     bounds: pd.DataFrame | None, field: str, methods: Sequence[str]
 ) -> tuple[list[Bound], Table]:
-    """Return the claims that bound a field, and their bounds by claim, head and rank."""
+    """Return the claims that bound a field, and their bounds by claim, head and rank.
+
+    Of the methods given, and of those that every study draws as references.
+    """
     if bounds is None:
         return [], {}
-    own = bounds[(bounds["field"] == field) & bounds["method"].isin(methods)]
+    own = bounds[(bounds["field"] == field) & bounds["method"].isin([*methods, *REFERENCES])]
     triples = dict.fromkeys(zip(own["claim"], own["method"], own["what"], strict=True))
     found = []
     for i, (claim, method, what) in enumerate(triples):
