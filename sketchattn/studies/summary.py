@@ -67,8 +67,8 @@ class StudyResult:
     computed, reused : int
         Cells that this call computed, and cells that it found in the folder.
     bounds : pandas.DataFrame
-        Bounds of claims, those asked for, with the columns ``BOUND_COLUMNS``; ``bounds.csv`` in
-        the folder.
+        Bounds of claims, those asked for, with the columns ``BOUND_COLUMNS``, and ``share`` as in
+        ``frame``; ``bounds.csv`` in the folder.
     notes : tuple of str
         What was not measured, and why.
     """
