@@ -22,6 +22,7 @@ from .pictures.one import draw_one, draw_panel, panel_of, scale_for
 from .pictures.panels import draw_panels
 from .pictures.spectra import draw_spectra
 from .pictures.words import MEASURES
+from .ranks import axis_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -204,11 +205,12 @@ def own_figure(
         draw_panel(one, part, field, scale, names, words="small", **own)
         if title is not None:
             one.set_title(title, fontsize="medium", parse_math=False)
+    across = axis_of(rank for part in parts for rank in part.ranks).replace("rank r", "rank")
     if len(panels) == 1:
-        axes[0].set_xlabel("rank")
+        axes[0].set_xlabel(across)
         axes[0].set_ylabel(MEASURES[field][0])
     else:
-        figure.supxlabel("rank")
+        figure.supxlabel(across)
         figure.supylabel(MEASURES[field][0])
     if ax is None:
         _legend(figure, axes)
