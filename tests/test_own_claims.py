@@ -750,6 +750,11 @@ def test_claims_are_found_by_words_of_titles_and_statements(say: Say) -> None:
         code, out, err = say("claims", word.replace("ne.AMM", "mine.AMM"))
         assert (code, err) == (0, "")
         assert "mine.amm" in [line.split()[0] for line in out.splitlines()[1:]]
+    for word in ("Johnson", "*lindenstrauss*", "jl"):  # the library's own
+        out = say("claims", word)[1]
+        listed = [line.split()[0] for line in out.splitlines()[1:]]
+        assert {"sketching.jl_pairs_gaussian", "dba.jl_logits"} <= set(listed)
+        assert "sketching.moment_gaussian" not in listed
     # A topic is a topic, and what has a point an id.
     listed = [line.split()[0] for line in say("claims", "sketching")[1].splitlines()[1:]]
     assert listed == [name for name in theory.claims() if name.startswith("sketching.")]

@@ -57,7 +57,7 @@ def made(lengths: dict[str, int], ranks: list[float], error: Any) -> StudyResult
 
 def heads() -> list[sa.AttentionProblem]:
     """Return two heads of 40 keys and two of 60."""
-    found = []
+    found: list[sa.AttentionProblem] = []
     for name, n in LENGTHS.items():
         (problem,) = sa.make_heads("clustered", n=n, d=4, rng=len(found))
         found.append(renamed(problem, name))
@@ -82,6 +82,11 @@ def at(result: StudyResult) -> list[float]:
     assert [float(x) for x in found] == (SHARES if len(found) == 3 else [4, 5, 8, 25])
     assert list(map(str, found)) == words(result)
     return found
+
+
+def across(line: Any) -> list[float]:
+    """Return where the points of a line are."""
+    return [float(x) for x in line.get_xdata()]
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> None:
@@ -193,9 +198,10 @@ def test_mixed_ranks_are_in_the_order_of_their_medians() -> None:
     assert (row["share"], row["heads"], row["rank_all"]) == (0.25, 1, 32)
     assert pd.isna(row["rank"])
     assert pd.isna(row["share_all"])
-    row = made({"a": 40, "b": 120}, [16, 0.25], lambda _, __, rank: 1 / rank).rank_at(FIELD, 1 / 16)
-    assert (row["rank"][0], row["rank_all"][0], row["heads"][0]) == (16, 16, 2)
-    assert row[["share", "share_all"]].iloc[0].isna().all()
+    result = made({"a": 40, "b": 120}, [16, 0.25], lambda _, __, rank: 1 / rank)
+    row = result.rank_at(FIELD, 1 / 16).iloc[0]
+    assert (row["rank"], row["rank_all"], row["heads"]) == (16, 16, 2)
+    assert row[["share", "share_all"]].isna().all()
 
 
 def test_the_table_has_a_column_a_share(result: StudyResult) -> None:
@@ -254,7 +260,7 @@ def test_curves_go_from_left_to_right(result: StudyResult) -> None:
         ]
         assert len(lines) >= 4
         for line in lines:
-            assert list(np.asarray(line.get_xdata(), float)) == places, line.get_gid()
+            assert across(line) == places, line.get_gid()
         first = figure.axes[0]
         figure.canvas.draw()
         ticks = [t.get_text() for t in first.get_xticklabels()]
@@ -280,7 +286,7 @@ def test_other_pictures_say_shares(result: StudyResult) -> None:
     cost = draw_cost(result.frame, result.references, FIELD)
     for axes in cost.axes:
         points = [
-            len(line.get_xdata())
+            len(across(line))
             for line in axes.lines
             if line.get_gid() in ("uniform", "uniform:rest")
         ]
@@ -297,9 +303,8 @@ def test_other_pictures_say_shares(result: StudyResult) -> None:
     for axes in (left, right):
         assert len(axes.lines) == 4
         for line in axes.lines:
-            x = np.asarray(line.get_xdata(), float)
-            assert (np.diff(x) > 0).all()
-    assert [float(x) for x in right.lines[0].get_xdata()] == [float(x) for x in at(result)]
+            assert (np.diff(across(line)) > 0).all()
+    assert across(right.lines[0]) == [float(x) for x in at(result)]
 
 
 def test_bounds_of_some_heads_stand_where_their_method_does() -> None:
@@ -307,7 +312,7 @@ def test_bounds_of_some_heads_stand_where_their_method_does() -> None:
     found = sa.study(heads(), "jl", MIXED, 1, bounds=BOUND, rows=50, floors=False)
     assert set(found.bounds["head"]) == {"a/head0", "a/head1"}
     axes = found.figure("output_fro_amm", bounds=BOUND).axes[0]
-    x = {line.get_gid(): list(map(float, line.get_xdata())) for line in axes.lines}
+    x = {line.get_gid(): across(line) for line in axes.lines}
     assert x[BOUND] == x["jl"] == [4, 5, 8, 25]
     medians = Medians(found.frame, found.references)
     (chart,) = [c for c in charts(medians, found.bounds, {}) if c.name == "measures"]

@@ -15,8 +15,8 @@ def _claims(
     pattern: Annotated[
         str | None,
         typer.Argument(
-            help="Ids, topics, patterns such as 'sketching.amm_*', or words of ids, titles and "
-            "statements, separated by commas; all by default.",
+            help="Ids, topics, patterns such as 'sketching.amm_*', or words of ids, titles, "
+            "statements and sources, separated by commas; all by default.",
             metavar="[PATTERN]",
         ),
     ] = None,

@@ -373,8 +373,12 @@ class StudyResult:
             for method, part in frame.groupby("method", sort=False):
                 reached: dict[float, int] = {}
                 heads = part["head"].nunique()
-                for _, same in part.groupby([AT, "head"], sort=False):
-                    r, middle = same[AT].iloc[0], quantiles(same[field].tolist(), (0.5,))[0]
+                found: dict[tuple[float, str], list[float]] = {}
+                columns = (part[name].tolist() for name in (AT, "head", field))
+                for r, head, x in zip(*columns, strict=True):
+                    found.setdefault((r, head), []).append(x)
+                for (r, _), values in found.items():
+                    middle = quantiles(values, (0.5,))[0]
                     reached[r] = reached.get(r, 0) + int(sign * middle <= sign * target)
                 half = next((r for r in sorted(reached) if 2 * reached[r] >= heads), None)
                 every = next((r for r in sorted(reached) if reached[r] == heads), None)

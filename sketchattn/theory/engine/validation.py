@@ -383,7 +383,7 @@ def choose(claims: Any) -> dict[str, Claim]:
 
 
 def find(words: Sequence[str] | None) -> dict[str, Claim]:
-    """Return claims by ids, topics, patterns, and by what their titles and statements say.
+    """Return claims by ids, topics, patterns, and by what titles, statements and sources say.
 
     A word without a wildcard and without a point, which ids have, is looked for anywhere; upper
     and lower case are the same.
@@ -402,8 +402,8 @@ def find(words: Sequence[str] | None) -> dict[str, Claim]:
 
 
 def _says(claim: Claim, pattern: str) -> bool:
-    """Return whether the id, the title or the statement of a claim matches, without case."""
-    said = (claim.id, claim.title, claim.statement)
+    """Return whether id, title, statement or source of a claim matches, without case."""
+    said = (claim.id, claim.title, claim.statement, claim.source)
     return any(fnmatch.fnmatchcase(text.lower(), pattern) for text in said)
 
 
