@@ -19,7 +19,8 @@ BLOCKS = re.findall(r"```(python|cpp)\n(.*?)```", PAGE.read_text(), flags=re.DOT
 
 @pytest.fixture
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the method and the claim of the page afterwards."""
+    """Forget the method and the claim of the page afterwards, and nothing that is loaded by it."""
+    registry.claims()
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
 
