@@ -40,7 +40,6 @@ from .studies.summary import StudyResult as StudyResult
 from .zoo.base import Method as Method
 from .zoo.base import Traits as Traits
 from .zoo.base import methods as methods
-from .zoo.base import register as register
 from .zoo.baselines import Exact as Exact
 from .zoo.baselines import SVDFloor as SVDFloor
 from .zoo.baselines import TopK as TopK
@@ -59,6 +58,7 @@ from .zoo.dba import DBAWeights as DBAWeights
 from .zoo.dba import dba_block as dba_block
 from .zoo.dba import dba_layer as dba_layer
 from .zoo.function import Function as Function
+from .zoo.function import register as register
 from .zoo.informer import Informer as Informer
 from .zoo.informer import SelectionRegret as SelectionRegret
 from .zoo.informer import row_statistic as row_statistic

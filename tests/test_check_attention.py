@@ -468,6 +468,38 @@ def test_an_option_that_is_ignored_fails_whether_declared_or_not() -> None:
     assert "window is not declared and works" in silent.notes
 
 
+def test_a_function_that_takes_other_arrays_is_told_of_them() -> None:
+    torch = pytest.importorskip("torch")
+
+    def tensors(q: Any, k: Any, v: Any, softmax_scale: Any = None) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scaled = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
+        return scaled.transpose(1, 2)
+
+    def numpy(q: Any, k: Any, v: Any) -> Any:
+        logits = np.einsum("...id,...jd->...ij", q.view(np.ndarray), k) / q.shape[-1] ** 0.5
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True) @ v
+
+    for fn, convention, arrays in ((tensors, "flash", "torch"), (numpy, "torch", "numpy")):
+        options: dict[str, Any] = {"convention": convention, "supports": (), "seeds": (0,)}
+        found = sa.testing.check_attention(fn, **options)
+        said = [x.message for x in found.cases]
+        assert said[0].startswith("raised ")
+        assert said[0].endswith(f"; it takes arrays of {arrays}: pass arrays={arrays!r}")
+        assert not any("arrays=" in x for x in said[1:])  # once
+        assert sa.testing.check_attention(fn, arrays=arrays, **options).passed
+
+    def neither(q: Any, k: Any, v: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    found = sa.testing.check_attention(neither, convention="flash", supports=(), seeds=(0,))
+    assert found.cases[0].message == (
+        "raised RuntimeError: no kernel; it was given NumPy arrays, and tensors only with "
+        "arrays='torch'"
+    )
+
+
 def test_an_option_that_raises_is_skipped_where_nobody_promised_it() -> None:
     def candidate(q: Array, k: Array, v: Array, scale: float | None = None) -> Any:
         return sa.attention(q, k, v, scale=scale)

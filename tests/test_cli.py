@@ -639,11 +639,38 @@ def test_certify_judges_the_largest_error_to_accept(say: Any, tmp_path: Path) ->
         assert said_of_it in said.out
         again = say(*arguments, "--rows", 16, "--max-error", most, "--json")
         assert (again.code, len(json.loads(again.out))) == (code, 3)
+        records = json.loads(again.out)
+        assert [x["max_error"] for x in records] == 3 * [most]
+        for x, one in zip(records, sampled, strict=True):
+            word = "not known" if one.high > most else "at most"
+            assert x["verdict"] == ("above" if one.low > most else word)
+    for x in json.loads(say(*arguments, "--rows", 16, "--json").out):
+        assert (x["max_error"], x["verdict"]) == (None, None)
     said = say(*arguments, "--rows", 48)
     assert said.out.splitlines()[0].endswith("; exact: all 48 rows")
     only_line(
         say(*arguments, "--max-error", -1), "max-error must be at least 0, got -1.0; 0.05 is 5 %"
     )
+
+
+def test_certify_says_that_rows_are_few_where_the_estimate_is_small(
+    say: Any, tmp_path: Path
+) -> None:
+    heads, _ = outputs()
+    np.save(tmp_path / "right.npy", np.stack([p.output for p in heads]))
+    arguments = ("certify", "gaussian:n=48,d=4,heads=3", tmp_path / "right.npy")
+    said = say(*arguments, "--rows", 16, "--max-error", 0.01)
+    assert said.code == 1
+    assert said.out.count("though the estimate is: 16 rows leave the interval wide") == 3
+    assert said.out.count("more --rows narrow it") == 3
+    assert say(*arguments, "--rows", 48, "--max-error", 0.01).code == 0
+    # Half of the estimate is above the lower end: a reason of another kind.
+    np.save(tmp_path / "wrong.npy", np.stack([1.5 * p.output for p in heads]))
+    most = min(sa.certify(p, 1.5 * p.output, 16).estimate for p in heads) * 0.999
+    arguments = ("certify", "gaussian:n=48,d=4,heads=3", tmp_path / "wrong.npy")
+    said = say(*arguments, "--rows", 16, "--max-error", most, "--seed", 0)
+    assert (said.code, "though the estimate is" in said.out) == (1, False)
+    assert "and the estimate is not; more --rows may tell" in said.out
 
 
 def test_certify_json_of_one_head(say: Any, tmp_path: Path) -> None:

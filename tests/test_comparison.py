@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import sketchattn as sa
+from sketchattn import sketches
 from sketchattn.testing import compare, rounding_floor
 from sketchattn.testing.inputs import rounded
 
@@ -67,6 +69,35 @@ def test_the_floor_takes_dtypes_and_names_and_refuses_others() -> None:
         rounding_floor(sa.AttentionProblem(problem.q, problem.k, 1e6 * problem.values), "float16")
     with pytest.raises(ValueError, match="v must be given"):
         rounding_floor(sa.AttentionProblem(problem.q, problem.k), "float16")
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        rounding_floor(problem, object())
+
+
+def test_the_floor_takes_the_dtypes_of_other_libraries() -> None:
+    problem = head()
+    torch = pytest.importorskip("torch")
+    for name in ("float16", "bfloat16", "float32", "float64"):
+        assert rounding_floor(problem, getattr(torch, name)) == rounding_floor(problem, name)
+    assert rounding_floor(problem, ml_dtypes.bfloat16) == rounding_floor(problem, "bfloat16")
+    with pytest.raises(ValueError, match="dtype must be one of .*, got 'int8'"):
+        rounding_floor(problem, torch.int8)
+
+
+def test_dtypes_of_torch_are_taken_wherever_one_is_asked_for() -> None:
+    torch = pytest.importorskip("torch")
+    problem = head()
+    assert problem.astype(torch.float32).dtype == np.float32
+    q, k, v = problem.astype(np.float32).arrays
+    for dtype in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        wanted = sa.attention(q, k, v, compute_dtype=name)
+        assert np.array_equal(sa.attention(q, k, v, compute_dtype=dtype), wanted)
+        made = sa.make_heads("gaussian", n=8, d=4, rng=0, dtype=dtype)
+        assert made.dtype == name
+        assert sketches.make_sketch("gaussian", 4, 8, rng=0, dtype=dtype).dtype == name
+    for wrong in (torch.float16, "no such thing"):
+        with pytest.raises(TypeError, match="dtype must be float32 or float64"):
+            sketches.make_sketch("gaussian", 4, 8, rng=0, dtype=wrong)
 
 
 # --- comparisons --------------------------------------------------------------------------------
@@ -96,6 +127,52 @@ def test_a_lost_key_is_named_in_half_precision() -> None:
     counts[11] = 0
     out = with_weights(problem, counts).astype(np.float16)
     assert compare(problem, out).lost == (11,)
+
+
+def test_outputs_of_every_precision_are_judged_by_their_own_floor() -> None:
+    torch = pytest.importorskip("torch")
+    problem = head()
+    floor = rounding_floor(problem, "bfloat16")
+    counts = np.ones(67)
+    counts[64:] = 0
+    for out, lost in ((problem.output, ()), (with_weights(problem, counts), (64, 65, 66))):
+        half = torch.tensor(out).to(torch.bfloat16)
+        numpy = half.double().numpy().astype(ml_dtypes.bfloat16)
+        found = compare(problem, half)
+        assert (found.lost, found.floor, found.dtype) == (lost, floor, "bfloat16")
+        assert "in bfloat16" in str(found)
+        if not lost:  # the floor has inputs rounded too
+            assert found.error <= 2 * floor
+        assert compare(problem, numpy) == found
+        # On the way here it was widened, which the dtype undoes.
+        for dtype in ("bfloat16", torch.bfloat16, ml_dtypes.bfloat16):
+            assert compare(problem, half.float().numpy(), dtype=dtype) == found
+    assert compare(problem, half.float().numpy()).floor == rounding_floor(problem, "float32")
+    assert compare(problem, problem.output.tolist()).dtype == "float64"
+    assert compare(problem, problem.output.astype(np.longdouble)).dtype == "float64"
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        compare(problem, half, dtype="float8")
+
+
+def test_where_no_key_is_named_it_is_said_why() -> None:
+    problem = head()
+    exact, floor = problem.output, rounding_floor(problem, "float16")
+    noise = np.random.default_rng(2).standard_normal(exact.shape)
+    noise *= np.linalg.norm(exact) / np.linalg.norm(noise)
+    # Rounding adds a floor to 6.5 of them, at right angles, and leaves the error within 4 and 10.
+    near = str(compare(problem, (exact + 6.5 * floor * noise).astype(np.float16)))
+    assert "so near to rounding it hides them" in near
+    assert "wider precision than float16" in near
+    assert "it is another mistake" in str(compare(problem, 1.01 * exact))
+    wrong = 1.01 * exact
+    wrong[0, 0] = np.nan
+    assert "that needs an output that is finite" in str(compare(problem, wrong))
+    counts = np.ones(67)
+    counts[11] = 2
+    for out in (exact.astype(np.float16), with_weights(problem, counts)):
+        said = str(compare(problem, out))
+        assert "no " not in said
+        assert "mistake" not in said
 
 
 def test_a_tile_that_is_lost_from_a_real_head_is_named() -> None:

@@ -22,7 +22,7 @@ from sketchattn.problem import AttentionProblem
 from sketchattn.studies import grid, plan
 from sketchattn.studies.grid import LONG, default_ranks
 from sketchattn.studies.plots import PICTURES
-from sketchattn.studies.summary import COLUMNS, SAMPLED_COLUMNS
+from sketchattn.studies.summary import COLUMNS, SAMPLED_COLUMNS, SHARE
 from sketchattn.zoo import base as registry
 
 MATRIX = ("matrix_fro_rel", "row_tv_mean", "row_kl_mean")
@@ -332,5 +332,5 @@ def test_options_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)
     assert {row["method"] for row in found["summary"]}.isdisjoint({"svd", "topk"})
     lines = (tmp_path / "results.csv").read_text().splitlines()
-    assert lines[0].split(",") == list(COLUMNS)
+    assert lines[0].split(",") == [*COLUMNS, SHARE]
     assert lines[1].split(",")[COLUMNS.index("output_spec_rel")] == "nan"

@@ -557,6 +557,12 @@ def test_error_falls_with_the_rank(case: MethodCase, global_random_seed: int) ->
 # --- names --------------------------------------------------------------------------------------
 
 
+@every_method
+def test_the_docstring_says_what_a_draw_holds(case: MethodCase) -> None:
+    said = " ".join(str(type(case(4)).__doc__).split())
+    assert [name for name in case(4).draw_names if f"``{name}``" not in said] == []
+
+
 def test_the_registry_lists_every_method_once() -> None:
     names = list(sa.methods())
     assert names == sorted(set(names))
@@ -568,7 +574,7 @@ def test_the_registry_lists_every_method_once() -> None:
     assert list(sa.methods()) == names
     text = "method name 'exact' must be unique; it is taken"
     with pytest.raises(ValueError, match=message(text)):
-        register("exact")(sa.Exact)
+        register("exact")(sa.Zero)
 
 
 UNKNOWN: list[tuple[Any, dict[str, Any], type[Exception], str]] = [

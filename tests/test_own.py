@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import aslinearoperator
 
 import sketchattn as sa
+from sketchattn.base.content import UnreadableError, function_content
 from sketchattn.base.draws import Origin
 from sketchattn.cli import main
+from sketchattn.zoo import base as registry
 
 Array = NDArray[Any]
 
@@ -206,6 +210,102 @@ def test_functions_are_told_what_they_ask_for() -> None:
         sa.Function(exact).attend(head(key_mask=mask))
 
 
+FILE = """
+import numpy as np
+import sketchattn as sa
+
+KEPT = {kept}
+
+def helper(x):
+    return x[:KEPT]
+
+@sa.register("first")
+def of_the_first(q, k, v, rank):
+    \"\"\"Return a mean.\"\"\"
+    return np.repeat(helper(v[:rank]).mean(0)[None], len(q), axis=0)
+"""
+
+
+def test_a_function_has_a_name_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "first.py", tmp_path / "out"
+    command = [sys.executable, "-m", "sketchattn", "study", "--import", str(file)]
+    heads = sa.make_heads("gaussian", n=32, d=4, heads=1, rng=0)
+    sa.write_heads(tmp_path / "heads.npz", heads)
+    command += [str(tmp_path / "heads.npz"), "--methods", "first", "--ranks", "4,8", "--seeds", "1"]
+
+    def lines(kept: int) -> int:
+        file.write_text(FILE.format(kept=kept))
+        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "first" in done.stdout
+        return sum(len(f.read_text().splitlines()) for f in (out / "cells").glob("*.jsonl"))
+
+    first = lines(4)
+    # Another process knows the same function again, and one that reads another constant apart.
+    assert lines(4) == first
+    assert lines(3) == first + 2
+
+
+def test_what_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+    def mean(q: Array, k: Array, v: Array) -> Array:
+        return np.repeat(v.mean(0)[None], len(q), axis=0)
+
+    assert sa.register("own_mean")(mean) is mean
+    assert sa.register("own_few")(Few) is Few
+    problem = head()
+    out = sa.attention(problem.q, problem.k, problem.v, "own_mean")
+    assert np.array_equal(out, mean(problem.q, problem.k, problem.values))
+    assert sa.study(problem, "own_mean", ranks=[4], seeds=1).frame.method.unique() == ["own_mean"]
+    sa.register("own_mean")(mean)  # a cell of a notebook that runs again
+    with pytest.raises(ValueError, match="'own_few' must be unique"):
+        sa.register("own_few")(mean)
+    for wrong in (Few(4), 3, int):
+        with pytest.raises(TypeError, match="must be a class derived from sketchattn.Method or a"):
+            sa.register("own_wrong")(wrong)  # type: ignore[type-var]
+
+
+def test_functions_are_told_apart_by_what_they_compute() -> None:
+    def make(x: float, body: str) -> Any:
+        scope: dict[str, Any] = {"x": x, "__name__": "made"}
+        exec(f"def g(t):\n    return t + x\ndef f(t, a=1):\n    return {body}", scope)
+        return scope["f"]
+
+    same = function_content(make(1.0, "g(t)"))
+    assert function_content(make(1.0, "g(t)")) == same
+    others = [make(2.0, "g(t)"), make(1.0, "g(t) + 1"), make(1.0, "g(g(t))"), make(1.0, "t")]
+    assert len({same, *map(function_content, others)}) == 5
+    default = make(1.0, "g(t)")
+    default.__defaults__ = (2,)
+    assert function_content(default) != same
+    with pytest.raises(UnreadableError):
+        function_content(make(object(), "g(t)"))  # type: ignore[arg-type]
+
+
+def test_what_is_missing_is_said() -> None:
+    problem = head()
+    causal = sa.AttentionProblem(problem.q, problem.k, problem.v, causal=True)
+    method = sa.Function(lambda q, k, v: v)
+    with pytest.raises(ValueError, match="has no parameter causal.*give it the parameter"):
+        method.attend(causal)
+
+    class Lost(Few):
+        def __init__(self, rank: int, width: int = 3) -> None:
+            self.rank = rank
+
+    with pytest.raises(AttributeError, match="write self.width = width in __init__"):
+        sa.study(problem, [Lost(4)], ranks=[4], seeds=1)
+    with pytest.raises(TypeError, match="shares of n_k"):
+        sa.study(problem, "uniform", ranks=["10%"], seeds=1)  # type: ignore[list-item]
+    with pytest.raises(FileNotFoundError, match="'nowhere', which does not exist"):
+        sa.read_heads("nowhere")
+    with pytest.raises(ValueError, match="Heads.from_projections"):
+        sa.AttentionProblem(np.ones((4, 8)), np.ones((4, 2)), np.ones((4, 2)))
+
+
 def test_functions_of_other_arguments_are_refused() -> None:
     for wrong in (lambda x: x, lambda q, k, v, temperature: v, lambda q, k: q):
         with pytest.raises(TypeError, match=r"function must be f\(q, k, v\)"):
@@ -254,6 +354,41 @@ def test_other_endings_and_damaged_files_are_refused(tmp_path: Path) -> None:
             sa.Draw.load(path)
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_files_that_are_no_draws_are_refused(tmp_path: Path, suffix: str) -> None:
+    from safetensors.numpy import save_file
+
+    sa.write_heads(tmp_path / f"heads{suffix}", sa.make_heads("gaussian", n=8, d=4, rng=0))
+    x: dict[str, Any] = {"columns": np.arange(4)}
+    if suffix == ".npz":
+        np.savez(tmp_path / "plain.npz", **x)
+    else:
+        save_file(x, tmp_path / "plain.safetensors")
+    for name, held in (("heads", "q, k, v"), ("plain", "columns")):
+        with pytest.raises(ValueError, match="does not say what drew its arrays") as said:
+            sa.Draw.load(tmp_path / f"{name}{suffix}")
+        assert all(part in str(said.value) for part in held.split(", "))
+        assert "read_heads" in str(said.value)
+    # What was saved without an origin is a draw, still without one.
+    for draw in (sa.Draw(x), sa.UniformColumns(4).draw(head(), 0).detach(), sa.Draw()):
+        draw.save(tmp_path / f"mine{suffix}")
+        back = sa.Draw.load(tmp_path / f"mine{suffix}")
+        assert back.origin is None
+        assert set(back) == set(draw)
+
+
+def test_a_file_of_a_draw_that_was_not_read_as_one(tmp_path: Path) -> None:
+    draw = sa.UniformColumns(4).draw(head(), 0)
+    draw.save(tmp_path / "draw.npz")
+    given = head()
+    with np.load(tmp_path / "draw.npz") as file:
+        for wrong in (dict(file), file):
+            with pytest.raises(ValueError, match=r"text 'origin'.*sketchattn.Draw.load"):
+                sa.UniformColumns(4).attend(given, draw=wrong)
+            with pytest.raises(ValueError, match=r"text 'origin'.*sketchattn.Draw.load"):
+                sa.attention(given.q, given.k, given.v, "uniform", rank=4, draw=wrong)
+
+
 def test_a_draw_of_another_problem_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
     problem, other = head(0), head(1)
     method = sa.UniformColumns(4)
@@ -267,6 +402,17 @@ def test_a_draw_of_another_problem_is_refused_unless_it_is_meant(tmp_path: Path)
             sa.attention(other.q, other.k, other.v, "uniform", rank=4, draw=foreign)
         assert method.attend(other, draw=foreign.detach()).shape == (32, 8)
         assert method.attend(other, draw=dict(foreign)).shape == (32, 8)
+        # A copy is as much of that problem as the draw.
+        copies = (foreign.copy(), foreign | {}, {} | foreign, sa.Draw(foreign), copy.copy(foreign))
+        changed = foreign | {"columns": np.arange(4)}
+        for copied in (*copies, changed, foreign.detach() | foreign):
+            assert isinstance(copied, sa.Draw)
+            with pytest.raises(ValueError, match="draw must be of this problem"):
+                method.attend(other, draw=copied)
+            assert method.attend(problem, draw=copied).shape == (32, 8)
+        assert list(changed["columns"]) == [0, 1, 2, 3]
+        with pytest.raises(TypeError):
+            foreign | 3
     # The same problem again, in the other precision, and copies of the draw are all the same.
     again = sa.AttentionProblem(problem.q, problem.k, problem.v)
     for same in (again, problem.astype(np.float64)):
@@ -291,6 +437,8 @@ def test_draws_of_a_batch() -> None:
     assert np.array_equal(out, wanted)
     assert all(np.array_equal(a[x], b[x]) for a, b in zip(draws, made, strict=True) for x in a)
     assert [draw.origin.problem for draw in made] == [head.digest for head in heads]
+    assert [origin_of(draw).seed for draw in draws + made] == 6 * [5]
+    assert [origin_of(draw).head for draw in draws + made] == 2 * [(0, 0), (0, 1), (0, 2)]
     problems = [head for head in heads]
     assert np.array_equal(sa.Skeinformer(4).attend_heads(problems, [None] * 3, draw=made), wanted)
     with pytest.raises(ValueError, match="one for each of 3"):
@@ -309,3 +457,33 @@ def test_draws_of_a_batch() -> None:
     again = sa.attention(q, k, v, "wildcat", rank=4, draw=made, return_lse=True)
     assert np.array_equal(again[0], out)
     assert np.array_equal(again[1], lse)
+
+
+def origin_of(draw: sa.Draw) -> Origin:
+    assert isinstance(draw.origin, Origin)
+    return draw.origin
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_draw_of_a_batch_says_what_draws_it_again(tmp_path: Path, suffix: str) -> None:
+    heads = sa.make_heads("gaussian", n=16, d=4, heads=6, rng=0)
+    q, k, v = (x.reshape(2, 3, 16, 4) for x in (heads.q, heads.k, heads.v))
+    method = sa.UniformColumns(4)
+    _, draws = sa.attention(q, k, v, method, rng=np.int64(5), return_draws=True)
+    for i, draw in enumerate(draws):
+        draw.save(tmp_path / f"d{suffix}")
+        for back in (sa.Draw.load(tmp_path / f"d{suffix}"), pickle.loads(pickle.dumps(draw))):
+            origin = origin_of(back)
+            assert (origin.seed, origin.head) == (5, divmod(i, 3))
+            assert origin.problem == heads[i].digest
+            assert f"head={divmod(i, 3)}" in str(origin)
+        stream = np.random.SeedSequence(5, spawn_key=divmod(i, 3))
+        again = method.draw(heads[i], np.random.default_rng(stream))
+        assert np.array_equal(again["columns"], draw["columns"])
+    # One head alone has the stream of the seed itself, and a generator is no number.
+    _, (one,) = sa.attention(q[0, 0], k[0, 0], v[0, 0], method, rng=5, return_draws=True)
+    assert (one.origin.seed, one.origin.head) == (5, None)
+    assert origin_of(method.draw(heads[0], np.int64(5))).seed == 5
+    for rng in (None, np.random.default_rng(5)):
+        (draw,) = method.draw_heads([heads[0]], rng)
+        assert (origin_of(draw).seed, origin_of(draw).head) == (None, (0, 0))

@@ -115,6 +115,8 @@ def test_observations_are_the_error_of_the_method(error: str) -> None:
         name: getattr(sa.error_report(problem, method.approximate(problem)), error)
         for name, method in (("zero", sa.Zero()), ("the mean of V", sa.VMean()))
     }
+    if error.startswith("row_"):  # zero is no distribution
+        del wanted["zero"]
     assert seen.trivial == pytest.approx(min(wanted.values()), rel=1e-9)
     assert seen.predictor == min(wanted, key=lambda name: wanted[name])
     assert theory.claims()["mine.amm"].kind == "expectation"
@@ -515,3 +517,261 @@ def test_decisions_name_the_predictor() -> None:
     record = dataclasses.replace(mine(), kind="inequality")
     seen = theory.Observations([0.1], 1.0, trivial=0.5, predictor="zero")
     assert decide(record, seen, 0.95).vacuous == "the bound 1 is not below 0.5, the error of zero"
+
+
+# --- what an author of a theorem meets ----------------------------------------------------------
+
+
+def observer(returned: Callable[[theory.Context], Any], kind: str = "inequality") -> None:
+    """Register ``mine.seen`` with an observer that returns this."""
+
+    @theory.claim("mine.seen", title="t", statement="s", kind=kind, observes="x")
+    def observe(context: theory.Context, *, rank: int = 4) -> Any:
+        return returned(context)
+
+
+def observed(values: Any, bound: Any = 1.0, **more: Any) -> Callable[[theory.Context], Any]:
+    return lambda context: theory.Observations(values, bound, **more)
+
+
+@pytest.mark.parametrize(
+    ("returned", "kind", "message"),
+    [
+        (lambda context: 1.0, "inequality", "Observations.values, bound.*, got float; return"),
+        (observed(0.5), "inequality", "values of one axis, a number a trial, got 0.5; put them"),
+        (observed(np.ones((2, 3))), "expectation", r"got an array of shape \(2, 3\); put"),
+        (observed(["a"]), "inequality", r"values that are numbers, got \['a'\]; return one"),
+        (observed([[1.0], [1.0, 2.0]]), "inequality", "values that are numbers, got"),
+        (observed([]), "inequality", "a value a trial, got none in 200"),
+        (observed([1.0, math.nan]), "inequality", "values without NaN, got NaN; where the claim"),
+        (observed([1.0, math.nan]), "equality", "values without NaN, got NaN; where the claim"),
+        (observed([1.0], math.nan), "inequality", "a bound without NaN, got NaN"),
+        (observed([1.0], [1.0, 2.0]), "inequality", r"got shape \(2,\) for 1 values; return"),
+        (observed([1.0], None), "inequality", "a bound that is a number, or one a trial, got None"),
+        (observed([1.0]), "tail", "the rate of failure of its tail, got delta = None; return"),
+        (observed([1.0], delta=-0.1), "tail", "a rate of failure of at least 0, got delta = -0.1"),
+    ],
+)
+def test_what_is_no_observation_is_refused_in_one_line(
+    returned: Callable[[theory.Context], Any], kind: str, message: str, few: tuple[str, ...]
+) -> None:
+    observer(returned, kind)
+    with pytest.raises((TypeError, ValueError), match=message) as refused:
+        theory.check("mine.seen", HEAD)
+    text = str(refused.value)
+    assert text.startswith("the observer of claim 'mine.seen' must return ")
+    assert "\n" not in text
+    with pytest.raises(RuntimeError, match="claim 'mine.seen' failed on .*: the observer of claim"):
+        theory.validate("mine.seen", HEAD)
+
+
+def test_infinite_observations_and_bounds_keep_their_verdicts() -> None:
+    observer(observed([math.inf]))
+    assert theory.check("mine.seen", HEAD).status == "violated"
+    observer(observed([1.0], math.inf))
+    assert theory.check("mine.seen", HEAD).status == "holds"
+    observer(observed(np.ones(3, np.float32), np.float64(1.0), delta=np.float64(0.9)), "tail")
+    assert theory.check("mine.seen", HEAD, confidence=0.5).status == "holds"
+
+
+def test_a_bound_that_returns_an_array_is_named() -> None:
+    mine(bound=lambda problem, r, c: np.ones(3))
+    said = r"^bound must return a number, got ndarray of shape \(3,\) from that of claim 'mine.amm'"
+    with pytest.raises(TypeError, match=said):
+        theory.check("mine.amm", HEAD)
+    mine(bound=lambda problem, r, c: np.full((1, 1), 0.5))
+    assert theory.check("mine.amm", HEAD, trials=2).bound == 0.5
+
+
+def test_a_parameter_that_is_no_number_is_named(say: Say, few: tuple[str, ...]) -> None:
+    mine()
+    said = "c must be a number for claim 'mine.amm', got 'big'; by default it is 2"
+    with pytest.raises(TypeError, match=f"^{said}"):
+        theory.check("mine.amm", HEAD, c="big")
+    with pytest.raises(TypeError, match=f"^{said}"):
+        theory.validate("mine.amm", HEAD, parameters={"c": "big"})
+    code, out, err = say("validate", "--claims", "mine.amm", "--heads", "clustered:n=48,d=8",
+                         "--set", "c=big")  # fmt: skip
+    assert (code, out) == (2, "")
+    assert err.startswith(f"sketchattn: {said}")
+    with pytest.raises(TypeError, match="^rank must be a number for claim 'mine.amm', got 'few'"):
+        theory.check("mine.amm", HEAD, rank="few")
+    assert theory.check("mine.amm", HEAD, rank=None, trials=2).rank == 12
+
+
+@pytest.mark.parametrize(
+    ("curve", "kind", "message"),
+    [
+        (theory.Curve("topk", {}, "row_tvmax"), ValueError, "field of curve .*mean 'row_tv_max'"),
+        (theory.Curve("topkk", {}, "row_tv_max"), ValueError, "method of curve .*mean 'topk'"),
+        (theory.Curve("jl", {"skech": "srht"}), ValueError, "'jl', got 'skech'; .* 'sketch'"),
+        (theory.Curve(int), TypeError, "curve must be of a method, got type"),
+    ],
+)
+def test_curves_are_checked_when_the_claim_is_made(
+    curve: theory.Curve, kind: type[Exception], message: str
+) -> None:
+    options: dict[str, Any] = {"title": "t", "statement": "s", "kind": "tail", "observes": "x"}
+
+    def observe(context: theory.Context, *, rank: int = 4) -> theory.Observations:
+        return theory.Observations([0.0], 1.0, delta=0.1, rank=rank)
+
+    with pytest.raises(kind, match=message):
+        theory.claim("mine.curve", curve=curve, **options)(observe)
+    assert "mine.curve" not in theory.claims()
+
+    def without(context: theory.Context) -> theory.Observations:
+        return theory.Observations([0.0], 1.0, delta=0.1)
+
+    right = theory.Curve("topk", {}, "row_tv_max")
+    with pytest.raises(TypeError, match="with the parameter rank, got none; write observe"):
+        theory.claim("mine.curve", curve=right, **options)(without)
+    theory.claim("mine.curve", curve=right, **options)(observe)
+    assert theory.error_bounds()["mine.curve"].at(HEAD, 8) == 1.0
+
+
+def test_check_takes_heads_of_one_head() -> None:
+    name = "sketching.moment_countsketch"
+    one = sa.make_heads("clustered", n=48, d=8, rng=0)
+    assert theory.check(name, one, trials=60) == theory.check(name, one[0], trials=60)
+    assert theory.bound(name, one, rank=8) == theory.bound(name, one[0], rank=8)
+    two = sa.make_heads("clustered", n=48, d=8, heads=2, rng=0)
+    said = r"^problem must be one head, got 2 of them; pass heads\[0\], or .*validate"
+    with pytest.raises(ValueError, match=said):
+        theory.check(name, two)
+    said = "got 'referense'; did you mean 'reference'.*sketchattn.read_heads"
+    with pytest.raises(ValueError, match=said) as refused:
+        theory.check(name, "referense")
+    assert len(str(refused.value)) < 300  # the nearest, not all
+
+
+def test_a_bound_over_a_floor_is_drawn() -> None:
+    for name, error in (("mine.top", "row_tv_max"), ("mine.mean", "output_fro_rel")):
+        theory.bound_claim(name, bound=lambda problem, r: 8 / r, method="topk", error=error)
+    result = sa.study(HEAD, ["topk", "uniform"], ranks=[8, 16], seeds=1, floors=True,
+                      bounds=["mine.top", "mine.mean"], pictures=False)  # fmt: skip
+    axes = result.figure("row_tv_max", bounds=["mine.top"]).axes[0]
+    lines = {line.get_gid(): line for line in axes.lines}
+    assert lines["mine.top"].get_ydata() == pytest.approx([1.0, 0.5])
+    assert lines["mine.top"].get_color() == lines["topk"].get_color()
+    from sketchattn.studies.plots import _draw_figure, study_figure
+
+    for draw in (study_figure, _draw_figure):  # of the command line
+        picture = draw(result.frame, result.references, "row_tv_max", result.bounds)
+        gids = [line.get_gid() for line in picture.axes[0].lines]
+        assert gids.count("mine.top") == 1
+        assert "mine.mean" not in gids
+
+
+def test_a_bound_that_cannot_be_drawn_is_refused() -> None:
+    mine()
+    result = sa.study(HEAD, ["jl", "uniform"], ranks=[8, 16], seeds=1, bounds="mine.amm",
+                      pictures=False)  # fmt: skip
+    said = "^bounds must be about 'output_fro_rel', got 'mine.amm', which is about 'output_fro_amm'"
+    with pytest.raises(ValueError, match=said):
+        result.figure("output_fro_rel", bounds=["mine.amm"])
+    said = "^bounds must be about a method that is drawn, got 'mine.amm', which is about 'jl'"
+    with pytest.raises(ValueError, match=said):
+        result.figure("output_fro_amm", methods=["uniform"], bounds="mine.amm")
+    result.figure("output_fro_amm", methods={"jl": "Ours"}, bounds="mine.amm")
+
+
+def test_all_says_why(few: tuple[str, ...], say: Say) -> None:
+    mine(c=60.0)
+    theory.bound_claim("mine.tail", bound=lambda problem, r: 1.5 / r, method="uniform", delta=0.01)
+    heads = ("--heads", "clustered:n=48,d=8,heads=2")
+    code, out, err = say("validate", "--claims", "mine", *heads, "--trials", 20, "--all")
+    lines = out.splitlines()
+    vacuous = next(x for x in lines if "mine.amm" in x and "2 heads" in x)
+    assert re.search(r"vacuous .*the bound .* is not below .*, the error of ", vacuous)
+    assert "; it is at no rank below n = 48" in vacuous
+    verdicts = theory.validate("mine.amm", HEAD, trials=20)
+    for row in verdicts.rows:
+        assert row.verdict.notes
+        assert row.verdict.notes in verdicts.render(every=True)
+    observer(observed([0.0], delta=0.1), "tail")
+    said = theory.validate("mine.seen", HEAD, trials=1).render(every=True)
+    assert re.search(r"inconclusive .*1 trials cannot certify delta = 0.1; needs 29 trials", said)
+
+
+def test_a_verdict_names_its_rank() -> None:
+    mine()
+    assert " bound 0.5 at rank 16, 0 failures in 20 trials" in str(
+        theory.check("mine.amm", HEAD, rank=16, trials=20)
+    )
+    observer(observed([0.5]))
+    assert "at rank" not in str(theory.check("mine.seen", HEAD))
+
+
+def test_the_worst_three_problems_of_a_claim_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("reference", "enumeration", "causal", "spiked", "rank-one")
+    monkeypatch.setattr(validation, "instance_names", lambda: names)
+    worst = dict(zip(names, (2.0, 5.0, 3.0, 7.0, 4.0), strict=True))
+    observer(lambda context: theory.Observations([worst.get(context.instance.name, 0.0)], 1.0))
+    result = theory.validate("mine.seen", HEAD, trials=20)
+    said = str(result).split("your own claims are violated:")[1]
+    lines = [line.split() for line in said.splitlines() if "mine.seen" in line]
+    assert [line[1] for line in lines[:3]] == ["spiked", "enumeration", "rank-one"]
+    assert " ".join(lines[3]).startswith("mine.seen and on 2 more: --all")
+    assert len(lines) == 4
+    assert result._repr_html_().count("<td>mine.seen</td>") == 4
+    assert "causal" in result.render(every=True)
+
+
+def test_the_picture_of_a_claim_is_as_its_user_wants_it(few: tuple[str, ...]) -> None:
+    import matplotlib
+
+    mine(ranks=[8, 16])
+    result = theory.validate("mine.amm", HEAD, trials=20)
+    for grid in (True, False):
+        with matplotlib.rc_context({"figure.figsize": (3, 2), "axes.grid": grid, "figure.dpi": 90}):
+            figure = result.figure("mine.amm")
+            assert figure.get_size_inches().tolist() == [3.0, 2.0]
+            assert figure.dpi == 90
+            assert len(figure.axes) == 2
+            for axes in figure.axes:
+                assert any(line.get_visible() for line in axes.get_xgridlines()) == grid
+            figure.canvas.draw()
+            (legend,) = figure.legends  # one for all panels, inside
+            box = legend.get_window_extent()
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.x1
+            frames = [axes.get_window_extent() for axes in figure.axes]
+            assert all(frame.y0 > box.y1 and frame.height > 0.2 * 90 for frame in frames)
+    from sketchattn.theory.engine.pictures import Picture, figure_of
+
+    task = Picture("mine.amm", result._panels([row.verdict for row in result.rows]), 0)
+    assert figure_of(task, (10.8, 4.4)).get_size_inches().tolist() == [10.8, 4.4]
+
+
+def test_claims_are_found_by_words_of_titles_and_statements(say: Say) -> None:
+    mine(title="A Theorem of Lindenstrauss", statement="P(zig > zag) <= delta.")
+    for word in ("*lindenstrauss*", "LINDENSTRAUSS", "lindenstr", "a theorem", "zig >", "ne.AMM*"):
+        code, out, err = say("claims", word.replace("ne.AMM", "mine.AMM"))
+        assert (code, err) == (0, "")
+        assert "mine.amm" in [line.split()[0] for line in out.splitlines()[1:]]
+    for word in ("Johnson", "*lindenstrauss*", "jl"):  # the library's own
+        out = say("claims", word)[1]
+        listed = [line.split()[0] for line in out.splitlines()[1:]]
+        assert {"sketching.jl_pairs_gaussian", "dba.jl_logits"} <= set(listed)
+        assert "sketching.moment_gaussian" not in listed
+    # A topic is a topic, and what has a point an id.
+    listed = [line.split()[0] for line in say("claims", "sketching")[1].splitlines()[1:]]
+    assert listed == [name for name in theory.claims() if name.startswith("sketching.")]
+    assert say("claims", "mine.am")[0] == 2
+    assert say("claims", "no such words,zig")[0] == 2
+    assert say("claims", "*no such words*")[0] == 2
+
+
+def test_an_unknown_topic_mentions_the_import(say: Say) -> None:
+    for verb, option in (("validate", "--claims"), ("study", "--bounds")):
+        code, out, err = say(verb, option, "author.ht_mean", "--heads", "clustered:n=48,d=8")
+        assert (code, out) == (2, "")
+        assert "'author.ht_mean'" in err
+        assert "--import FILE.py" in err
+        assert err.count("\n") == 1
+    with pytest.raises(ValueError, match="--import FILE.py"):
+        theory.check("author.ht_mean")
+    with pytest.raises(ValueError, match="got 'sketching.moment_gausian'") as known:
+        theory.check("sketching.moment_gausian")
+    assert "--import" not in str(known.value)

@@ -348,6 +348,19 @@ def test_the_longest_names_of_bounds_stay_inside_the_picture() -> None:
     assert len(looks) == 3
 
 
+def test_a_label_that_is_too_long_is_cut_in_its_middle() -> None:
+    long, short = "uniform(estimator=horvitz-thompson)", "uniform(mix=0.25)"
+    frame = frame_of(error, methods=2).replace({"method": {"m0": long, "m1": short}})
+    figure = plots._draw_figure(frame, references_of(), "output_fro_rel", None)
+    labels = {str(x.get_gid()): x for x in figure.axes[0].texts}
+    assert labels[f"{short}:label"].get_text() == short
+    cut = labels[f"{long}:label"].get_text()
+    assert cut.startswith("uniform(")
+    assert "..." in cut
+    assert cut.endswith("thompson)")
+    assert all(x.get_window_extent().x1 <= figure.bbox.x1 for x in labels.values())
+
+
 def test_no_global_state_of_matplotlib() -> None:
     source = Path(plots.__file__).read_text()
     imports = re.findall(r"^\s*(?:from|import) .*", source, flags=re.MULTILINE)

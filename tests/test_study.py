@@ -1271,7 +1271,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: sa.study(BASE, ranks=[0]),
         ValueError,
-        "ranks must be at least 1, got 0; give ranks as integers",
+        "ranks must be at least 1, got 0; give ranks as integers, or as shares of n_k such as 0.1",
     ),
     (
         lambda: sa.study(BASE, ranks=[2.0]),

@@ -19,7 +19,8 @@ BLOCKS = re.findall(r"```(python|cpp)\n(.*?)```", PAGE.read_text(), flags=re.DOT
 
 @pytest.fixture
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the method and the claim of the page afterwards."""
+    """Forget the method and the claim of the page afterwards, and nothing that is loaded by it."""
+    registry.claims()
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
 
@@ -48,3 +49,9 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     columns = sa.Draw.load("draw.safetensors")["columns"]
     assert [int(x) for x in said.stdout.split()] == columns.tolist()
+    (tmp_path / "other.safetensors").write_bytes(b"no such thing")
+    for name in (["missing.safetensors"], ["mine.safetensors"], ["other.safetensors"], []):
+        said = subprocess.run(["./read", *name], capture_output=True, text=True)
+        # A line and an exit code; a signal would be negative.
+        assert (said.returncode, said.stdout) == (1, "")
+        assert said.stderr.count("\n") == 1

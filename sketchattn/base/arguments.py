@@ -28,6 +28,8 @@ def closest(name: str, known: Iterable[object]) -> str:
 
     names = sorted(str(n) for n in known)
     match = difflib.get_close_matches(name, names, n=1)
+    if not names:
+        return "; there is none"
     return f"; did you mean {match[0]!r}?" if match else f"; choose one of {', '.join(names)}"
 
 
@@ -191,12 +193,18 @@ def float_dtype(x: Array, name: str) -> np.dtype[Any]:
     )
 
 
+def numpy_name(dtype: Any) -> Any:
+    """Return the name of a dtype of torch, ``float16`` of ``torch.float16``; others as they are."""
+    kind, _, name = str(dtype).rpartition(".")
+    return name if kind == "torch" and not isinstance(dtype, str) else dtype
+
+
 def as_precision(dtype: Any) -> np.dtype[Any] | None:
     """Return float32 or float64 as NumPy's dtype, and None for everything else."""
     if dtype is None:
         return None  # which NumPy would take for float64
     try:
-        wanted: np.dtype[Any] = np.dtype(dtype)
+        wanted: np.dtype[Any] = np.dtype(numpy_name(dtype))
     except TypeError:
         return None
     return wanted if wanted in (np.dtype(np.float32), np.dtype(np.float64)) else None
@@ -265,9 +273,11 @@ def check_width(q: Array, k: Array, v: Array | None) -> None:
     if q.shape[-1] < 1:
         raise ValueError("q must have a head width d of at least 1, got d = 0; pass q of (n_q, d)")
     if k.shape[-1] != q.shape[-1]:
+        several = q.shape[-1] % max(k.shape[-1], 1) == 0
         raise ValueError(
-            f"k must have the head width d = {q.shape[-1]} of q, got {k.shape[-1]}; "
-            f"project q and k to one width"
+            f"k must have the head width d = {q.shape[-1]} of q, got {k.shape[-1]}; project q and "
+            f"k to one width"
+            + ", or make heads of grouped queries with Heads.from_projections" * several
         )
     if v is not None and v.shape[-2] != k.shape[-2]:
         raise ValueError(

@@ -74,6 +74,62 @@ def content(value: object) -> str:
     return f"{type(value).__name__}(sha256={digest})"
 
 
+def function_content(function: Any) -> str:
+    """Return what a function is, as text: its name and what it computes, in any process.
+
+    The digest is of its compiled code, its defaults, and all that it reads from around it:
+    constants, and other functions of its own module with what they read.  Of other modules the
+    names stand for their functions.
+
+    Raises
+    ------
+    UnreadableError
+        Where something that it reads has no content that can be read.
+
+    Examples
+    --------
+    >>> one, two = (lambda x: x + 1), (lambda x: x + 2)
+    >>> function_content(one) == function_content(two)
+    False
+    """
+    if not isinstance(function, types.FunctionType):
+        return content(function)
+    found: dict[str, str] = {}
+    _read_function(function, function.__module__, found)
+    text = "\n".join(f"{name}={found[name]}" for name in sorted(found))
+    digest = _digest(text.encode(errors="surrogatepass"))
+    return f"{function.__module__}.{function.__qualname__}(sha256={digest})"
+
+
+def _read_function(function: types.FunctionType, home: str, found: dict[str, str]) -> None:
+    """Add a function, and what it reads, to what is found by name."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    if name in found:
+        return
+    found[name] = ""  # it may call itself
+    codes, names = [function.__code__], list[str]()
+    parts = [content((function.__defaults__, function.__kwdefaults__))]
+    for code in codes:  # which grows by what is defined inside
+        names += code.co_names
+        parts += [code.co_code.hex(), repr((code.co_names, code.co_varnames, code.co_freevars))]
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                codes.append(constant)
+            else:
+                parts.append("..." if constant is ... else content(constant))
+    around = {x: function.__globals__[x] for x in names if x in function.__globals__}
+    for label, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        around[label] = cell.cell_contents
+    for label in sorted(around):
+        x = around[label]
+        if isinstance(x, types.FunctionType) and x.__module__ == home:
+            _read_function(x, home, found)
+            parts.append(f"{label} is {x.__qualname__}")
+        else:
+            parts.append(f"{label} = {content(x)}")
+    found[name] = "\n".join(parts)
+
+
 def _text(x: Any, around: tuple[int, ...]) -> str:
     """Return the content of a value inside others, which are known by their identities."""
     kind = type(x)

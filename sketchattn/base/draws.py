@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -33,11 +33,22 @@ class Origin:
         What ``rng`` was, where it was a number.
     problem : str
         ``problem.digest``.
+    head : (int, int) or None
+        The batch entry and the head, each from 0, where many were drawn for in one call: what
+        ``rng=seed`` made of this one is what
+        ``numpy.random.default_rng(numpy.random.SeedSequence(seed, spawn_key=head))`` makes.
     """
 
-    def __init__(self, method: str, seed: int | None, problem: str | Head) -> None:
+    def __init__(
+        self,
+        method: str,
+        seed: int | None,
+        problem: str | Head,
+        head: tuple[int, int] | None = None,
+    ) -> None:
         self.method = method
         self.seed = seed
+        self.head = head
         self._problem = problem
 
     @property
@@ -64,14 +75,21 @@ class Origin:
         return problem.dtype == np.float64 and problem.astype(np.float32).digest == own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"method": self.method, "seed": self.seed, "_problem": self.problem}
+        found = self.as_dict()
+        return found | {"_problem": found.pop("problem")}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return method, seed and the digest of the problem."""
-        return {"method": self.method, "seed": self.seed, "problem": self.problem}
+        """Return method, seed, the digest of the problem, and which head of a batch it is."""
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "problem": self.problem,
+            "head": self.head,
+        }
 
     def __repr__(self) -> str:
-        return f"Origin({self.method}, seed={self.seed}, problem={self.problem[:12]}...)"
+        head = "" if self.head is None else f"head={self.head}, "
+        return f"Origin({self.method}, seed={self.seed}, {head}problem={self.problem[:12]}...)"
 
 
 class Draw(dict[str, Array]):
@@ -79,6 +97,8 @@ class Draw(dict[str, Array]):
 
     ``origin`` tells method, seed and problem of a draw that `Method.draw` made or a file holds.
     A draw of another head is refused where it is handed in; `detach` gives one that is not.
+    Copies, also by ``Draw(draw)`` and ``draw | other``, are of the same origin; a plain ``dict`` of
+    the arrays has none.
 
     Examples
     --------
@@ -96,9 +116,38 @@ class Draw(dict[str, Array]):
 
     origin: Origin | None = None
 
+    def __init__(
+        self,
+        arrays: Mapping[str, Array] | Iterable[tuple[str, Array]] = (),
+        /,
+        **named: Array,
+    ) -> None:
+        super().__init__(arrays, **named)
+        if isinstance(arrays, Draw) and arrays.origin is not None:
+            self.origin = arrays.origin
+
     def detach(self) -> Draw:
         """Return the same arrays without their origin, for use on any problem that they fit."""
+        return Draw(dict(self))
+
+    def copy(self) -> Draw:
+        """Return the same arrays under the same names, and their origin."""
         return Draw(self)
+
+    def __or__(self, other: Any) -> Any:
+        """Return these arrays and others, which win; the origin is that of these if they have one.
+
+        What has more or other arrays is still for the problem that it was drawn for.
+        """
+        return self._joined(super().__or__(other), other)
+
+    def __ror__(self, other: Any) -> Any:
+        return self._joined(super().__ror__(other), other)
+
+    def _joined(self, arrays: Any, other: Any) -> Any:
+        if arrays is NotImplemented:
+            return arrays
+        return _restored(arrays, self.origin or getattr(other, "origin", None))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_restored, (dict(self), self.origin))
@@ -110,7 +159,7 @@ class Draw(dict[str, Array]):
         ----------
         path : path
             ``.safetensors`` (the origin is its metadata) or ``.npz`` (the origin is the entry
-            ``origin``, a JSON text).
+            ``origin``, a JSON text).  Of a draw without an origin all of it is null.
 
         Raises
         ------
@@ -119,18 +168,19 @@ class Draw(dict[str, Array]):
         """
         suffix = _suffix(path)
         arrays = {name: np.ascontiguousarray(x) for name, x in self.items()}
-        made = {} if self.origin is None else self.origin.as_dict()
+        # Always there: a file without it is no draw.
+        nothing: dict[str, Any] = dict.fromkeys((*_FIELDS, _HEAD))
+        made = nothing if self.origin is None else self.origin.as_dict()
         if suffix == ".npz":
             buffer = BytesIO()
-            if made:
-                arrays[_ORIGIN] = np.array(json.dumps(made))
+            arrays[_ORIGIN] = np.array(json.dumps(made))
             np.savez(buffer, **arrays)  # type: ignore[arg-type]  # any name is one of an array
             write_bytes(path, buffer.getvalue())
             return
         from safetensors.numpy import save
 
         texts = {name: json.dumps(x) for name, x in made.items()}
-        write_bytes(path, save(arrays, metadata=texts or None))
+        write_bytes(path, save(arrays, metadata=texts))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Draw:
@@ -150,16 +200,23 @@ class Draw(dict[str, Array]):
             if suffix == ".npz":
                 with np.load(BytesIO(raw), allow_pickle=False) as archive:
                     arrays = {name: archive[name] for name in archive.files}
-                made = json.loads(str(arrays.pop(_ORIGIN, np.array("{}"))))
+                made = json.loads(str(arrays.pop(_ORIGIN))) if _ORIGIN in arrays else {}
             else:
                 arrays, _, texts = parse_safetensors(raw)
-                made = {name: json.loads(x) for name, x in texts.items() if name in _FIELDS}
-            origin = Origin(made["method"], made["seed"], made["problem"]) if made else None
+                names = (*_FIELDS, _HEAD) if all(name in texts for name in _FIELDS) else ()
+                made = {name: json.loads(texts.get(name, "null")) for name in names}
+            origin = _origin_of(made) if made else None
         except Exception as error:  # the formats raise many kinds for damaged files
             raise ValueError(
                 f"path must be a file that Draw.save wrote, got {str(source)!r}, which is not "
                 f"({' '.join(str(error).split()) or type(error).__name__}); save the draw again"
             ) from error
+        if not made:
+            raise ValueError(
+                f"path must be a file that Draw.save wrote, got {str(source)!r}, which does not "
+                f"say what drew its arrays ({_some(arrays)}); read heads with read_heads, and "
+                f"make a draw of arrays of your own by Draw(arrays)"
+            )
         return _restored(arrays, origin)
 
 
@@ -175,6 +232,22 @@ def _shared(x: Array, y: Array) -> bool:
 
 _ORIGIN = "origin"
 _FIELDS = ("method", "seed", "problem")
+_HEAD = "head"
+
+
+def _origin_of(made: Mapping[str, Any]) -> Origin | None:
+    """Return the origin that a file states, None where all of it is null."""
+    method, seed, problem = (made[name] for name in _FIELDS)
+    if method is None:
+        return None
+    head = made.get(_HEAD)
+    return Origin(method, seed, problem, None if head is None else (int(head[0]), int(head[1])))
+
+
+def _some(names: Iterable[str], count: int = 6) -> str:
+    """Return a few of many names."""
+    every = list(names)
+    return ", ".join([*every[:count], *(["..."] if len(every) > count else [])]) or "none"
 
 
 def _restored(arrays: Mapping[str, Array], origin: Origin | None) -> Draw:
@@ -196,7 +269,13 @@ def _suffix(path: str | PathLike[str]) -> str:
 
 
 def check_origin(draw: object, problem: Head) -> None:
-    """Refuse a draw that was made for another problem."""
+    """Refuse a draw that was made for another problem, and a file of one that was not read."""
+    text = draw.get(_ORIGIN) if isinstance(draw, Mapping) else None
+    if getattr(getattr(text, "dtype", None), "kind", "") == "U":
+        raise ValueError(
+            "draw must hold arrays alone, got also the text 'origin', which Draw.save adds; read "
+            "the file with sketchattn.Draw.load, which knows the problem then"
+        )
     origin = getattr(draw, "origin", None)
     if isinstance(origin, Origin) and not origin.fits(problem):
         raise ValueError(
@@ -220,6 +299,18 @@ def as_generator(rng: Rng) -> np.random.Generator:
     if int(rng) < 0:
         raise ValueError(f"rng must be at least 0, got {int(rng)}; give a non-negative seed")
     return np.random.default_rng(int(rng))
+
+
+def seed_of(rng: Rng) -> int | None:
+    """Return ``rng`` where it is a number."""
+    return int(rng) if isinstance(rng, numbers.Integral) else None
+
+
+def of_head(draw: Draw, rng: Rng, batch: int, head: int) -> Draw:
+    """Return a draw of the stream of one head, which now says so."""
+    if draw.origin is not None:
+        draw.origin.seed, draw.origin.head = seed_of(rng), (batch, head)
+    return draw
 
 
 def head_generator(entropy: int, batch: int, head: int) -> np.random.Generator:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..errors.certificates import ErrorCertificate
     from ..heads.container import Heads
 
+AT_MOST, ABOVE, NOT_KNOWN = "at most", "above", "not known"
+
 
 @app.command("certify")
 def _certify(
@@ -43,7 +45,8 @@ def _certify(
     max_error: Annotated[
         float | None,
         typer.Option(
-            help="The largest error to accept: the exit code is 1 unless the interval is below.",
+            help="The largest error to accept: the exit code is 1 unless the whole interval is "
+            "below, which may take more --rows.",
             show_default=False,
         ),
     ] = None,
@@ -54,6 +57,9 @@ def _certify(
 
     The rows are a random sample; the error is |Ohat - O|_F / |O|_F of each head, with the exact
     output O of HEADS.  The width of an interval is high / low: 1 where all rows were computed.
+    With --max-error each head is "at most" it, "above" it, or "not known": --json has these words
+    as the verdict.  Of a right output too few rows leave the verdict not known, for any row that
+    was not drawn may be wrong.
     """
     from ..errors.certificates import certify
 
@@ -66,32 +72,46 @@ def _certify(
     for i, array in zip(chosen, outputs, strict=True):
         certificate = certify(given[i], array, rows, confidence, seed, kind=kind)
         names = ("estimate", "low", "high", "width", "rows", "confidence", "kind")
+        verdict = None if max_error is None else _verdict(certificate, max_error)
         records.append(
-            {"head": given.names[i]} | {name: getattr(certificate, name) for name in names}
+            {"head": given.names[i]}
+            | {name: getattr(certificate, name) for name in names}
+            | {"max_error": max_error, "verdict": verdict}
         )
         said = str(certificate)
         if certificate.kind != "exact":
             said += f"; rows = {given[i].n_q} for exact"
-        lines.append((given.names[i], said + _judged(certificate, max_error)))
+        if max_error is not None:
+            said += _judged(certificate, max_error)
+        lines.append((given.names[i], said))
     if as_json:
         print_json(records)
     else:
         width = max(len(name) for name, _ in lines)
         for name, said in lines:
             typer.echo(f"{name.ljust(width)}  {said}")
-    if max_error is not None and any(record["high"] > max_error for record in records):
+    if any(record["verdict"] not in (None, AT_MOST) for record in records):
         raise typer.Exit(DIFFERS)
 
 
-def _judged(certificate: ErrorCertificate, most: float | None) -> str:
-    """Return what a certificate says of the largest error to accept."""
-    if most is None:
-        return ""
+def _verdict(certificate: ErrorCertificate, most: float) -> str:
+    """Return on which side of the largest error to accept an interval is."""
     if certificate.high <= most:
-        return f": at most {most:g}"
-    if certificate.low > most:
-        return f": ABOVE {most:g}"
-    return f": NOT KNOWN to be at most {most:g}, more rows may tell"
+        return AT_MOST
+    return ABOVE if certificate.low > most else NOT_KNOWN
+
+
+def _judged(certificate: ErrorCertificate, most: float) -> str:
+    """Return what a certificate says of the largest error to accept."""
+    verdict = _verdict(certificate, most)
+    if verdict != NOT_KNOWN:
+        return f": {verdict if verdict == AT_MOST else verdict.upper()} {most:g}"
+    if certificate.estimate <= most:
+        return (
+            f": NOT KNOWN to be at most {most:g}, though the estimate is: {certificate.rows} rows "
+            f"leave the interval wide, more --rows narrow it"
+        )
+    return f": NOT KNOWN to be at most {most:g}, and the estimate is not; more --rows may tell"
 
 
 def _per_head(

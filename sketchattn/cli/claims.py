@@ -15,8 +15,8 @@ def _claims(
     pattern: Annotated[
         str | None,
         typer.Argument(
-            help="Ids, topics or patterns such as 'sketching.amm_*', separated by commas; all by "
-            "default.",
+            help="Ids, topics, patterns such as 'sketching.amm_*', or words of ids, titles, "
+            "statements and sources, separated by commas; all by default.",
             metavar="[PATTERN]",
         ),
     ] = None,
@@ -29,11 +29,11 @@ def _claims(
     """
     from ..base.words import shown
     from ..theory.engine.registry import get_entry
-    from ..theory.engine.validation import choose
+    from ..theory.engine.validation import find
     from .inputs import split_words
 
     import_files(imports)
-    chosen = choose(split_words(pattern))
+    chosen = find(split_words(pattern))
     if as_json:
         given = {name: dict(get_entry(name).parameters) for name in chosen}
         print_json([x.as_dict() | {"parameters": given[name]} for name, x in chosen.items()])

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .application import JSON_HELP, app, print_json, table
+from .inputs import ImportOption, import_files
 
 _TRAITS = {
     "causal": "causal",
@@ -22,13 +23,17 @@ _TRAITS = {
 
 
 @app.command("methods")
-def _methods(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
+def _methods(
+    imports: ImportOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
     """List the methods, their traits and parameters."""
     import dataclasses
     import inspect
 
     from ..zoo.base import make_method, methods
 
+    import_files(imports)
     records: list[dict[str, Any]] = []
     for name, cls in methods().items():
         known = inspect.signature(cls).parameters

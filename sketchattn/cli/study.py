@@ -29,8 +29,8 @@ TARGETED = "output_fro_rel"
 
 
 def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return rows for JSON; ranks that are missing are None."""
-    counts = [name for name in ("rank", "rank_all") if name in table]
+    """Return rows for JSON; ranks and shares that are missing are None."""
+    counts = [name for name in ("rank", "share", "rank_all", "share_all") if name in table]
     return [
         {str(key): None if key in counts and x != x else x for key, x in record.items()}
         for record in table.astype(dict.fromkeys(counts, object)).to_dict("records")

@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.arguments import check_finite
-from ..base.draws import Draw, Rng, check_named, check_origin, entropy_of, head_generator
+from ..base.draws import (
+    Draw,
+    Rng,
+    check_named,
+    check_origin,
+    entropy_of,
+    head_generator,
+    of_head,
+)
 from ..operators.steep import is_harmless
 from ..problem import AttentionProblem
 from .call import Call
@@ -147,7 +155,10 @@ def draws_of(call: Call, method: Method, rng: Rng, draw: Drawn) -> list[Mapping[
     if empty:
         return [{} for _ in range(heads)]
     rng_of = _streams(call, rng, drawn=False)
-    return [method.draw(problem_of(flat), rng_of(flat)) for flat in range(heads)]
+    drawn = [method.draw(problem_of(flat), rng_of(flat)) for flat in range(heads)]
+    if call.layout.lead:  # one head alone has the stream of rng itself
+        drawn = [of_head(x, rng, *divmod(flat, call.layout.h)) for flat, x in enumerate(drawn)]
+    return list(drawn)
 
 
 def _shared(draw: Mapping[str, Any] | list[Any] | tuple[Any, ...], heads: int) -> list[Any]:
@@ -164,7 +175,7 @@ def attend_at(call: Call, method: Method, draws: Sequence[Mapping[str, Any]]) ->
     if layout.n_q > 0 and layout.n_k > 0:
         problem_of = _problems(call)
         for flat, draw in enumerate(draws):
-            out[flat] = method.attend(problem_of(flat), draw=Draw(draw))
+            out[flat] = method.attend(problem_of(flat), draw=dict(draw))
     return layout.output(out, call.q.dtype)
 
 
@@ -183,7 +194,7 @@ def approximate_vjp(
         for flat, draw in enumerate(draws):
             of = flat // layout.group
             if np.isfinite(g[flat]).all():
-                q[flat], keys, values = method.vjp(problem_of(flat), g[flat], draw=Draw(draw))
+                q[flat], keys, values = method.vjp(problem_of(flat), g[flat], draw=dict(draw))
                 k[of] += keys
                 v[of] += values
             else:

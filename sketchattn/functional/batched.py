@@ -182,7 +182,8 @@ def attention(
     lse : ndarray (..., h, n_q)
         Only with ``return_lse``: in the computing precision, -inf for a row that sees no key.
     draws : list of Draw
-        Only with ``return_draws``: one for each (batch, head) in order, empty for "exact".
+        Only with ``return_draws``: one for each (batch, head) in order, empty for "exact"; the
+        origin of each says which, and the seed.
 
     Raises
     ------
@@ -240,5 +241,5 @@ def attention(
         return run(call, chosen, rng, draw)
     check_approximate(call, chosen, rng, draw)
     draws = draws_of(call, chosen, rng, draw)
-    found = run(call, chosen, None, [Draw(x) for x in draws])
+    found = run(call, chosen, None, [dict(x) for x in draws])
     return (*(found if return_lse else (found,)), draws)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..base.arguments import closest
+from ..base.arguments import closest, numpy_name
 from ..base.draws import Rng, as_generator
 from ..base.floating import without_floating_errors
 from .container import Heads, Triple
@@ -121,7 +121,7 @@ def make_heads(
             )
     sizes = [_count("heads", heads), _count("n", n), _count("d", d)]
     try:
-        kind = np.dtype(dtype)
+        kind = np.dtype(numpy_name(dtype))
     except TypeError:
         kind = np.dtype(object)
     if kind.name not in ("float16", "float32", "float64"):

@@ -269,6 +269,11 @@ def _check_path(path: object) -> Path:
         raise TypeError(f"path must be a string or a path, got {type(path).__name__}; name a file")
     source = Path(os.path.expanduser(path))
     if source.suffix not in _READERS:
+        if not source.suffix and not source.exists():
+            raise FileNotFoundError(
+                f"path must be a file of heads or a folder of them, got {str(source)!r}, which "
+                f"does not exist; check it"
+            )
         raise ValueError(
             f"path must end in {' or '.join(_READERS)}, got {str(source)!r}; "
             f"choose one of these formats"

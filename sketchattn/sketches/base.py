@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 
-from ..base.arguments import as_array, check_integer, closest
+from ..base.arguments import as_array, check_integer, closest, numpy_name
 from ..base.draws import Rng, as_generator, entropy_of
 from ..base.floating import without_floating_errors
 from ..base.quiet import quiet
@@ -118,10 +119,13 @@ def make_sketch(
 
 def float_type(dtype: DTypeLike) -> np.dtype[Any]:
     """Return float32 or float64 as a dtype, and refuse others."""
-    wanted = np.dtype(dtype)
-    if wanted not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise TypeError(f"dtype must be float32 or float64, got {wanted}; use one of these")
-    return wanted
+    given = numpy_name(dtype)
+    with suppress(TypeError):  # which the message says better
+        wanted: np.dtype[Any] = np.dtype(given)
+        if wanted in (np.dtype(np.float32), np.dtype(np.float64)):
+            return wanted
+        given = wanted
+    raise TypeError(f"dtype must be float32 or float64, got {given}; use one of these")
 
 
 def streams(rng: Rng, count: int) -> list[np.random.Generator]:

@@ -23,6 +23,8 @@ COLUMNS = (
     *("head", "method", "rank", "seed", *FIELDS, "seconds", "bytes", "effective_rank", "work"),
     *SAMPLED_COLUMNS,
 )
+# Beside ``rank`` where one was given as a share of the keys: that share, NaN for integers.
+SHARE = "share"
 
 # Of the bounds of claims: ``bound`` is that of ``field``, below which lies ``what``.
 BOUND_COLUMNS = ("claim", "method", "head", "rank", "field", "what", "bound")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sklearn.base import clone
 
-from ..base.content import UnreadableError, content
+from ..base.content import UnreadableError, content, function_content
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method, method_class, parse_method
 from ..zoo.base import methods as registered
@@ -162,8 +162,10 @@ def describe_method(method: Method) -> str:
     """
     cls = type(method)
     if isinstance(method, Function):
-        # What a function does cannot be read from it: its cells belong to this process.
-        return f"{_PROCESS}.{id(method.function)}.{method.title}(rank={method.rank})"
+        try:
+            return f"{function_content(method.function)}(rank={method.rank})"
+        except UnreadableError:  # what it does is not known: its cells belong to this process
+            return f"{_PROCESS}.{id(method.function)}.{method.title}(rank={method.rank})"
     pairs = sorted(method.get_params(deep=False).items())
     listed = ", ".join(f"{name}={_content_of(cls, name, value)}" for name, value in pairs)
     return f"{cls.__module__}.{cls.__qualname__}({listed})"

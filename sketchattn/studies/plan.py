@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 import numpy as np
 import pandas as pd
 
-from ..base.arguments import check_count, check_flag, check_name, guesses
+from ..base.arguments import check_count, check_flag, check_name
 from ..base.files import as_folder
 from ..base.parallel import check_jobs, check_progress
 from ..heads.inputs import as_heads, renamed
 from ..problem import AttentionProblem
 from ..zoo.base import Method
 from .call import call_of
-from .columns import BOUND_COLUMNS, FLOORS, REFERENCES
+from .columns import BOUND_COLUMNS, FLOORS, REFERENCES, SHARE
 from .distributed import check_cluster
 from .grid import (
     LONG,
@@ -35,6 +35,7 @@ from .grid import (
     label_of,
     make_cells,
 )
+from .ranks import Asked, asked_of, has_shares
 
 if TYPE_CHECKING:
     from ..heads.container import Heads
@@ -62,11 +63,12 @@ MethodsLike = (
 class Here(NamedTuple):
     """What a study does on one head.
 
-    ``ranks`` in order; ``rows``: exact rows that errors are from, all for None; ``without``:
-    references that there are none of; ``cells``: the distinct computations, references first.
+    ``asked``: ranks in order, each with the share that it was given as, NaN for none; ``rows``:
+    exact rows that errors are from, all for None; ``without``: references that there are none of;
+    ``cells``: the distinct computations, references first.
     """
 
-    ranks: list[int]
+    asked: list[Asked]
     rows: int | None
     without: frozenset[str]
     cells: list[Cell]
@@ -128,6 +130,11 @@ class Plan:
     call: str
 
     @property
+    def shares(self) -> bool:
+        """Whether a rank was given as a share of the keys."""
+        return has_shares({name: here.asked for name, here in self.here.items()})
+
+    @property
     def total(self) -> int:
         """Number of cells of all heads."""
         return sum(len(here.cells) for here in self.here.values())
@@ -153,7 +160,9 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a study; refuse every argument of ``study`` that does not fit."""
     problems = as_heads(heads, stored=True)
-    given, by_head = as_ranks(ranks, problems)
+    given = as_ranks(ranks, problems)
+    asked = asked_of(given, {str(p.name): p.n_k for p in problems})
+    by_head = {name: list(dict.fromkeys(r for r, _ in own)) for name, own in asked.items()}
     chosen_seeds = as_seeds(seeds)
     check_jobs(jobs, "head")
     folder = as_folder(out)
@@ -166,7 +175,7 @@ def make_plan(
     wanted = as_floors(floors)
     samples = as_rows(rows, problems)
     variants, left_out = as_methods(methods, problems, by_head, samples)
-    limits = as_bounds(bounds, problems, variants, by_head, samples)
+    limits = as_bounds(bounds, problems, variants, asked, samples)
     first = next(iter(by_head.values()))[0]
     references = [
         Variant.of(name, by_name(name, first))
@@ -181,7 +190,7 @@ def make_plan(
         cells = make_cells(beside, how[0], chosen_seeds[:1], *how[2:])
         taken = {cell.key for cell in cells}
         cells += [cell for cell in make_cells(variants, *how) if cell.key not in taken]
-        here[name] = Here(by_head[name], sample, without, cells)
+        here[name] = Here(asked[name], sample, without, cells)
     return Plan(
         problems=problems,
         variants=variants,
@@ -292,7 +301,8 @@ def _integers(values: Any, name: str, least: int) -> list[int]:
             f"{name} must be a sequence of integers, got {type(values).__name__}; "
             f"put it into a list"
         )
-    found = [check_count(x, name, f"give {name} as integers", least) for x in values]
+    shares = ", or as shares of n_k such as 0.1" if name == "ranks" else ""
+    found = [check_count(x, name, f"give {name} as integers{shares}", least) for x in values]
     if not found:
         raise ValueError(f"{name} must hold at least one number, got none; leave {name} out")
     repeated = [x for i, x in enumerate(found) if x in found[:i]]
@@ -308,19 +318,14 @@ def as_seeds(seeds: Any) -> list[int]:
     return _integers(seeds, "seeds", 0)
 
 
-def as_ranks(
-    ranks: Any, problems: Sequence[AttentionProblem]
-) -> tuple[list[int | float], dict[str, list[int]]]:
-    """Return the ranks as given, by default those that suit the smallest head, and by head.
+def as_ranks(ranks: Any, problems: Sequence[AttentionProblem]) -> list[int | float]:
+    """Return the ranks as given, by default those that suit the smallest head; floats are shares.
 
-    A float is a share of the keys of each head, rounded to the nearest rank, halves up, and at
-    least 1.
+    A share of the keys of each head is rounded to the nearest rank, halves up, and at least 1.
     """
     smallest = min(problems, key=lambda problem: problem.n_k)
-    names = [str(problem.name) for problem in problems]
     if ranks is None:
-        found: list[int | float] = list(default_ranks(smallest.n_k))
-        return found, {name: [int(x) for x in found] for name in names}
+        return list(default_ranks(smallest.n_k))
     if isinstance(ranks, numbers.Integral | float | np.floating):
         ranks = [ranks]
     given = ranks if isinstance(ranks, str) or not isinstance(ranks, Iterable) else list(ranks)
@@ -330,6 +335,7 @@ def as_ranks(
     for i, x in enumerate(shares):
         if x in shares[:i]:
             raise ValueError(f"ranks must be distinct, got {x} twice; delete one of them")
+    found: list[int | float]
     if not shares:
         found = list(_integers(given, "ranks", 1))
     else:
@@ -343,9 +349,7 @@ def as_ranks(
             f"ranks must be at most n_k = {smallest.n_k} of head {smallest.name!r}, got "
             f"{largest}; lower it or leave the head out"
         )
-    return found, {
-        str(p.name): list(dict.fromkeys(_rank_of(x, p.n_k) for x in found)) for p in problems
-    }
+    return found
 
 
 def _share(x: Any) -> float:
@@ -357,10 +361,6 @@ def _share(x: Any) -> float:
             f"write a rank without a point"
         )
     return value
-
-
-def _rank_of(x: int | float, n_k: int) -> int:
-    return max(1, math.floor(x * n_k + 0.5)) if isinstance(x, float) else x
 
 
 def as_methods(
@@ -487,7 +487,7 @@ def as_bounds(
     bounds: Any,
     problems: Sequence[AttentionProblem],
     variants: Sequence[Variant],
-    ranks: Mapping[str, Sequence[int]],
+    asked: Mapping[str, Sequence[Asked]],
     samples: Mapping[str, int | None],
 ) -> pd.DataFrame:
     """Return the bounds of claims on every head at every rank; they need no draw.
@@ -516,23 +516,26 @@ def as_bounds(
     for problem in whole:
         copy = renamed(problem, str(problem.name))  # leaves the exact quantities behind
         for name, curve in curves.items():
+            own = asked[str(problem.name)]
+            at = {r: curve.at(copy, r) for r in dict.fromkeys(r for r, _ in own)}
             found[name] += [
-                [name, labels[name], problem.name, r, curve.field, curve.what, curve.at(copy, r)]
-                for r in ranks[str(problem.name)]
+                [name, labels[name], problem.name, r, curve.field, curve.what, at[r], share]
+                for r, share in own
             ]
     for name, rows in found.items():
-        if all(math.isnan(row[-1]) for row in rows):
+        if all(math.isnan(row[-2]) for row in rows):
             raise ValueError(
                 f"bounds must apply to a head at one of the ranks, got {name!r}, which applies to "
                 f"none; sketchattn.theory.check says why"
             )
     every = [row for rows in found.values() for row in rows]
-    return pd.DataFrame(every, columns=list(BOUND_COLUMNS)).astype({"bound": np.float64})
+    frame = pd.DataFrame(every, columns=[*BOUND_COLUMNS, SHARE]).astype({"bound": np.float64})
+    return frame if has_shares(asked) else frame.drop(columns=SHARE)
 
 
 def _error_bound(name: object) -> ErrorBound:
     from ..theory.engine.curves import error_bounds
-    from ..theory.engine.registry import claims
+    from ..theory.engine.registry import claims, near_ids
 
     known = error_bounds()
     if not isinstance(name, str):
@@ -544,7 +547,7 @@ def _error_bound(name: object) -> ErrorBound:
         return known[name]
     claim = claims().get(name)
     if claim is None:
-        raise ValueError(f"bounds must be ids of claims, got {name!r}{guesses(name, known)}")
+        raise ValueError(f"bounds must be ids of claims, got {name!r}{near_ids(name, known)}")
     raise ValueError(
         f"bounds must be claims about an error measure at each rank, got {name!r}, which is about "
         f"{claim.observes}; choose one of sketchattn.theory.error_bounds()"

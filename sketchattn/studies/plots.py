@@ -13,7 +13,7 @@ from ..base.arguments import closest
 from ..base.drawing import as_png, make_figure, plain_style
 from ..base.files import write_bytes
 from ..errors.reports import FIELDS
-from .columns import MAIN_FIELDS
+from .columns import MAIN_FIELDS, REFERENCES
 from .pictures.cost import draw_cost
 from .pictures.curves import BESIDE, methods_of
 from .pictures.each_method import draw_each
@@ -22,6 +22,7 @@ from .pictures.one import draw_one, draw_panel, panel_of, scale_for
 from .pictures.panels import draw_panels
 from .pictures.spectra import draw_spectra
 from .pictures.words import MEASURES
+from .ranks import axis_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,6 +183,7 @@ def own_figure(
         beside = _chosen(floors, "floors", BESIDE)
     wanted = _chosen(claims, "bounds", list(dict.fromkeys(bounds["claim"])))
     limits = bounds[bounds["claim"].isin(wanted)]
+    _check_limits(limits, field, names)
     beside = [name for name in beside if name in set(references["method"])]
 
     axes: list[Axes]
@@ -203,16 +205,33 @@ def own_figure(
         draw_panel(one, part, field, scale, names, words="small", **own)
         if title is not None:
             one.set_title(title, fontsize="medium", parse_math=False)
+    across = axis_of(rank for part in parts for rank in part.ranks).replace("rank r", "rank")
     if len(panels) == 1:
-        axes[0].set_xlabel("rank")
+        axes[0].set_xlabel(across)
         axes[0].set_ylabel(MEASURES[field][0])
     else:
-        figure.supxlabel("rank")
+        figure.supxlabel(across)
         figure.supylabel(MEASURES[field][0])
     if ax is None:
         _legend(figure, axes)
     made: Figure = figure
     return made
+
+
+def _check_limits(limits: pd.DataFrame, field: str, methods: Collection[str]) -> None:
+    """Refuse a bound of another measure, or of a method that is not drawn."""
+    columns = (limits[name] for name in ("claim", "method", "field"))
+    for claim, method, about in dict.fromkeys(zip(*columns, strict=True)):
+        if about != field:
+            raise ValueError(
+                f"bounds must be about {field!r}, got {claim!r}, which is about {about!r}; draw "
+                f"that measure or leave the bound out"
+            )
+        if method not in methods and method not in REFERENCES:
+            raise ValueError(
+                f"bounds must be about a method that is drawn, got {claim!r}, which is about "
+                f"{method!r}; add it to methods or leave the bound out"
+            )
 
 
 def _grid(figure: Figure, panels: int) -> list[Axes]:

@@ -17,7 +17,7 @@ from ..base.files import write_text
 from ..base.machine import machine
 from ..errors.reports import FIELDS
 from ..problem import AttentionProblem
-from .columns import COLUMNS, FLOORS, SAMPLED_COLUMNS, Key, Values, is_missing
+from .columns import COLUMNS, FLOORS, SAMPLED_COLUMNS, SHARE, Key, Values, is_missing
 from .folder import Found as FolderFound
 from .folder import read_folder
 from .grid import Variant, how_measured
@@ -64,7 +64,7 @@ def others_in(plan: Plan) -> FolderFound | None:
         ("seeds", plan.seeds, held.get("seeds")),
     ]
     for name, wanted, there in pairs:
-        if wanted != there:
+        if str(wanted) != str(there):  # a share of 1.0 is another rank than 1
             what = "other heads" if name == "heads" else f"{name} {there}"
             raise ValueError(
                 f"out must be a folder whose other methods have the same {name}, got "
@@ -151,15 +151,18 @@ def _frame(
         for variant in variants:
             if beside and variant.label in here.without:
                 continue
-            for rank in here.ranks:
+            for rank, share in here.asked:
                 for seed in seeds:
                     own = seed if variant.randomized else None
                     values = done[variant.text_at(rank) + how, own]
                     rows.append(
                         [problem.name, variant.label, rank, seed]
                         + [values[name] for name in COLUMNS[4:]]
+                        + [share]
                     )
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, SHARE])
+    if not plan.shares:
+        frame = frame.drop(columns=SHARE)
     kinds: dict[str, Any] = dict.fromkeys((*FIELDS, *SAMPLED_COLUMNS[:2]), np.float64)
     kinds |= dict.fromkeys(("rank", "seed", "rows"), np.int64)  # also where there is no row
     kinds["effective_rank"] = "Int64"

@@ -74,9 +74,11 @@ def study(
         cannot honour all heads are left out.  The result says which, and why.
     ranks : sequence of int or float, optional
         Integers in 1..n_k of every head, or shares of n_k: a float x in (0, 1] is the rank
-        ``max(1, floor(x n_k + 1/2))`` of each head, which the column ``rank`` holds; ranks that
-        agree on a head are one.  By default powers of two from 8 to n_k / 2 of the shortest head,
-        from 64 to 1024 where that is 65536 or longer.
+        ``max(1, floor(x n_k + 1/2))`` of each head.  The column ``rank`` holds that rank, and a
+        column ``share`` holds x (NaN for an integer; there is none where all are integers).
+        Whatever goes over heads goes by the share, so that heads of other lengths stand side by
+        side.  Ranks that agree on all heads are one.  By default powers of two from 8 to n_k / 2 of
+        the shortest head, from 64 to 1024 where that is 65536 or longer.
     seeds : int or sequence of int, default 4
         A number s stands for the seeds 0..s-1.
     jobs : int, optional

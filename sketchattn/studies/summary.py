@@ -21,14 +21,16 @@ from .columns import FLOORS as FLOORS
 from .columns import MAIN_FIELDS as MAIN_FIELDS
 from .columns import PREDICTORS as PREDICTORS
 from .columns import REFERENCES as REFERENCES
-from .columns import ROLES, is_missing
+from .columns import ROLES
 from .columns import SAMPLED_COLUMNS as SAMPLED_COLUMNS
+from .columns import SHARE as SHARE
 from .columns import Key as Key
 from .columns import Values as Values
 from .columns import quantiles as quantiles
 from .folder import read_folder
 from .pictures.words import seconds_as_text
 from .plots import own_figure, plot_study
+from .ranks import AT, Share, described, ranked, ranks_of, shares_of, text_of
 from .report.page import write_report
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ class StudyResult:
     Attributes
     ----------
     frame : pandas.DataFrame
-        One row for each head, method, rank and seed, in this order; columns ``COLUMNS``.
+        One row for each head, method, rank and seed, in this order; columns ``COLUMNS``, and where
+        ranks were given as shares of the keys ``share``, NaN in rows of an integer: heads of other
+        lengths have the share in common, not the rank, and whatever goes over heads goes by it.
         ``work`` is what a row of ``Ahat`` reads (keys, features, landmarks, clusters, regions; mean
         over rows) as a share of what exact attention reads, NaN where there is no matrix.
         ``rows`` are the exact rows that the errors of a row are from: n_q, or those of a sample,
@@ -63,8 +67,8 @@ class StudyResult:
     computed, reused : int
         Cells that this call computed, and cells that it found in the folder.
     bounds : pandas.DataFrame
-        Bounds of claims, those asked for, with the columns ``BOUND_COLUMNS``; ``bounds.csv`` in
-        the folder.
+        Bounds of claims, those asked for, with the columns ``BOUND_COLUMNS``, and ``share`` as in
+        ``frame``; ``bounds.csv`` in the folder.
     notes : tuple of str
         What was not measured, and why.
     """
@@ -222,7 +226,7 @@ class StudyResult:
             Whether floors and predictors are drawn, or which of ``svd``, ``topk``, ``zero``,
             ``vmean``.
         bounds : sequence of ids
-            Claims among the bounds of this study.
+            Claims among the bounds of this study that are about this field.
         ax : matplotlib.axes.Axes, optional
             Draw into these axes, without a legend: lines have their labels.
 
@@ -235,7 +239,8 @@ class StudyResult:
         Raises
         ------
         ValueError
-            For a field, method, head, floor or bound that is not in this result.
+            For a field, method, head, floor or bound that is not in this result, and a bound of
+            another field or of a method that is not drawn.
 
         Examples
         --------
@@ -259,31 +264,61 @@ class StudyResult:
         -------
         pandas.DataFrame
             One row for each method and rank: ``method``, ``role`` ("method", "floor", "predictor"
-            or "exact"), ``rank`` (missing for predictors and exact), then for each of
+            or "exact"), ``rank`` (missing for predictors and exact, and where it differs between
+            heads), ``share`` if ranks were given as shares of the keys, then for each of
             ``MAIN_FIELDS`` its median and, with the endings ``_q25`` and ``_q75``, its quartiles,
             and the medians of ``seconds`` and ``work``.  Infinite values count as larger than all
             others, NaN does not count.
         """
         import pandas as pd
 
-        rows: list[Values] = []
+        table = pd.DataFrame([row for _, row in self._summed()]).astype({"rank": "Int64"})
+        return table if self._shares else table.drop(columns=SHARE)
+
+    @property
+    def _shares(self) -> dict[float, Share]:
+        return shares_of(self.references)
+
+    def _ranked(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the rows of methods and of references with the ranks that heads share."""
         own = self.frame[~self.frame["method"].isin(REFERENCES)]
-        for frame in (own, self.references):
-            for (method, rank), part in frame.groupby(["method", "rank"], sort=False):
+        return ranked(own, self._shares), ranked(self.references, self._shares)
+
+    @property
+    def _ranks(self) -> list[float]:
+        """Ranks of all heads, in order."""
+        return sorted(set(ranks_of(self.frame, self._shares)))
+
+    def _sizes(self) -> dict[str, int]:
+        """Return how many heads, methods, ranks and seeds there are."""
+        sizes = {name: self.frame[name].nunique() for name in ("head", "method", "rank", "seed")}
+        return sizes | {"rank": len(self._ranks)}
+
+    def _counts(self) -> str:
+        sizes = self._sizes().items()
+        return ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in sizes)
+
+    def _summed(self) -> list[tuple[float | None, Values]]:
+        """Return the rows of the summary, each with its rank as heads share it, None for all."""
+        rows: list[tuple[float | None, Values]] = []
+        for frame in self._ranked():
+            for (method, _), part in frame.groupby(["method", AT], sort=False):
+                at = part[AT].iloc[0]  # the key is a plain number
                 role = ROLES.get(str(method), "method")
                 alike = role in ("predictor", "exact")  # at every rank
-                if alike and rank != frame["rank"].iloc[0]:
+                if alike and at != frame[AT].iloc[0]:
                     continue
                 if alike:  # heads may have other ranks
                     part = frame[frame["method"] == method].drop_duplicates("head")
-                row: Values = {"method": method, "role": role, "rank": None if alike else rank}
+                own = None if alike else at
+                row: Values = {"method": method, "role": role, **described(own, part["rank"])}
                 for field in MAIN_FIELDS:
                     low, middle, high = quantiles(part[field].tolist(), (0.25, 0.5, 0.75))
                     row |= {field: middle, f"{field}_q25": low, f"{field}_q75": high}
                 for name in ("seconds", "work"):
                     row[name] = quantiles(part[name].tolist(), (0.5,))[0]
-                rows.append(row)
-        return pd.DataFrame(rows).astype({"rank": "Int64"})
+                rows.append((own, row))
+        return rows
 
     def rank_at(self, field: str, target: float) -> pd.DataFrame:
         """Return for each method the smallest rank that reaches a target, and what it costs there.
@@ -304,7 +339,9 @@ class StudyResult:
             which half of the heads or more reach the target, missing if none is), ``heads`` (how
             many do at that rank; without any, the most that do at a rank), ``rank_all`` (the
             smallest at which all heads do, missing if none is), then medians at ``rank``:
-            ``field`` itself, ``seconds`` and ``work``.
+            ``field`` itself, ``seconds`` and ``work``.  Where ranks were given as shares of the
+            keys, ``share`` stands behind ``rank`` and ``share_all`` behind ``rank_all``, NaN for an
+            integer or none; a rank that differs between heads is missing.
 
         Raises
         ------
@@ -331,29 +368,33 @@ class StudyResult:
             raise ValueError("target must be a number, got nan; give 0.1")
         sign = -1.0 if field == "skill" else 1.0
         rows: list[Values] = []
-        own = self.frame[~self.frame["method"].isin(REFERENCES)]
-        floors = self.references[self.references["method"].isin(FLOORS)]
-        for frame in (own, floors):
+        own, beside = self._ranked()
+        for frame in (own, beside[beside["method"].isin(FLOORS)]):
             for method, part in frame.groupby("method", sort=False):
-                reached: dict[int, int] = {}
+                reached: dict[float, int] = {}
                 heads = part["head"].nunique()
-                for (rank, _), values in part.groupby(["rank", "head"], sort=True)[field]:
-                    middle = quantiles(values.tolist(), (0.5,))[0]
-                    r = int(str(rank))
+                found: dict[tuple[float, str], list[float]] = {}
+                columns = (part[name].tolist() for name in (AT, "head", field))
+                for r, head, x in zip(*columns, strict=True):
+                    found.setdefault((r, head), []).append(x)
+                for (r, _), values in found.items():
+                    middle = quantiles(values, (0.5,))[0]
                     reached[r] = reached.get(r, 0) + int(sign * middle <= sign * target)
                 half = next((r for r in sorted(reached) if 2 * reached[r] >= heads), None)
-                at = part[part["rank"] == half]
+                every = next((r for r in sorted(reached) if reached[r] == heads), None)
+                at = part[part[AT] == half]
                 row: Values = {
                     "method": method,
                     "role": ROLES.get(str(method), "method"),
-                    "rank": half,
+                    **described(half, at["rank"]),
                     "heads": max(reached.values()) if half is None else reached[half],
-                    "rank_all": next((r for r in sorted(reached) if reached[r] == heads), None),
+                    **described(every, part["rank"][part[AT] == every], "_all"),
                 }
                 for name in (field, "seconds", "work"):
                     row[name] = quantiles(at[name].tolist(), (0.5,))[0]
                 rows.append(row)
-        return pd.DataFrame(rows).astype({"rank": "Int64", "rank_all": "Int64"})
+        table = pd.DataFrame(rows).astype({"rank": "Int64", "rank_all": "Int64"})
+        return table if self._shares else table.drop(columns=[SHARE, f"{SHARE}_all"])
 
     def render(self, *, every: bool = False) -> str:
         """Return the summary as text.
@@ -364,12 +405,12 @@ class StudyResult:
             A line for each method and rank, with quartiles and more measures; otherwise one for
             each method, at three ranks.
         """
-        sizes = {name: self.frame[name].nunique() for name in ("head", "method", "rank", "seed")}
-        counts = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in sizes.items())
+        counts = self._counts()
         if every:
             lines = [f"{counts}: medians [quartiles] over heads and seeds", ""]
             lines += _table_lines(self.summary())
         else:
+            given = bool(self._shares)
             lines = [f"{counts}: medians over heads and seeds", ""]
             lines += aligned(self._short())
             lines += [
@@ -378,6 +419,7 @@ class StudyResult:
                 "row reads,",
                 "as a share of exact attention, and on how many heads the mean of V is beaten: at "
                 "the last rank.",
+                *(["r=.. %: a rank that is this share of the keys of its head."] * given),
             ]
         lines += [
             *([""] if every else []),
@@ -390,17 +432,17 @@ class StudyResult:
 
     def _short(self) -> list[list[str]]:
         """Return a header and a line a method: errors and times at three ranks, heads that win."""
-        table = self.summary()
         first = MAIN_FIELDS[0]
-        ranks = _three(sorted({int(r) for r in self.frame["rank"]}))
+        ranks = _three(self._ranks)
         heads = self.frame["head"].nunique()
         wins = self._wins(ranks[-1])
         header = ["method", *(f"r={r}" for r in ranks), *(f"t(r={r})" for r in ranks)]
         rows = [[*header, "work", "beats mean of V"]]
-        for method, part in table.groupby("method", sort=False):
-            records = part.to_dict("records")
-            role = records[0]["role"]
-            by_rank = {None if is_missing(x["rank"]) else int(x["rank"]): x for x in records}
+        by_method: dict[str, dict[float | None, Values]] = {}
+        for rank, row in self._summed():
+            by_method.setdefault(row["method"], {})[rank] = row
+        for method, by_rank in by_method.items():
+            role = next(iter(by_rank.values()))["role"]
             found = [by_rank.get(r, by_rank.get(None)) for r in ranks]
             cells = [str(method)]
             cells += ["" if x is None else short_number(x[first]) for x in found]
@@ -413,11 +455,12 @@ class StudyResult:
             rows.append(cells)
         return rows
 
-    def _wins(self, rank: int) -> dict[str, int]:
+    def _wins(self, rank: float) -> dict[str, int]:
         """Return on how many heads the median skill of each method is above zero."""
         counts: dict[str, int] = {}
-        own = self.frame[(self.frame["rank"] == rank) & ~self.frame["method"].isin(REFERENCES)]
-        for (method, _), values in own.groupby(["method", "head"], sort=False)["skill"]:
+        own, _ = self._ranked()
+        at = own[own[AT] == rank]
+        for (method, _), values in at.groupby(["method", "head"], sort=False)["skill"]:
             better = quantiles(values.tolist(), (0.5,))[0] > 0
             counts[str(method)] = counts.get(str(method), 0) + int(better)
         return counts
@@ -426,15 +469,13 @@ class StudyResult:
         return self.render()
 
     def __repr__(self) -> str:
-        sizes = {name: self.frame[name].nunique() for name in ("head", "method", "rank", "seed")}
-        counts = ", ".join(f"{word}s={n}" for word, n in sizes.items())
+        counts = ", ".join(f"{word}s={n}" for word, n in self._sizes().items())
         where = "" if self.out is None else f", out={str(self.out)!r}"
         return f"{type(self).__name__}({counts}{where})"
 
     def _repr_html_(self) -> str:
         """Return the short table for notebooks; names are text, whatever is in them."""
-        sizes = {name: self.frame[name].nunique() for name in ("head", "method", "rank", "seed")}
-        counts = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in sizes.items())
+        counts = self._counts()
         header, *rows = self._short()
         cells = ["<tr>", *(f"<th>{html.escape(x)}</th>" for x in header), "</tr>"]
         for row in rows:
@@ -443,7 +484,7 @@ class StudyResult:
         return f"<table><caption>{html.escape(caption)}</caption>{''.join(cells)}</table>"
 
 
-def _three(ranks: Sequence[int]) -> list[int]:
+def _three(ranks: Sequence[float]) -> list[float]:
     """Return the smallest, the middle and the largest of ranks in order, fewer if there are."""
     return list(dict.fromkeys([ranks[0], ranks[len(ranks) // 2], ranks[-1]]))
 
@@ -481,11 +522,9 @@ def rank_lines(found: pd.DataFrame, field: str, target: float, heads: int) -> li
     sign = ">=" if field == "skill" else "<="
     rows = [["method", "rank", "heads", "all heads", field, "seconds", "work"]]
     for x in found.to_dict("records"):
-        rank, every = (
-            "-" if is_missing(x[name]) else str(x[name]) for name in ("rank", "rank_all")
-        )
+        rank, every = (text_of(x, end, "-") for end in ("", "_all"))
         cells = [str(x["method"]), rank, f"{x['heads']} of {heads}", every]
-        if is_missing(x["rank"]):
+        if rank == "-":
             cells += ["", "", ""]
         else:
             timed = x["role"] == "method"
@@ -502,7 +541,7 @@ def _table_lines(table: pd.DataFrame) -> list[str]:
     rows = [["method", "rank", first, *others, "seconds"]]
     groups = [""]
     for record in table.to_dict("records"):
-        rank = "" if is_missing(record["rank"]) else str(record["rank"])
+        rank = text_of(record)
         spread = ", ".join(short_number(record[first + end], 2) for end in ("_q25", "_q75"))
         cells = [str(record["method"]), rank, f"{short_number(record[first])} [{spread}]"]
         for field in others:

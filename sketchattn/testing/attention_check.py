@@ -6,6 +6,7 @@ import importlib
 import math
 import numbers
 import platform
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,15 @@ from numpy.typing import NDArray
 
 from ..base.arguments import check_choice, check_flag, check_name, check_positive
 from ..base.floating import without_floating_errors
-from .candidate import LIBRARIES, Candidate, ShapeError, jax_arrays, numpy_arrays, torch_arrays
+from .candidate import (
+    LIBRARIES,
+    Arrays,
+    Candidate,
+    ShapeError,
+    jax_arrays,
+    numpy_arrays,
+    torch_arrays,
+)
 from .gradients import (
     NAMES,
     cotangent,
@@ -227,13 +236,18 @@ def _make_candidate(
             "backward must be a function vjp(q, k, v, cotangent, **options) for NumPy arrays, got "
             "True; only torch and jax differentiate"
         )
-    to = {
+    vjp = backward if callable(backward) else None
+    return Candidate(fn, convention, kind, _maker(kind, device), dict(draws or {}), vjp)
+
+
+def _maker(kind: str, device: str | None) -> Arrays:
+    """Return how arrays of a library are made and read."""
+    makers = {
         "numpy": numpy_arrays,
         "torch": lambda: torch_arrays(device),
         "jax": jax_arrays,
-    }[kind]()
-    vjp = backward if callable(backward) else None
-    return Candidate(fn, convention, kind, to, dict(draws or {}), vjp)
+    }
+    return makers[kind]()
 
 
 @dataclass
@@ -279,12 +293,28 @@ class _Run:
     def raised(self, case: Case, wrong: Exception) -> None:
         """Skip a feature that raises at once where nobody promised it; fail otherwise."""
         said = f"raised {type(wrong).__name__}: {first_line(wrong)}"
+        if case.feature == "plain" and not self.records:  # nothing worked: once is enough
+            said += self.other_arrays(case)
         if self.declared or case.feature == "plain" or case.feature in self.worked:
             self.fail(case, said)
         else:
             self.skipped[case.feature] = said
             for key in [x for x in self.wrong if MUTANTS[x[1]].feature == case.feature]:
                 del self.wrong[key]
+
+    def other_arrays(self, case: Case) -> str:
+        """Say which arrays a function takes that raises for those that it is given."""
+        given = self.candidate.arrays
+        # A function of torch has loaded torch.
+        for kind in (x for x in ("torch", "jax", "numpy") if x != given and x in sys.modules):
+            try:
+                replace(self.candidate, arrays=kind, to=_maker(kind, None)).run(case)
+            except Exception:  # noqa: BLE001, S112  # a candidate may raise anything
+                continue
+            return f"; it takes arrays of {kind}: pass arrays={kind!r}"
+        if given == "numpy" and "torch" in sys.modules:
+            return "; it was given NumPy arrays, and tensors only with arrays='torch'"
+        return ""
 
     def fail(self, case: Case, message: str) -> None:
         """Record a case that has no output."""

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ..base.arguments import as_array, check_finite, closest
 from ..base.floating import without_floating_errors
 from ..problem import AttentionProblem
-from .inputs import DTYPES, ROUNDOFF, rounded
+from .inputs import DTYPES, ROUNDOFF, dtype_name, rounded
 
 Array = NDArray[Any]
 
+# Keys are looked for in errors of more than this many floors.
+_SEARCHED = 4.0
 # A coefficient of a key counts from half of what a lost key has, if what the key contributes is
 # this many times what is not explained.
 _HALF = 0.5
@@ -26,7 +28,7 @@ _STEPS = 60
 
 
 @without_floating_errors
-def rounding_floor(problem: AttentionProblem, dtype: str | np.dtype[Any] | type[Any]) -> float:
+def rounding_floor(problem: AttentionProblem, dtype: Any) -> float:
     """Return the error of the best program of a precision: inputs and output rounded, no more.
 
     ``|round(attention(round(Q), round(K), round(V))) - O|_F/|O|_F``, where only the attention in
@@ -38,8 +40,8 @@ def rounding_floor(problem: AttentionProblem, dtype: str | np.dtype[Any] | type[
     problem : AttentionProblem
         With values.
     dtype : {"float16", "bfloat16", "float32", "float64"}
-        What the program takes and returns.  For float64, in which the truth is computed, it is
-        the unit roundoff.
+        What the program takes and returns: a name, or a dtype of NumPy, ml_dtypes, torch or jax.
+        For float64, in which the truth is computed, it is the unit roundoff.
 
     Returns
     -------
@@ -59,11 +61,7 @@ def rounding_floor(problem: AttentionProblem, dtype: str | np.dtype[Any] | type[
     >>> bool(1e-3 < half < 2e-2 and 1e-8 < single < 1e-6)
     True
     """
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    if name not in DTYPES:
-        raise ValueError(
-            f"dtype must be one of {', '.join(DTYPES)}, got {name!r}{closest(name, DTYPES)}"
-        )
+    name = _named(dtype)
     wide = _wide(problem)
     if name == "float64":
         return ROUNDOFF[name]
@@ -74,6 +72,16 @@ def rounding_floor(problem: AttentionProblem, dtype: str | np.dtype[Any] | type[
     found = rounded(coarse.output, name).astype(np.float64)
     check_finite(found, f"the output in {name}")
     return _ratio(np.linalg.norm(found - wide.output), np.linalg.norm(wide.output))
+
+
+def _named(dtype: Any) -> str:
+    """Return the name of a precision."""
+    name = dtype_name(dtype)
+    if name not in DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(DTYPES)}, got {name!r}{closest(name, DTYPES)}"
+        )
+    return name
 
 
 def _wide(problem: AttentionProblem) -> AttentionProblem:
@@ -102,7 +110,7 @@ class Comparison:
     error : float
         ``|Ohat - O|_F/|O|_F``.
     floor : float
-        What the best program of this precision gets, `rounding_floor`.
+        What the best program of the precision below gets, `rounding_floor`.
     correlation : float
         Of the entries of Ohat and O about their means; NaN where one is constant.
     slope : float
@@ -116,6 +124,8 @@ class Comparison:
         Keys that the output does not have, or counts twice, where that explains its error.
     rest : float
         The error that is left without these keys.
+    dtype : str
+        The precision of the floor.
     """
 
     error: float
@@ -127,12 +137,14 @@ class Comparison:
     lost: tuple[int, ...]
     doubled: tuple[int, ...]
     rest: float
+    dtype: str
 
     def __str__(self) -> str:
         """Return all of it in words."""
         times = _ratio(self.error, self.floor)
         lines = [
-            f"error {self.error:.3g}: {times:.3g} times what rounding costs ({self.floor:.2g})",
+            f"error {self.error:.3g}: {times:.3g} times what rounding costs in {self.dtype} "
+            f"({self.floor:.2g})",
             f"correlation {self.correlation:.6f}, slope {self.slope:.4f}",
             "worst rows " + ", ".join(f"{i} ({x:.2g})" for i, x in self.worst_rows),
         ]
@@ -141,7 +153,20 @@ class Comparison:
         for keys, words in ((self.lost, "lost"), (self.doubled, "counted twice")):
             if keys:
                 lines.append(f"{_ranges(keys)} {words}: the error without that is {self.rest:.2g}")
+        if not self.lost and not self.doubled and times > _SEARCHED:
+            lines.append(self._unexplained(times))
         return "\n".join(lines)
+
+    def _unexplained(self, times: float) -> str:
+        """Return why an error has no keys beside it."""
+        if self.not_finite:
+            return "no key was looked for: that needs an output that is finite"
+        if times < 1 / _REST:  # what rounding leaves is more than named keys may leave
+            return (
+                f"no lost or doubled key could be named, so near to rounding it hides them; "
+                f"compare what the program gives in a wider precision than {self.dtype}"
+            )
+        return "no lost or doubled keys explain the error: it is another mistake"
 
 
 def _ranges(keys: tuple[int, ...]) -> str:
@@ -158,7 +183,7 @@ def _ranges(keys: tuple[int, ...]) -> str:
 
 
 @without_floating_errors
-def compare(problem: AttentionProblem, output: ArrayLike) -> Comparison:
+def compare(problem: AttentionProblem, output: object, *, dtype: Any = None) -> Comparison:
     """Say how the output of any program differs from exact attention, and which keys it lost.
 
     A program that leaves the keys T out gives ``Ohat_i (1 - sum_T A_ij) = O_i - sum_T A_ij V_j``,
@@ -174,7 +199,11 @@ def compare(problem: AttentionProblem, output: ArrayLike) -> Comparison:
     problem : AttentionProblem
         With values.
     output : array (n_q, d_v)
-        Floating point of any precision; entries that are not finite are counted.
+        Floating point: of NumPy, of torch in CPU memory, or bfloat16 of ml_dtypes.  Entries that
+        are not finite are counted.
+    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+        What the program rounds to, as for `rounding_floor`; None is the dtype of ``output``.  To
+        be given where that was widened on its way here, by ``.float().cpu()`` for instance.
 
     Returns
     -------
@@ -204,11 +233,13 @@ def compare(problem: AttentionProblem, output: ArrayLike) -> Comparison:
             f"output must have the shape (n_q, d_v) = {wanted} of the problem, got {given.shape}; "
             f"compare one head at a time"
         )
-    if given.dtype.kind != "f":
+    if given.dtype.kind != "f" and given.dtype.name not in DTYPES:
         raise TypeError(
             f"output must be floating point, got {given.dtype}; give what the program returned"
         )
-    precision = given.dtype.name if given.dtype.name in DTYPES else "float32"
+    # A tensor in bfloat16 has become an array in float32; what is wider than float64 has its floor.
+    names = (dtype_name(getattr(output, "dtype", None) or given.dtype), given.dtype.name, "float64")
+    precision = next(x for x in names if x in DTYPES) if dtype is None else _named(dtype)
     found = np.asarray(given, np.float64)
     finite = np.isfinite(found)
     found = np.where(finite, found, 0.0)
@@ -225,7 +256,7 @@ def compare(problem: AttentionProblem, output: ArrayLike) -> Comparison:
     lost: tuple[int, ...] = ()
     doubled: tuple[int, ...] = ()
     rest = error
-    if finite.all() and error > 4 * floor:
+    if finite.all() and error > _SEARCHED * floor:
         lost, doubled, rest = _missing(wide, found, gap, size, floor)
     return Comparison(
         error,
@@ -237,6 +268,7 @@ def compare(problem: AttentionProblem, output: ArrayLike) -> Comparison:
         lost,
         doubled,
         rest,
+        precision,
     )
 
 

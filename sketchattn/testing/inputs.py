@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.arguments import numpy_name
 from ..functional.batched import attention
 from .dense import Parts
 
@@ -22,6 +23,17 @@ Array = NDArray[Any]
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Unit roundoffs.
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype of NumPy, ml_dtypes, torch or jax; anything else as text."""
+    if isinstance(dtype, str):
+        return dtype
+    try:
+        return str(np.dtype(dtype).name)
+    except TypeError:
+        return str(numpy_name(dtype))
+
 
 # What a candidate can support; each has cases of its own.
 FEATURES = (

@@ -24,7 +24,17 @@ from ..base.arguments import (
     prepare,
     stacked,
 )
-from ..base.draws import Draw, Origin, Rng, as_generator, check_origin, entropy_of, head_generator
+from ..base.draws import (
+    Draw,
+    Origin,
+    Rng,
+    as_generator,
+    check_origin,
+    entropy_of,
+    head_generator,
+    of_head,
+    seed_of,
+)
 from ..base.quiet import quiet
 from ..kernels._threads import blas_single_thread
 from ..operators.base import AttentionOperator
@@ -103,16 +113,24 @@ class Traits:
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Register a method class under its lower-case name; every contract test then runs on it."""
+    """Register a method class under its lower-case name; every contract test then runs on it.
+
+    A class that is defined again, as in a notebook, takes the place of its earlier self.
+    """
 
     def add(cls: M) -> M:
-        if name in _REGISTRY:
+        known = _REGISTRY.get(name)
+        if known is not None and _path_of(known) != _path_of(cls):
             raise ValueError(f"method name {name!r} must be unique; it is taken")
         cls.name = name
         _REGISTRY[name] = cls
         return cls
 
     return add
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def methods() -> dict[str, type[Method]]:
@@ -307,6 +325,17 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     def traits(self) -> Traits:
         """What the method can do and what its approximation is promised to be."""
 
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters by name, as scikit-learn does."""
+        for name in self._get_param_names():
+            if not hasattr(self, name):
+                raise AttributeError(
+                    f"parameters must be kept under their names, got no attribute {name!r} of "
+                    f"{type(self).__name__}; write self.{name} = {name} in __init__"
+                )
+        found: dict[str, Any] = super().get_params(deep=deep)
+        return found
+
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
         check_problem(problem)
@@ -350,7 +379,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
             Named arrays; empty for deterministic methods.
         """
         made = self._checked(problem, rng, None)
-        made.origin = Origin(self._described(), rng if isinstance(rng, int) else None, problem)
+        made.origin = Origin(self._described(), seed_of(rng), problem)
         return made
 
     def draw_heads(self, problems: Sequence[AttentionProblem], rng: Rng = None) -> list[Draw]:
@@ -361,6 +390,11 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         problems : sequence of AttentionProblem
         rng : None, int or numpy.random.Generator
             Each head has a stream of its own, which does not depend on how many there are.
+
+        Returns
+        -------
+        list of Draw
+            ``draw.origin`` has the seed, and ``(0, i)`` as the head.
 
         Examples
         --------
@@ -374,7 +408,8 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
         entropy = entropy_of(rng)
         draws = []
         for i, problem in enumerate(problems):
-            draws.append(self.draw(problem, head_generator(entropy, 0, i)))
+            drawn = self.draw(problem, head_generator(entropy, 0, i))
+            draws.append(of_head(drawn, rng, 0, i))
         return draws
 
     def _described(self) -> str:

@@ -273,6 +273,10 @@ class UniformColumns(Method):
     estimator : {"self-normalized", "horvitz-thompson"}
         How the drawn keys are weighted.
 
+    Notes
+    -----
+    A draw holds ``columns``, int64 (r,), the keys J in the order of drawing.
+
     Examples
     --------
     >>> import sketchattn as sa

@@ -90,6 +90,9 @@ class ColumnSampling(Method):
     it sees only, and causal problems are honoured; all other laws look at all tokens, the
     future of a query included, and refuse them.
 
+    A draw holds ``columns``, int64, the keys in the order of drawing, and for each of them
+    ``weights``, float64, its w, and ``probabilities``, its p.
+
     Examples
     --------
     >>> import sketchattn as sa

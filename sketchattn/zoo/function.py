@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,10 @@ from scipy.sparse.linalg import LinearOperator
 from ..base.draws import Draw
 from ..problem import AttentionProblem
 from .base import Method, Traits
+from .base import register as register_class
 
 Array = NDArray[Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 _ARRAYS = ("q", "k", "v")
 # What a function is told where it has a parameter of this name.
@@ -107,6 +109,16 @@ class Function(Method):
         """The name of the function."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
+    def check(self, problem: AttentionProblem) -> None:
+        """Refuse a problem with a mask that the function is not told, or a missing rank."""
+        for name, off in (("causal", False), ("key_mask", None)):
+            if getattr(problem, name) is not off and not getattr(self.traits, name):
+                raise ValueError(
+                    f"{name} must be {off} for the function {self.title!r}, which has no "
+                    f"parameter {name}, got a problem with one; give it the parameter"
+                )
+        super().check(problem)
+
     def _check_parameters(self) -> None:
         if "rank" in self._asked() and self.rank is None:
             raise TypeError(f"rank must be given for {self.title}, got none; pass rank=")
@@ -130,3 +142,79 @@ class Function(Method):
             told["rng"] = np.random.default_rng(int(draw["seed"][0]))
         found = self.function(**{name: told[name] for name in self._asked()})
         return found @ problem.values if isinstance(found, LinearOperator) else found
+
+
+def register(name: str) -> Callable[[F], F]:
+    """Register a method class, or a plain function, under a lower-case name.
+
+    The name then stands for it wherever a method is asked for, on the command line too
+    (``--import FILE.py``).  What is defined again, as in a notebook, takes the place of its
+    earlier self.
+
+    Parameters
+    ----------
+    name : str
+        Of no other method.
+
+    Returns
+    -------
+    callable
+        A decorator that returns what it gets: a class derived from `Method`, or a function as
+        `Function` takes it.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    ValueError
+        If another method has the name.
+
+    Examples
+    --------
+    >>> import sketchattn as sa
+    >>> @sa.register("first_key")
+    ... def first_key(q, k, v):
+    ...     return np.repeat(v[:1], len(q), axis=0)
+    >>> q, k, v = np.ones((3, 4, 2))
+    >>> float(sa.attention(q, k, v, "first_key")[0, 0])
+    1.0
+    >>> sa.methods().pop("first_key").title
+    'first_key'
+    """
+
+    def add(given: F) -> F:
+        if isinstance(given, type) and issubclass(given, Method):
+            register_class(name)(given)
+        elif callable(given) and not isinstance(given, type | Method):
+            register_class(name)(_class_of(given, name))
+        else:
+            kind = given.__name__ if isinstance(given, type) else type(given).__name__
+            raise TypeError(
+                f"a registered method must be a class derived from sketchattn.Method or a plain "
+                f"function, got {kind}; derive it, or register its class"
+            )
+        return given
+
+    return add
+
+
+def _class_of(function: Callable[..., Any], label: str) -> type[Function]:
+    """Return the class of methods that attend by a function, with a rank if it asks for one."""
+
+    def ranked(self: Function, rank: int) -> None:
+        Function.__init__(self, function, rank)
+
+    def plain(self: Function) -> None:
+        Function.__init__(self, function)
+
+    return type(
+        getattr(function, "__name__", label),
+        (Function,),
+        {
+            "__init__": ranked if "rank" in Function(function)._asked() else plain,
+            "__module__": getattr(function, "__module__", __name__),
+            "__qualname__": getattr(function, "__qualname__", label),
+            "__doc__": function.__doc__,
+            "title": label,
+        },
+    )

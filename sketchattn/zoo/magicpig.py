@@ -221,6 +221,9 @@ class MagicPIG(Method):
     On a causal problem the tables are chosen by keys at right angles to the queries, since any
     others would tell early rows of later keys: more keys than ``rank`` may be kept.
 
+    A draw holds ``planes``, float64 (d, ``bits`` L), one row more with lifted keys: the normals of
+    the planes, one column for each bit, table after table.
+
     Chen et al., arXiv 2410.16179; Infini-AI-Lab/MagicPIG @ac9aa36, which reads some layers exactly
     and takes arc cosines of numbers above one; xAlg-ai/sparse-attention-hub @1a048c9, which lifts
     to the largest norm of all heads, here of one.

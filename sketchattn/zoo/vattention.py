@@ -173,7 +173,10 @@ class VAttention(Method):
     empty F counts as the sum over all keys; the largest logits are among the keys drawn from, and
     counted once; weights ``1/(1e-6 + b/n_s)``; fewer than two keys to draw from: all are read.
 
-    Draws for budgets other than "fixed" hold n_q n_k numbers of four bytes.
+    A draw holds ``order`` (n_q, m), int32: keys that row i sees, in random order, of which it draws
+    the first b that are not in F, and -1 beyond them; with replacement float32 uniforms that choose
+    keys.  ``pilot`` (n_q, s), float32, are uniforms that choose the pilot sample, s = 0 where there
+    is none.  For budgets other than "fixed" these are n_q n_k numbers of four bytes.
 
     Examples
     --------

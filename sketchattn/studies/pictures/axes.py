@@ -164,13 +164,14 @@ def format_errors(axes: Axes, scale: Scale) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
-def format_ranks(axes: Axes, ranks: Sequence[int], most: int = 7) -> None:
+def format_ranks(axes: Axes, ranks: Sequence[float], most: int = 7) -> None:
     """Set the horizontal axis of ranks up."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+    words = {float(rank): str(rank) for rank in ranks}
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(spread_ranks(ranks, most)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words.get(x, f"{x:.0f}")))
     axes.xaxis.set_minor_locator(NullLocator())
     if len(ranks) == 1:
         axes.set_xlim(ranks[0] / 2, ranks[0] * 2)
@@ -179,7 +180,7 @@ def format_ranks(axes: Axes, ranks: Sequence[int], most: int = 7) -> None:
         axes.set_xlim(ranks[0] / room, ranks[-1] * room)
 
 
-def spread_ranks(ranks: Sequence[int], most: int = 7) -> list[int]:
+def spread_ranks(ranks: Sequence[float], most: int = 7) -> list[float]:
     """Return ranks that are far enough apart for their labels."""
     gap = (ranks[-1] / ranks[0]) ** (1 / most)
     chosen = [ranks[0]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..columns import quantiles
+from ..columns import REFERENCES, quantiles
 from ..palette import style_of
+from ..ranks import Share
 from .curves import Curve, Table, curve_of, table_of
 
 if TYPE_CHECKING:
@@ -26,26 +27,34 @@ class Bound(NamedTuple):
 
 
 def bounds_of(
-    bounds: pd.DataFrame | None, field: str, methods: Sequence[str]
+    bounds: pd.DataFrame | None,
+    field: str,
+    methods: Sequence[str],
+    shares: Mapping[float, Share],
 ) -> tuple[list[Bound], Table]:
-    """Return the claims that bound a field, and their bounds by claim, head and rank."""
+    """Return the claims that bound a field, and their bounds by claim, head and rank.
+
+    Of the methods given, and of those that every study draws as references.  ``shares``
+    are those of the study: not all of its heads may have bounds.
+    """
     if bounds is None:
         return [], {}
-    own = bounds[(bounds["field"] == field) & bounds["method"].isin(methods)]
+    own = bounds[(bounds["field"] == field) & bounds["method"].isin([*methods, *REFERENCES])]
     triples = dict.fromkeys(zip(own["claim"], own["method"], own["what"], strict=True))
     found = []
     for i, (claim, method, what) in enumerate(triples):
         dash = BOUND_DASHES[i % len(BOUND_DASHES)]
         style = {"color": style_of(method, methods).colour, "linestyle": dash, "linewidth": 0.9}
         found.append(Bound(claim, method, what, style))
-    return found, table_of(own.assign(method=own["claim"], **{field: own["bound"]}), field)
+    named = own.assign(method=own["claim"], **{field: own["bound"]})
+    return found, table_of(named, field, shares)
 
 
 def bound_curves(limits: Sequence[Bound], table: Table, heads: Sequence[str]) -> list[Curve]:
     """Return the median of each bound over heads."""
     curves = []
     for limit in limits:
-        by_rank: dict[int, list[float]] = {}
+        by_rank: dict[float, list[float]] = {}
         for head in heads:
             for rank, values in table.get((limit.claim, head), {}).items():
                 by_rank.setdefault(rank, []).extend(values)

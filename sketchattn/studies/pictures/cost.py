@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from ...base.drawing import make_figure
 from ..columns import EXACT, FLOORS, PREDICTORS, quantiles
 from ..palette import DASHES, style_of
+from ..ranks import in_words
 from .axes import Scale, clip, draw_intervals, format_errors, name_edges, scale_of
 from .curves import (
     Curve,
+    Table,
     curve_of,
     front_of,
     intervals_of,
@@ -84,12 +86,12 @@ def draw_cost(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Figu
 def _draw_panel(
     axes: Axes,
     methods: Sequence[str],
-    middles: dict[str, dict[int, list[float]]],
-    table: dict[tuple[str, str], dict[int, list[float]]],
+    middles: dict[str, dict[float, list[float]]],
+    table: Table,
     cost: str,
     scale: Scale,
     field: str,
-    spans: dict[str, dict[int, tuple[float, float]]],
+    spans: dict[str, dict[float, tuple[float, float]]],
 ) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -196,8 +198,8 @@ def without_the_useless(scale: Scale, curves: Sequence[Curve]) -> Scale:
 
 def _draw_references(
     axes: Axes,
-    middles: dict[str, dict[int, list[float]]],
-    table: dict[tuple[str, str], dict[int, list[float]]],
+    middles: dict[str, dict[float, list[float]]],
+    table: Table,
     cost: str,
     scale: Scale,
     mean: float,
@@ -240,12 +242,13 @@ def _draw_references(
         elif name == "svd":
             # What a floor costs means nothing: a tick at the right edge for each rank.
             for i, (rank, y) in enumerate(inside.items()):
+                named = f"{'floor: best matrix of rank ' if i == 0 else ''}{in_words(rank)}"
                 axes.plot(
                     [0.982, 1], [y] * 2, transform=axes.get_yaxis_transform(), linestyle=dash,
                     gid=name, zorder=5, **look,
                 )  # fmt: skip
                 axes.annotate(
-                    f"{'floor: best matrix of rank ' if i == 0 else ''}{rank}", (0.98, y), (-2, 0),
+                    named, (0.98, y), (-2, 0),
                     xycoords=axes.get_yaxis_transform(), textcoords="offset points", ha="right",
                     va="center", fontstyle="italic", **small,
                 )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..columns import FLOORS, PREDICTORS, REFERENCES, quantiles
+from ..ranks import AT, Share, ranked, ranks_of, shares_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,15 +15,15 @@ if TYPE_CHECKING:
 # References that have a place on axes of errors: exact attention has rounding only.
 BESIDE = (*FLOORS, *PREDICTORS)
 
-# (method, head) -> rank -> values over seeds
-Table = dict[tuple[str, str], dict[int, list[float]]]
+# (method, head) -> rank as in `ranks_of` -> values over seeds
+Table = dict[tuple[str, str], dict[float, list[float]]]
 
 
 class Curve(NamedTuple):
     """One line of one panel: a value for each rank, and a band where there is one."""
 
     name: str
-    ranks: list[int]
+    ranks: Sequence[float]
     middle: list[float]
     low: list[float]
     high: list[float]
@@ -32,7 +33,7 @@ class Point(NamedTuple):
     """What a method reaches at one rank: its cost, its error, and where it does."""
 
     method: str
-    rank: int
+    rank: float
     cost: float
     error: float
 
@@ -42,22 +43,23 @@ def methods_of(frame: pd.DataFrame) -> list[str]:
     return [m for m in dict.fromkeys(frame["method"]) if m not in REFERENCES]
 
 
-def table_of(frame: pd.DataFrame, field: str) -> Table:
-    """Return the values of one column by method, head and rank."""
+def table_of(frame: pd.DataFrame, field: str, shares: Mapping[float, Share] | None = None) -> Table:
+    """Return the values of one column by method, head and rank; ``shares`` as for `ranks_of`."""
     table: Table = {}
-    columns = (frame[name].tolist() for name in ("method", "head", "rank", field))
-    for method, head, rank, value in zip(*columns, strict=True):
-        table.setdefault((method, head), {}).setdefault(int(rank), []).append(float(value))
+    columns = [frame[name].tolist() for name in ("method", "head", field)]
+    for method, head, value, rank in zip(*columns, ranks_of(frame, shares), strict=True):
+        table.setdefault((method, head), {}).setdefault(rank, []).append(float(value))
     return table
 
 
 def tables_of(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Table:
     """Return the values of methods and of references; references stand at one seed."""
-    own = table_of(frame[~frame["method"].isin(REFERENCES)], field)
-    return own | table_of(references, field)
+    shares = shares_of(references)
+    own = table_of(frame[~frame["method"].isin(REFERENCES)], field, shares)
+    return own | table_of(references, field, shares)
 
 
-def curve_of(name: str, ranks: list[int], triples: Sequence[Sequence[float]]) -> Curve:
+def curve_of(name: str, ranks: Sequence[float], triples: Sequence[Sequence[float]]) -> Curve:
     """Return a curve from its low, middle and high values."""
     low, middle, high = ([t[i] for t in triples] for i in range(3))
     return Curve(name, ranks, middle, low, high)
@@ -77,10 +79,10 @@ def head_curves(table: Table, names: Sequence[str], head: str) -> list[Curve]:
 
 def medians_of(
     table: Table, name: str, heads: Iterable[str] | None = None
-) -> dict[int, list[float]]:
+) -> dict[float, list[float]]:
     """Return the medians over seeds of one method by rank, one for each head."""
     wanted = None if heads is None else set(heads)
-    by_rank: dict[int, list[float]] = {}
+    by_rank: dict[float, list[float]] = {}
     for (method, head), found in table.items():
         if method == name and (wanted is None or head in wanted):
             for rank, values in found.items():
@@ -104,7 +106,7 @@ def summary_curves(
     return curves
 
 
-def points_of(errors: Mapping[int, Sequence[float]], costs: Mapping[int, Sequence[float]],
+def points_of(errors: Mapping[float, Sequence[float]], costs: Mapping[float, Sequence[float]],
               method: str) -> list[Point]:  # fmt: skip
     """Return the median error of a method against its median cost, a point a rank."""
     points = []
@@ -116,7 +118,7 @@ def points_of(errors: Mapping[int, Sequence[float]], costs: Mapping[int, Sequenc
     return points
 
 
-def intervals_of(frame: pd.DataFrame, method: str) -> dict[int, tuple[float, float]]:
+def intervals_of(frame: pd.DataFrame, method: str) -> dict[float, tuple[float, float]]:
     """Return the interval of ``output_fro_rel`` at each rank where errors are of sampled rows.
 
     The medians over heads and seeds of its ends, each of which holds for one head and seed.
@@ -124,10 +126,10 @@ def intervals_of(frame: pd.DataFrame, method: str) -> dict[int, tuple[float, flo
     names = ("output_fro_rel", *(f"output_fro_rel_{end}" for end in ("low", "high")))
     if not set(names) <= set(frame.columns):
         return {}
-    own = frame[frame["method"] == method]
+    own = ranked(frame[frame["method"] == method], shares_of(frame))
     found = {}
-    for rank in sorted(map(int, set(own["rank"]))):
-        part = own[own["rank"] == rank]
+    for rank in sorted(set(own[AT])):
+        part = own[own[AT] == rank]
         low, high = (quantiles(part[name].tolist(), (0.5,))[0] for name in names[1:])
         if low < high:
             found[rank] = (low, high)

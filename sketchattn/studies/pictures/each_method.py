@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ...base.drawing import make_figure
 from ..columns import quantiles
 from ..palette import REFERENCE_LABELS
+from ..ranks import axis_of
 from .axes import (
     clip,
     draw_curve,
@@ -113,7 +114,7 @@ def draw_each(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Figu
         f"{INTERVALS if sampled else ''}",
         ha="left", va="top", fontsize=8.5, color="0.25", linespacing=1.35,
     )  # fmt: skip
-    figure.text(0.53, 0.5 / height, "rank r", ha="center", fontsize=9)
+    figure.text(0.53, 0.5 / height, axis_of(ranks), ha="center", fontsize=9)
     _legend(figure, height)
     return figure
 

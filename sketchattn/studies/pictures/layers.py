@@ -14,6 +14,7 @@ import numpy as np
 
 from ...base.drawing import make_figure
 from ..columns import quantiles
+from ..ranks import in_words, ranks_of, shares_of
 from .cost import WIDTH
 from .curves import medians_of, methods_of, tables_of
 from .words import MEASURES, shorten
@@ -74,7 +75,7 @@ def draw_layers(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Fi
     methods = methods_of(frame)
     heads = [str(x) for x in dict.fromkeys(frame["head"])]
     table = tables_of(frame, references, field)
-    ranks = sorted({int(r) for r in frame["rank"]})
+    ranks = sorted(set(ranks_of(frame, shares_of(references))))
     rank = ranks[len(ranks) // 2]
     best: dict[str, tuple[float, str]] = {}
     mean: dict[str, float] = {}
@@ -144,7 +145,7 @@ def draw_layers(frame: pd.DataFrame, references: pd.DataFrame, field: str) -> Fi
     drawn.minorticks_off()
     what, formula = MEASURES[field]
     figure.suptitle(
-        f"Which method is best on which head, at rank {rank}", x=0.01, y=1 - 0.1 / height,
+        f"Which method is best on which head, at rank {in_words(rank)}", x=0.01, y=1 - 0.1 / height,
         ha="left", va="top", fontsize=11, fontweight="bold",
     )  # fmt: skip
     figure.text(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...base.drawing import make_figure
 from ..columns import PREDICTORS
 from ..palette import REFERENCE_LABELS
+from ..ranks import axis_of, shares_of
 from .axes import (
     Scale,
     clip,
@@ -48,7 +49,7 @@ def draw_one(
     axes.tick_params(labelsize=8.5)
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("rank r", fontsize=9, labelpad=2)
+    axes.set_xlabel(axis_of(panel.ranks), fontsize=9, labelpad=2)
     axes.set_ylabel(field, fontsize=9, labelpad=2)
     end_labels(axes, labels, 8.5, 14.0)
     what, formula = MEASURES[field]
@@ -74,6 +75,11 @@ class Panel(NamedTuple):
     limits: list[Bound]
     over: list[Curve]
 
+    @property
+    def ranks(self) -> list[float]:
+        """The ranks of all curves, in order."""
+        return sorted({r for c in (*self.curves, *self.over) for r in c.ranks})
+
 
 def panel_of(
     frame: pd.DataFrame,
@@ -92,7 +98,7 @@ def panel_of(
     else:
         curves = summary_curves(table, every, heads)
     curves = [c for c in curves if any(not math.isnan(x) for x in c.middle)]
-    limits, limit_table = bounds_of(bounds, field, methods)
+    limits, limit_table = bounds_of(bounds, field, methods, shares_of(references))
     return Panel(curves, limits, bound_curves(limits, limit_table, heads))
 
 
@@ -117,8 +123,7 @@ def draw_panel(
     ``names`` are all methods that have a look here, and what they are called.
     """
     methods = list(names)
-    ranks = sorted({r for c in (*panel.curves, *panel.over) for r in c.ranks})
-    format_ranks(axes, ranks or [1])
+    format_ranks(axes, panel.ranks or [1])
     format_errors(axes, scale)
     _shade(axes, panel.curves, scale, field)
     on_edge: dict[str, list[str]] = {}
@@ -143,7 +148,7 @@ def draw_panel(
     return ends
 
 
-def _last(ranks: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
+def _last(ranks: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """Return the last point that is there."""
     return [(float(x), y) for x, y in zip(ranks, values, strict=True) if not math.isnan(y)][-1]
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...base.drawing import make_figure
 from ..palette import REFERENCE_LABELS
+from ..ranks import axis_of, shares_of
 from .axes import (
     clip,
     draw_curve,
@@ -49,11 +50,13 @@ def draw_panels(
         (_summary_title(len(heads), seeds), summary_curves(table, names))
     ]
     panels += [(str(head), head_curves(table, names, head)) for head in drawn]
-    limits, limit_table = bounds_of(bounds, field, methods)
+    limits, limit_table = bounds_of(bounds, field, methods, shares_of(references))
     beyond = [bound_curves(limits, limit_table, shown) for shown in (heads, *([h] for h in drawn))]
     every = [curve for _, curves in panels for curve in curves]
     scale = without_the_useless(scale_of(field, every), every)
     scale = with_values(scale, [x for over in beyond for c in over for x in c.middle])
+
+    ranks = sorted({rank for curve in panels[0][1] for rank in curve.ranks})
 
     what, formula = MEASURES[field]
     title = f"{field}: {what}, {formula}"
@@ -98,7 +101,7 @@ def draw_panels(
         if size > 1:
             name_edges(axes, on_edge, field)
         if summary:
-            format_ranks(axes, sorted({r for c in curves for r in c.ranks}))
+            format_ranks(axes, ranks)
             format_errors(axes, scale)
             axes.patch.set_facecolor("#f7f7f4")
         letters, points = (60, 9.5) if size > 1 else (28, 8)
@@ -112,7 +115,9 @@ def draw_panels(
         axes.grid(True, which="major", color="0.88", linewidth=0.6)
         axes.set_axisbelow(True)
     figure.suptitle(title, fontsize=11, y=1 - 0.1 / (height + top + bottom), va="top")
-    figure.text(0.5, (bottom - 0.45) / (height + top + bottom), "rank r", ha="center", fontsize=10)
+    figure.text(
+        0.5, (bottom - 0.45) / (height + top + bottom), axis_of(ranks), ha="center", fontsize=10
+    )
     handles = _legend_handles(methods, limits, notes, field)
     labels = [str(handle.get_label()) for handle in handles]
     legend = figure.legend(

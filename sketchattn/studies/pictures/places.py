@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .words import shorten
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -103,6 +105,8 @@ def place_labels(
 def end_labels(axes: Axes, labels: Sequence[Label], size: float, room: float) -> None:
     """Write labels behind the right edge, each as high as its line ends or as near as it fits.
 
+    One that is wider than what is left of the figure is cut in its middle.
+
     Parameters
     ----------
     axes : Axes
@@ -139,15 +143,20 @@ def end_labels(axes: Axes, labels: Sequence[Label], size: float, room: float) ->
         ),
         autolim=False,
     )  # fmt: skip
+    right = float(axes.figure.bbox.x1) - 2 / to_points
     for (text, _, style, _), height in zip(ends, heights, strict=True):
         axes.plot(
             [start, (start + stop) / 2, stop], [height] * 3, transform=axes.transAxes,
             clip_on=False, markevery=[1], gid=f"{text}:sample", **style,
         )  # fmt: skip
-        axes.text(
+        label = axes.text(
             stop + 4 / width, height, text, transform=axes.transAxes, ha="left", va="center",
             fontsize=size, color="0.1", parse_math=False, gid=f"{text}:label",
         )  # fmt: skip
+        shown = len(text)
+        while shown > 8 and label.get_window_extent().x1 > right:
+            shown -= 1
+            label.set_text(shorten(text, shown))
 
 
 def spread(wanted: Array, gap: float, low: float, high: float) -> Array:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...base.drawing import make_figure
+from ..columns import SHARE
 from ..palette import COLOURS, DASHES
+from ..ranks import axis_of
 from .axes import format_ranks
 from .cost import WIDTH
 from .curves import medians_of, table_of
@@ -29,7 +31,8 @@ def draw_spectra(references: pd.DataFrame) -> Figure:
     """Return the picture, in the style that is in force."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    spectral = table_of(references, "matrix_spec_rel")
+    # Singular values have an index of their own on every head; what they carry is of a rank.
+    spectral = table_of(references.drop(columns=SHARE, errors="ignore"), "matrix_spec_rel")
     frobenius = table_of(references, "matrix_fro_rel")
     heads = [str(h) for h in dict.fromkeys(references["head"]) if ("svd", h) in spectral]
     figure = make_figure(figsize=(WIDTH, 5.0))
@@ -37,12 +40,14 @@ def draw_spectra(references: pd.DataFrame) -> Figure:
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.1, top=0.83, wspace=0.17)
     labels: dict[str, list[Label]] = {"left": [], "right": []}
     points: dict[str, list[tuple[float, float]]] = {"left": [], "right": []}
-    ranks: set[int] = set()
+    indices: set[float] = set()
+    ranks: set[float] = set()
     lowest = 1.0
     for i, head in enumerate(heads):
         tails = medians_of(spectral, "svd", [head])
         rests = medians_of(frobenius, "svd", [head])
-        ranks |= set(tails)
+        indices |= set(tails)
+        ranks |= set(rests)
         dashes = list(DASHES.values())
         style = {
             "color": COLOURS[i % len(COLOURS)] if i < MOST_NAMED else "0.7",
@@ -64,7 +69,7 @@ def draw_spectra(references: pd.DataFrame) -> Figure:
                 labels[side].append(
                     (shorten(head.rsplit("/", 1)[-1], 24), found[1:] or found, letters)
                 )
-    top = max(ranks, default=1)
+    top = max(indices, default=1)
     left.set_xscale("log", base=2)
     left.set_xlim(1, top * 1.15 + 1)
     left.set_yscale("log")
@@ -78,7 +83,7 @@ def draw_spectra(references: pd.DataFrame) -> Figure:
     right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
     left.set_title("singular values, as a share of the largest", fontsize=9.5)
     right.set_title(r"share of $\|A\|_F^2$ in the first r of them", fontsize=9.5)
-    for axes, side, text in ((left, "left", "index"), (right, "right", "rank r")):
+    for axes, side, text in ((left, "left", "index"), (right, "right", axis_of(ranks))):
         axes.set_xlabel(text, fontsize=9, labelpad=2)
         axes.tick_params(labelsize=8.5)
         axes.grid(True, which="major", color="0.9", linewidth=0.6)

@@ -15,6 +15,7 @@ from ...base.pages import NEUTRAL, Chart, label, layout_of, menu, rounded, short
 from ...errors.reports import FIELDS
 from ..columns import EXACT, FLOORS, PREDICTORS, quantiles
 from ..palette import SYMBOLS, style_of
+from ..ranks import Share, axis_of, in_words, ranks_of
 from .hardness import number_of
 from .medians import MAIN, Medians, front
 
@@ -186,9 +187,9 @@ def _axis(title: str, span: list[float] | None, write: Write = plain) -> dict[st
     }
 
 
-def _rank_axis(ranks: Sequence[int]) -> dict[str, Any]:
+def _rank_axis(ranks: Sequence[float]) -> dict[str, Any]:
     return {
-        "title": {"text": "rank r"},
+        "title": {"text": axis_of(ranks)},
         "type": "log",
         "tickvals": list(ranks),
         "ticktext": [str(rank) for rank in ranks],
@@ -311,10 +312,11 @@ def _cost_hover(cost: str) -> str:
 
 
 def _numbers(
-    x: Sequence[float], y: Sequence[float], ranks: Sequence[int] = (), text: list[str] | str = ""
+    x: Sequence[float], y: Sequence[float], ranks: Sequence[float] = (), text: list[str] | str = ""
 ) -> dict[str, Any]:
     """Return what a curve is drawn from: its points, and their ranks and text for who hovers."""
-    return {"x": rounded(x, 4), "y": rounded(y, 4), "customdata": list(ranks), "text": text}
+    told = [in_words(rank) if isinstance(rank, Share) else rank for rank in ranks]
+    return {"x": rounded(x, 4), "y": rounded(y, 4), "customdata": told, "text": text}
 
 
 def rank_chart(medians: Medians, bounds: pd.DataFrame) -> Chart:
@@ -409,13 +411,15 @@ class _Bounds:
         self.fields: dict[str, str] = {}
         self._method: dict[str, str] = {}
         self._what: dict[str, str] = {}
-        self._values: dict[tuple[str, str, int], float] = {}
+        self._values: dict[tuple[str, str, float], float] = {}
         self._medians = medians
-        columns = ("claim", "method", "head", "rank", "field", "what", "bound")
-        rows = zip(*(bounds[x].tolist() for x in columns), strict=True) if len(bounds) else ()
-        for claim, method, head, rank, field, what, bound in rows:
+        columns = [
+            bounds[x].tolist() for x in ("claim", "method", "head", "field", "what", "bound")
+        ]
+        rows = zip(ranks_of(bounds, medians.shares), *columns, strict=True)
+        for rank, claim, method, head, field, what, bound in rows:
             self.fields[claim], self._method[claim], self._what[claim] = field, method, what
-            self._values[claim, head, int(rank)] = float(bound)
+            self._values[claim, head, rank] = float(bound)
 
     def line(self, claim: str, medians: Medians) -> Trace:
         """Return the look of a bound: thin, in the colour of its method."""
@@ -504,7 +508,7 @@ def head_map(medians: Medians) -> Chart:
             z.append(rounded(map(_log_ratio, errors, means), 2))
             text.append([short(x, 2) for x in errors])
         first = first or {"z": z, "text": text}
-        buttons.append((f"rank {rank}", "restyle", [{"z": [z], "text": [text]}]))
+        buttons.append((f"rank {in_words(rank)}", "restyle", [{"z": [z], "text": [text]}]))
     shared = os.path.commonprefix(heads) if len(heads) > 1 else ""
     shared = shared[: shared.rfind("/") + 1]  # what all names have in common says nothing here
     places = [label(head[len(shared) :], 24) for head in heads]
@@ -596,7 +600,7 @@ def hardness_chart(medians: Medians, hardness: Mapping[str, dict[str, Any]]) -> 
         y = [rounded(medians.at(MAIN, name, head, rank) for head in heads) for name in names]
         every += [x for row in y for x in row if x is not None]
         first = first or y
-        buttons.append((f"rank {rank}", "restyle", [{"y": y}]))
+        buttons.append((f"rank {in_words(rank)}", "restyle", [{"y": y}]))
     traces = [trace | {"y": y} for trace, y in zip(traces, first, strict=True)]
     figure = {
         "data": _apart(traces),

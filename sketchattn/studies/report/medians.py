@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors.reports import FIELDS
 from ..columns import REFERENCES, quantiles
+from ..ranks import ranks_of, shares_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,8 +35,10 @@ class Medians:
         In the order of the rows; methods without references.
     beside : list of str
         The references, in their order.
-    ranks : list of int
-        In increasing order.
+    ranks : list of int or Share
+        In increasing order, as `ranks_of` has them.
+    shares : dict from float to Share
+        The shares among them.
     seeds : int
         Their number.
     columns : tuple of str
@@ -48,7 +51,8 @@ class Medians:
         self.heads: list[str] = list(dict.fromkeys(references["head"]))
         self.methods: list[str] = list(dict.fromkeys(own["method"]))
         self.beside: list[str] = list(dict.fromkeys(references["method"]))
-        self.ranks = sorted({int(r) for r in references["rank"]})
+        self.shares = shares_of(references)
+        self.ranks = sorted(set(ranks_of(references, self.shares)))
         self.seeds = int(frame["seed"].nunique())
         extra = ["work"] if "work" in frame else []
         ends = [f"{MAIN}_low", f"{MAIN}_high"]
@@ -56,19 +60,18 @@ class Medians:
         if set(ends) <= set(frame) and (frame[ends[0]] < frame[ends[1]]).any():
             extra += ends
         self.columns = (*FIELDS, "seconds", *extra)
-        self._values: dict[tuple[str, str, int], dict[str, float]] = {}
+        self._values: dict[tuple[str, str, float], dict[str, float]] = {}
         for part in (own, references):
-            keys = ("method", "head", "rank")
-            found: dict[tuple[str, str, int], list[tuple[float, ...]]] = {}
-            for method, head, rank, *values in zip(
-                *(part[name].tolist() for name in (*keys, *self.columns)), strict=True
-            ):
-                found.setdefault((method, head, int(rank)), []).append(tuple(values))
+            ranks = ranks_of(part, self.shares)
+            columns = [part[name].tolist() for name in ("method", "head", *self.columns)]
+            found: dict[tuple[str, str, float], list[tuple[float, ...]]] = {}
+            for rank, method, head, *values in zip(ranks, *columns, strict=True):
+                found.setdefault((method, head, rank), []).append(tuple(values))
             for key, rows in found.items():
                 middle = [quantiles(column, (0.5,))[0] for column in zip(*rows, strict=True)]
                 self._values[key] = dict(zip(self.columns, middle, strict=True))
 
-    def at(self, field: str, label: str, head: str, rank: int) -> float:
+    def at(self, field: str, label: str, head: str, rank: float) -> float:
         """Return the median over seeds; NaN where there is no such row."""
         return self._values.get((label, head, rank), {}).get(field, math.nan)
 
@@ -76,12 +79,12 @@ class Medians:
         """Return the medians over seeds at every rank."""
         return [self.at(field, label, head, rank) for rank in self.ranks]
 
-    def by_head(self, field: str, label: str, rank: int) -> dict[str, float]:
+    def by_head(self, field: str, label: str, rank: float) -> dict[str, float]:
         """Return the medians over seeds of the heads that have a number."""
         found = {head: self.at(field, label, head, rank) for head in self.heads}
         return {head: x for head, x in found.items() if not math.isnan(x)}
 
-    def over(self, field: str, label: str, rank: int) -> Spread:
+    def over(self, field: str, label: str, rank: float) -> Spread:
         """Return quartiles, median and maximum over heads."""
         values = list(self.by_head(field, label, rank).values())
         return Spread(*quantiles(values, (0.25, 0.5, 0.75, 1.0)))
@@ -90,7 +93,7 @@ class Medians:
         """Return the median over heads at every rank."""
         return [self.over(field, label, rank).middle for rank in self.ranks]
 
-    def lost(self, label: str, rank: int) -> list[str]:
+    def lost(self, label: str, rank: float) -> list[str]:
         """Return the heads on which a method does not beat the mean of V."""
         return [
             head
@@ -98,7 +101,7 @@ class Medians:
             if x >= self.at(MAIN, "vmean", head, rank)
         ]
 
-    def best(self, rank: int, *, worst_head: bool = False) -> tuple[str, float]:
+    def best(self, rank: float, *, worst_head: bool = False) -> tuple[str, float]:
         """Return the method with the smallest median error over heads, or on its worst head."""
         pick = 3 if worst_head else 1
         found = [(self.over(MAIN, label, rank)[pick], label) for label in self.methods]

@@ -15,6 +15,7 @@ from ...base.files import write_text
 from ...base.machine import machine
 from ...base.pages import render_page, short
 from ..columns import EXACT
+from ..ranks import in_words
 from .figures import charts
 from .hardness import read_hardness
 from .medians import MAIN, Medians
@@ -123,13 +124,13 @@ def _facts(medians: Medians) -> list[tuple[str, str, str]]:
         if name:
             most = short(medians.over(MAIN, name, each).most)
             beside = f"relative output error {short(error)}, worst head {most}"
-            found.append((f"best at rank {each}", name, beside))
+            found.append((f"best at rank {in_words(each)}", name, beside))
     mean, floor = (medians.over(MAIN, x, rank).middle for x in ("vmean", "topk"))
     if not math.isnan(mean):
         found.append(("to beat: the mean of V", short(mean), "an output that ignores the queries"))
     if not math.isnan(floor):
-        what = f"the {rank} largest entries of each row"
-        found.append((f"floor at rank {rank}", short(floor), what))
+        what = f"the {in_words(rank)} largest entries of each row"
+        found.append((f"floor at rank {in_words(rank)}", short(floor), what))
     if EXACT in medians.beside:
         cost = medians.over("seconds", EXACT, rank).middle
         found.append(("exact attention", seconds(cost), "a head, on this machine"))

@@ -10,6 +10,7 @@ from ...base.pages import Cell, Column, Table, number, short
 from ...errors.reports import FIELDS
 from ..columns import EXACT, FLOORS, PREDICTORS, quantiles
 from ..palette import REFERENCE_LABELS
+from ..ranks import Share, in_words, ranks_of
 from .hardness import number_of
 from .medians import MAIN, Medians
 from .words import seconds
@@ -31,6 +32,10 @@ HARD = (
 
 def _time(x: float) -> Cell:
     return Cell(seconds(x), x)
+
+
+def _rank(rank: float) -> Cell:
+    return Cell(str(rank), float(rank) if isinstance(rank, Share) else rank)
 
 
 def budget_table(medians: Medians) -> Table:
@@ -55,7 +60,7 @@ def budget_table(medians: Medians) -> Table:
         careful, worst = medians.best(rank, worst_head=True)
         rows.append(
             [
-                Cell(str(rank), rank),
+                _rank(rank),
                 Cell(name, mark="name"),
                 number(error),
                 number(medians.over(MAIN, name, rank).most),
@@ -101,7 +106,7 @@ def work_table(medians: Medians) -> Table | None:
             [
                 Cell(f"{100 * share:g} %", share),
                 Cell(name, mark="name"),
-                Cell(str(rank), rank),
+                _rank(rank),
                 Cell(f"{short(100 * work, 2)} %", work),
                 number(error),
                 number(medians.over(MAIN, name, rank).most),
@@ -136,7 +141,7 @@ def all_table(medians: Medians) -> Table:
             rows.append(
                 [
                     Cell(REFERENCE_LABELS.get(name, name), mark="" if reference else "name"),
-                    Cell("any", math.nan) if alike else Cell(str(rank), rank),
+                    Cell("any", math.nan) if alike else _rank(rank),
                     number(spread.middle),
                     Cell(f"{short(spread.low)} to {short(spread.high)}", spread.high - spread.low),
                     number(spread.most),
@@ -168,7 +173,7 @@ def head_table(medians: Medians, hardness: Mapping[str, dict[str, Any]]) -> Tabl
     columns = [
         Column("head"),
         *(Column(title, True, about) for _, title, about in known),
-        Column(f"best at rank {rank}"),
+        Column(f"best at rank {in_words(rank)}"),
         Column("its error", True),
         Column("mean of V", True),
     ]
@@ -205,9 +210,10 @@ def bound_table(medians: Medians, bounds: pd.DataFrame) -> Table | None:
         Column("bound / measured", True),
     ]
     rows = []
-    groups: dict[tuple[str, str, str, str, int], list[float]] = {}
-    names = ("claim", "method", "field", "what", "rank", "bound")
-    for *key, bound in zip(*(bounds[name].tolist() for name in names), strict=True):
+    groups: dict[tuple[str, str, str, str, float], list[float]] = {}
+    columns_of = [bounds[name].tolist() for name in ("claim", "method", "field", "what")]
+    ranks = ranks_of(bounds, medians.shares)
+    for *key, bound in zip(*columns_of, ranks, bounds["bound"].tolist(), strict=True):
         groups.setdefault((*key,), []).append(bound)
     for (claim, method, field, what, rank), values in groups.items():
         bound = quantiles(values, (0.5,))[0]
@@ -218,7 +224,7 @@ def bound_table(medians: Medians, bounds: pd.DataFrame) -> Table | None:
                 Cell(method),
                 Cell(field),
                 Cell(what),
-                Cell(str(rank), rank),
+                _rank(rank),
                 number(bound),
                 number(seen),
                 number(bound / seen if seen > 0 else math.nan),

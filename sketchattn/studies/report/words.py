@@ -8,6 +8,7 @@ from typing import Any
 
 from ...base.pages import short, shorten
 from ..columns import EXACT
+from ..ranks import in_words
 from .medians import MAIN, Medians, front
 
 # Pieces of text, and whether each is strong: names stay text, whatever they are.
@@ -69,7 +70,7 @@ def what_was_measured(medians: Medians, about: Mapping[str, Any]) -> str:
     words = [
         count(len(medians.methods), "method"),
         f"on {count(len(medians.heads), 'attention head')}{_sizes(sizes)}",
-        f"at {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}",
+        f"at {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(in_words, ranks))}",
         f"with {count(medians.seeds, 'seed')}",
     ]
     return " ".join(words)
@@ -102,7 +103,8 @@ def _best(medians: Medians) -> Sentence:
             return say("No method has a number for the relative output error.")
         careful, worst = medians.best(rank, worst_head=True)
         mean = medians.over(MAIN, "vmean", rank).middle
-        parts += ["; " if i else "", strong(label), f" at rank {rank} with {short(error)}"]
+        at = in_words(rank)
+        parts += ["; " if i else "", strong(label), f" at rank {at} with {short(error)}"]
         parts += [f" (the mean of V has {short(mean)})"] if i == 0 else []
         if careful != label and len(medians.heads) > 1:
             parts += [", while ", strong(careful), f" has the best worst head, {short(worst)}"]
@@ -118,7 +120,8 @@ def _floor(medians: Medians) -> Sentence:
     keys, matrix = (medians.over(MAIN, name, rank).middle for name in ("topk", "svd"))
     if not label or not (keys > 0 and matrix > 0):
         return []
-    parts = [f"Floors at rank {rank}: keeping the {rank} largest entries of each row leaves "]
+    at = in_words(rank)
+    parts = [f"Floors at rank {at}: keeping the {at} largest entries of each row leaves "]
     parts += [f"{short(keys)}, the best matrix of this rank {short(matrix)}; the best method is "]
     return say(*parts, f"{_times(error / keys)} the first and {_times(error / matrix)} the second.")
 
@@ -130,6 +133,7 @@ def _times(ratio: float) -> str:
 def _losers(medians: Medians) -> list[Sentence]:
     """Say which methods the mean of V beats, and how often."""
     rank, heads = medians.ranks[-1], len(medians.heads)
+    last = in_words(rank)
     never = [
         label
         for label in medians.methods
@@ -145,13 +149,13 @@ def _losers(medians: Medians) -> list[Sentence]:
     if never:
         found.append(say("Never better than the mean of V, at any rank: ", *named(never), "."))
     if some:
-        parts: list[str | tuple[str, bool]] = [f"Not better than the mean of V at rank {rank}: "]
+        parts: list[str | tuple[str, bool]] = [f"Not better than the mean of V at rank {last}: "]
         for i, label in enumerate(some[:MOST_NAMED]):
             parts += [", " if i else "", strong(label), f" on {lost[label]} of {heads}"]
         more = f" and {len(some) - MOST_NAMED} more" if len(some) > MOST_NAMED else ""
         found.append(say(*parts, f"{' heads' if heads > 1 else ' head'}{more}."))
     if medians.methods and not never and not some:
-        found.append(say(f"Every method beats the mean of V on every head at rank {rank}."))
+        found.append(say(f"Every method beats the mean of V on every head at rank {last}."))
     return found
 
 
@@ -171,5 +175,5 @@ def _time(medians: Medians) -> Sentence:
         return head + say("; no method that beats the mean of V is faster.")
     label, rank = points[useful[-1]]
     cost, error = both[useful[-1]]
-    rest = f" at rank {rank}, {seconds(cost)} with an error of {short(error)}."
+    rest = f" at rank {in_words(rank)}, {seconds(cost)} with an error of {short(error)}."
     return head + say("; the best that is faster: ", strong(label), rest)

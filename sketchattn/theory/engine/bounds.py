@@ -72,8 +72,9 @@ def bound_claim(
         ``topic.name``.  One of your own that is registered again takes the place of the first.
     bound : callable
         ``bound(problem, r, **constants)`` with an `AttentionProblem` in float64 returns the bound
-        of the error at rank r, at least 0; NaN where it does not apply.  It is given ``delta`` too
-        if it has a parameter of that name.
+        of the error at rank r, one number of at least 0; NaN where it does not apply.  It is given
+        ``delta`` too if it has a parameter of that name.  The rank is a parameter of the claim: by
+        default a quarter of the keys, at most 256.
     error : str, default "output_fro_amm"
         A field of `ErrorReport` other than ``skill``.
     method : name, class, or object
@@ -88,7 +89,7 @@ def bound_claim(
         Verdicts that you expect, by instance; see `Claim`.  Without it all instances and the
         bundled heads are run, and nothing differs from a record.
     ranks : sequence of int, default (8, 16, 32, 64, 128, 256)
-        Steps of the picture.
+        Steps of the picture; those above the number of keys of a problem are left out.
     **constants
         Those of the bound: parameters of the claim, which `check` and `validate` can change.
 
@@ -142,7 +143,7 @@ def bound_claim(
         r, share = default_rank(context, rank, most=256), chosen.pop("delta", None)
         if wants_delta:
             chosen["delta"] = share
-        limit = _number(bound(problem, r, **chosen))
+        limit = _number(bound(problem, r, **chosen), id)
         context.require(not math.isnan(limit), f"the bound does not apply at rank {r}")
         context.below(r, n, limit, share)
         observed = maker(r)
@@ -205,14 +206,22 @@ def _check_bound(bound: Bound, constants: Mapping[str, Any], given: Mapping[str,
     return wants_delta
 
 
-def _number(value: object) -> float:
-    """Return what a bound returned."""
-    if hasattr(value, "item"):  # an array of one number
+def _number(value: object, whose: str) -> float:
+    """Return what the bound of a claim returned."""
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # an array of one number
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"bound must return a number, got {type(value).__name__}; return a float")
+        kind, shape = type(value).__name__, getattr(value, "shape", None)
+        of = "" if shape is None else f" of shape {tuple(shape)}"
+        raise TypeError(
+            f"bound must return a number, got {kind}{of} from that of claim {whose!r}; return a "
+            f"float"
+        )
     if float(value) < 0:
-        raise ValueError(f"bound must return at least 0, got {float(value):g}; NaN says it is none")
+        raise ValueError(
+            f"bound must return at least 0, got {float(value):g} from that of claim {whose!r}; "
+            f"NaN says it is none"
+        )
     return float(value)
 
 
@@ -254,6 +263,10 @@ def _error(method: Method, problem: AttentionProblem, rng: Any, error: str) -> f
 
 
 def _trivials(problem: AttentionProblem, error: str) -> list[tuple[float, str]]:
-    """Return the errors of the trivial predictors, with their names."""
-    names = {"zero": Zero(), "the mean of V": VMean()}
+    """Return the errors of the trivial predictors, with their names.
+
+    Of measures of rows, as distributions, zero is none.
+    """
+    names: dict[str, Method] = {} if error.startswith("row_") else {"zero": Zero()}
+    names["the mean of V"] = VMean()
     return [(_error(method, problem, None, error), name) for name, method in names.items()]

@@ -26,9 +26,11 @@ import numpy as np
 from ...base.arguments import closest
 from ...base.draws import Rng, entropy_of
 from ...base.floating import without_floating_errors
+from ...base.words import shown
 from ...kernels._threads import limit_threads
 from .decisions import audit, decide, not_seen_yet
 from .instances import Instance, as_instance
+from .observing import observe
 from .records import Observations, Verdict
 from .registry import (
     Context,
@@ -75,13 +77,23 @@ def _instance_of(entry: Entry, problem: object) -> Instance:
 def check_parameters(entry: Entry, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a claim, with those that are given in place of the defaults."""
     known = entry.parameters
-    for name in given:
+    for name, value in given.items():
         if name not in known:
             hint = closest(name, known) if known else "; it takes none"
             raise TypeError(
                 f"{name} must be a parameter of claim {entry.claim.id!r}, got {name!r}{hint}"
             )
+        counted = name == "rank" and value is not None
+        if (counted or _is_number(known[name])) and not _is_number(value):
+            default = f"by default it is {shown(known[name])}"
+            raise TypeError(
+                f"{name} must be a number for claim {entry.claim.id!r}, got {value!r}; {default}"
+            )
     return {**known, **given}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
 
 
 @without_floating_errors
@@ -138,7 +150,7 @@ def check(
     ----------
     id : str
         A key of `claims`.
-    problem : AttentionProblem, Instance, name of an instance, or pair (A, V), optional
+    problem : AttentionProblem, Heads of one head, Instance, its name, or pair (A, V), optional
         By default the first instance that the claim has a record for; without one the first
         bundled head.
     trials : int, default 200
@@ -232,7 +244,7 @@ def run(
             return Verdict(status="not applicable", bound=math.nan, notes=reason, **nothing)
     context = _context(entry, instance, trials, entropy, sketch)
     try:
-        seen = entry.observe(context, **parameters)
+        seen = observe(entry, context, parameters)
     except NotApplicable as stop:
         return Verdict(status="not applicable", bound=math.nan, notes=str(stop), **nothing)
     except Vacuous as stop:
@@ -275,7 +287,7 @@ def _since(entry: Entry, context: Context, parameters: Mapping[str, Any], rank: 
 
     def is_below(r: int) -> bool:
         try:
-            seen = entry.observe(silent, **{**parameters, "rank": r})
+            seen = observe(entry, silent, {**parameters, "rank": r})
         except (Stop, ValueError, ArithmeticError):  # of a rank that the operator cannot have
             return False
         limit = np.asarray(seen.bound, np.float64)
@@ -308,7 +320,7 @@ def sample(
     if any(a.test(instance) is not None for a in entry.assumptions):
         return None
     try:
-        return entry.observe(_context(entry, instance, trials, entropy, None), **parameters)
+        return observe(entry, _context(entry, instance, trials, entropy, None), parameters)
     except Stop:
         return None
 
@@ -344,7 +356,7 @@ def bound(id: str, problem: object = None, **parameters: Any) -> float:  # noqa:
         if assumption.test(instance) is not None:
             return math.nan
     try:
-        seen = entry.observe(_context(entry, instance, 0, 0, None), **chosen)
+        seen = observe(entry, _context(entry, instance, 0, 0, None), chosen)
     except NotApplicable:
         return math.nan
     except Vacuous as stop:

@@ -14,8 +14,9 @@ from typing import Any, TypeGuard, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import as_array, check_finite, closest
+from ...base.arguments import as_array, check_finite, guesses
 from ...base.floating import without_floating_errors
+from ...heads.container import Heads
 from ...kernels._threads import limit_threads
 from ...problem import AttentionProblem
 from .topics import load
@@ -240,7 +241,8 @@ def get_instance(name: str) -> Instance:
     load()
     if name not in _BUILDERS:
         raise ValueError(
-            f"problem must be a named instance, got {name!r}{closest(name, _BUILDERS)}"
+            f"problem must be a named instance, got {name!r}{guesses(name, _BUILDERS)} Heads of a "
+            f"file are sketchattn.read_heads(file), and heads[0] the first of them"
         )
     if name not in _BUILT:
         build, note = _BUILDERS[name]
@@ -272,7 +274,7 @@ def is_pair(problem: object) -> TypeGuard[tuple[Any, Any]]:
 
 
 def as_instance(problem: object) -> Instance:
-    """Return what ``problem`` stands for: an instance, its name, a problem, or a pair (A, V)."""
+    """Return what ``problem`` stands for: an instance or its name, one head, a pair (A, V)."""
     if isinstance(problem, Instance):
         return problem
     if isinstance(problem, str):
@@ -280,6 +282,13 @@ def as_instance(problem: object) -> Instance:
     if isinstance(problem, AttentionProblem):
         found = problem
         return problem.cached("instance", lambda: Instance(found.name or "problem", found))
+    if isinstance(problem, Heads):
+        if len(problem) != 1:
+            raise ValueError(
+                f"problem must be one head, got {len(problem)} of them; pass heads[0], or all of "
+                f"them to sketchattn.theory.validate"
+            )
+        return as_instance(problem[0])
     if is_pair(problem):
         return Instance("pair", problem)
     raise TypeError(

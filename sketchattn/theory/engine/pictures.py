@@ -47,25 +47,79 @@ def picture(task: Picture) -> tuple[str, bytes | str]:
     try:
         adopt(task.own)
         with plain_style():
-            return task.claim, as_png(figure_of(task))
+            return task.claim, as_png(figure_of(task, (5.4 * len(task.panels), 4.4)))
     except Exception as error:  # of the drawing, or of a claim at other parameters
         return task.claim, f"{type(error).__name__}: {error}"
 
 
-def figure_of(task: Picture) -> Figure:
-    """Return the picture of a claim as a figure, in the style that is set."""
+def figure_of(task: Picture, size: tuple[float, float] | None = None) -> Figure:
+    """Return the picture of a claim as a figure, in the style that is set.
+
+    Without a size, in inches, all is as the user has set it: size, resolution, letters and grid.
+    """
     claim = get_entry(task.claim).claim
+    own = size is None
     with limit_threads(1):
-        figure = make_figure(figsize=(5.4 * len(task.panels), 4.4), dpi=110, layout="constrained")
+        options: dict[str, Any] = {} if own else {"figsize": size, "dpi": 110}
+        figure = make_figure(layout="constrained", **options)
+        width, height = figure.get_size_inches()
         for i, panel in enumerate(task.panels):
             axes = figure.add_subplot(1, len(task.panels), i + 1)
-            draw(axes, claim, steps_of(claim, as_instance(panel.problem), task.entropy))
+            draw(axes, claim, steps_of(claim, as_instance(panel.problem), task.entropy), own)
             title = f"{panel.name}: {panel.status}"
-            axes.set_title(title, fontsize=9, parse_math=False)
+            if own:
+                title = _filled(title, 0.75 * width / len(task.panels), "x-small")
+            axes.set_title(title, fontsize="x-small" if own else 9, parse_math=False)
     title = f"{claim.id} ({claim.status} {claim.kind})\n{claim.title}"
-    figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.supylabel(textwrap.fill(claim.observes, 60), fontsize=8, parse_math=False)
+    beside = textwrap.fill(claim.observes, 60)
+    if own:
+        title = "\n".join(_filled(line, width, "small") for line in title.split("\n"))
+        beside = _filled(claim.observes, 0.8 * height, "x-small")
+    figure.suptitle(title, fontsize="small" if own else 10, parse_math=False)
+    figure.supylabel(beside, fontsize="x-small" if own else 8, parse_math=False)
+    if own:
+        _legend(figure)
     return figure
+
+
+def _legend(figure: Figure) -> None:
+    """Name the lines of all panels once, below them, in as many columns as there is room for."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if not found:
+        return
+    columns = 1 if figure.get_figwidth() < 4 else 2 if figure.get_figwidth() < 6 else len(found)
+    figure.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=columns,
+        fontsize="x-small",
+    )  # fmt: skip
+
+
+def _filled(text: str, inches: float, size: str) -> str:
+    """Return a text broken into lines that are not wider than this."""
+    from matplotlib.font_manager import FontProperties
+
+    # A letter is about 0.55 of its size wide.
+    points = FontProperties(size=size).get_size_in_points()
+    return textwrap.fill(text, max(12, int(72 * inches / (0.55 * points))))
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """Label a logarithmic axis with as many numbers as there is room for in the figure."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if axes.get_yscale() != "log":
+        return
+    low, high = axes.get_ylim()
+    decades, height = math.log10(high / low), axes.get_window_extent().height / axes.figure.dpi
+    subs = (
+        range(1, 10) if decades < 0.15 * height else (1, 2, 5) if decades < 0.75 * height else (1,)
+    )
+    axes.yaxis.set_major_locator(LogLocator(subs=[float(x) for x in subs], numticks=12))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
 class Step(NamedTuple):
@@ -89,8 +143,11 @@ def steps_of(claim: Claim, instance: Instance, entropy: int) -> list[Step]:
     return sorted(steps, key=lambda step: step.rank)
 
 
-def draw(axes: Axes, claim: Claim, steps: Sequence[Step]) -> None:
-    """Draw observations, bound and trivial predictor over the number of rows."""
+def draw(axes: Axes, claim: Claim, steps: Sequence[Step], own: bool = False) -> None:
+    """Draw observations, bound and trivial predictor over the number of rows.
+
+    ``own`` leaves letters and grid as the user has set them, and the legend to the figure.
+    """
     if not steps:
         axes.text(
             0.5,
@@ -147,12 +204,15 @@ def draw(axes: Axes, claim: Claim, steps: Sequence[Step]) -> None:
             axes.axhline(trivial[0], linestyle="--", **style)
     if len(ranks) == 1:
         axes.axhline(bounds[0], color="black", zorder=2)
-    axes.set_xlabel("r", fontsize=9)
+    axes.set_xlabel("r", fontsize="small" if own else 9)
     axes.set_xscale("log", base=2)
     shown = [*bounds, *(x for x in middle if math.isfinite(x))]
     if min(shown) > 0 and max(shown) < math.inf:
         axes.set_yscale("log", nonpositive="clip")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    if own:
+        _plain_numbers(axes)
+        return
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
     axes.tick_params(which="both", labelsize=8)
     axes.legend(fontsize=7)

@@ -237,6 +237,7 @@ class Verdict(Worded):
 
     def __str__(self) -> str:
         numbers_ = f"observed {number(self.observed)}, bound {number(self.bound)}"
+        numbers_ += "" if self.rank is None else f" at rank {self.rank}"
         count = "" if self.failures is None else f", {counted(self.failures, 'failure')}"
         note = f" ({self.notes})" if self.notes else ""
         return f"{self._title()}; {numbers_}{count} in {counted(self.trials, 'trial')}{note}"

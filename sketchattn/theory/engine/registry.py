@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...base.arguments import guesses
+from ...base.arguments import check_name, closest, guesses
+from ...errors.reports import FIELDS
 from .instances import Instance
 from .records import KINDS, STATUSES, VERDICTS, Claim, Curve, Observations
 from .topics import ENGINE, load
@@ -192,8 +193,8 @@ def claim(
     Raises
     ------
     ValueError
-        For an unknown kind, status or verdict, and an id that is taken: of your own claims the
-        last one counts.
+        For an unknown kind, status or verdict, a curve of no method or no error, and an id that is
+        taken: of your own claims the last one counts.
 
     Examples
     --------
@@ -235,6 +236,8 @@ def claim(
         )
         module = str(getattr(observe, "__module__", ""))
         own = not module.startswith(f"{ENGINE.rpartition('.')[0]}.")
+        if own and curve is not None:
+            check_curve(curve, parameters)
         off = dict(effects or {})
         enter(Entry(record, observe, tuple(assumptions), parameters, tuple(ladder), off, own))
         return observe
@@ -252,6 +255,32 @@ def check_fields(id: str, status: str, kind: str, recorded: Mapping[str, str]) -
         raise ValueError(f"recorded must hold verdicts, got {wrong[0]!r}; choose from {VERDICTS}")
     if "." not in id:
         raise ValueError(f"id must be topic.name, got {id!r}; name the topic")
+
+
+def check_curve(curve: Curve, parameters: Mapping[str, Any]) -> None:
+    """Refuse a curve that no study measures: of no method, of no error, or without a rank."""
+    from ...zoo.base import Method, methods
+
+    check_name(curve.field, "the field of curve", FIELDS)
+    cls: Any = curve.method
+    if isinstance(cls, str):
+        cls = methods()[check_name(cls, "the method of curve", tuple(methods()))]
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise TypeError(
+            f"curve must be of a method, got {type(cls).__name__}; give its name or its class"
+        )
+    known = cls._get_param_names()
+    for name in curve.parameters or {}:
+        if name not in known:
+            raise ValueError(
+                f"curve must have parameters of method {curve.name!r}, got {name!r}"
+                f"{closest(str(name), known)}"
+            )
+    if "rank" not in parameters:
+        raise TypeError(
+            "curve must be of an observer with the parameter rank, got none; write "
+            "observe(context, *, rank=None)"
+        )
 
 
 def numeric(parameters: Mapping[str, Any]) -> dict[str, float]:
@@ -305,5 +334,17 @@ def get_entry(id: str) -> Entry:  # noqa: A002  (the name of the field)
             f"id must be a string, got {type(id).__name__}; see sketchattn.theory.claims()"
         )
     if id not in _ENTRIES:
-        raise ValueError(f"id must be that of a claim, got {id!r}{guesses(id, _ENTRIES)}")
+        raise ValueError(f"id must be that of a claim, got {id!r}{near_ids(id, _ENTRIES)}")
     return _ENTRIES[id]
+
+
+def near_ids(name: str, known: Iterable[str]) -> str:
+    """Return the nearest ids, and how claims of one's own are made known."""
+    return guesses(name, known) + how_to_import(name)
+
+
+def how_to_import(name: str) -> str:
+    """Return how a claim of one's own is made known, where no claim has the topic of this name."""
+    if name.partition(".")[0] in {x.partition(".")[0] for x in claims()}:
+        return ""
+    return " (claims of your own are registered first: --import FILE.py)"

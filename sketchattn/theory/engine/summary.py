@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,15 @@ def _example(row: Row) -> tuple[str, ...]:
 COLUMNS = ("claim", "on", "observed", "bound", "beyond", "about")
 
 
+# Of each claim of the user that fails so many problems are named.
+WORST = 3
+
+
+def _slack(row: Row) -> float:
+    """Return how loose a claim is where it was checked; NaN is as bad as it gets."""
+    return -math.inf if math.isnan(row.verdict.slack) else row.verdict.slack
+
+
 def _refuted(rows: Sequence[Row]) -> Section:
     """Return the refuted claims, each with the counterexample that is the farthest off."""
     found: dict[str, list[Row]] = {}
@@ -84,14 +94,21 @@ def _refuted(rows: Sequence[Row]) -> Section:
 
 
 def _own(rows: Sequence[Row], heads: Collection[str]) -> Section:
-    """Return where claims of the user fail."""
-    lost = [row for row in rows if row.lost]
-    lines = []
-    for part in groups(lost, heads):
-        worst = min(part, key=lambda x: x.verdict.slack)
-        cells = _example(worst)
-        more = f" and {counted(len(part) - 1, 'other head')}" if len(part) > 1 else ""
-        lines.append((cells[0], cells[1] + more, *cells[2:]))
+    """Return where claims of the user fail, of each claim where it is the farthest off."""
+    found: dict[str, list[tuple[Row, int]]] = {}
+    for part in groups([row for row in rows if row.lost], heads):
+        worst = min(part, key=_slack)
+        found.setdefault(worst.claim.id, []).append((worst, len(part) - 1))
+    lines: list[tuple[str, ...]] = []
+    for name, places in found.items():
+        places.sort(key=lambda place: _slack(place[0]))
+        for row, others in places[:WORST]:
+            cells = _example(row)
+            more = f" and {counted(others, 'other head')}" if others else ""
+            lines.append((cells[0], cells[1] + more, *cells[2:]))
+        if len(places) > WORST:
+            left = f"and on {len(places) - WORST} more: --all, render(every=True)"
+            lines.append((name, left, *[""] * (len(COLUMNS) - 2)))
     return Section("your own claims are violated:", COLUMNS, lines)
 
 

@@ -123,6 +123,8 @@ class Row:
 def render(rows: Sequence[Row], heads: Iterable[str], trials: int, confidence: float) -> str:
     """Return rows as text; of heads with the same verdict the one with the least slack.
 
+    Notes are at the end of a line: why a verdict is what it is, and how many trials it needs.
+
     Parameters
     ----------
     rows : sequence of Row
@@ -131,7 +133,8 @@ def render(rows: Sequence[Row], heads: Iterable[str], trials: int, confidence: f
     trials, confidence
         Of the checks.
     """
-    table = [["claim", "on", "source", "verdict", "observed", "bound", "slack", "fail", "rate"]]
+    numbers = ("observed", "bound", "slack", "fail", "rate")
+    table = [["claim", "on", "source", "verdict", *numbers, ""]]
     marks = [" "]
     for group in groups(rows, heads):
         row = min(group, key=lambda x: x.verdict.slack if x.verdict.slack >= 0 else math.inf)
@@ -148,6 +151,7 @@ def render(rows: Sequence[Row], heads: Iterable[str], trials: int, confidence: f
                 number(v.slack),
                 "" if v.failures is None else f"{v.failures}/{v.trials}",
                 _interval(v),
+                v.notes,
             ]
         )
         marks.append("!" if not all(x.expected for x in group) else " ")
@@ -155,7 +159,7 @@ def render(rows: Sequence[Row], heads: Iterable[str], trials: int, confidence: f
     lines = []
     for mark, cells in zip(marks, table, strict=True):
         parts = [
-            cell.ljust(w) if i < 4 else cell.rjust(w)
+            cell.rjust(w) if 4 <= i < 9 else cell.ljust(w)
             for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
         ]
         lines.append(f"{mark} {'  '.join(parts)}".rstrip())

@@ -6,7 +6,7 @@ import fnmatch
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -28,7 +28,7 @@ from .instances import as_instance, instance_names
 from .page import verdicts_page
 from .pictures import Panel, Picture, figure_of, picture
 from .records import HEADS, Claim, Verdict, plain
-from .registry import Entry, adopt, get_entry, own_entries
+from .registry import Entry, adopt, get_entry, how_to_import, own_entries
 from .registry import claims as all_claims
 from .summary import as_html, as_text, headline
 from .table import COLUMNS, RECORDED_WITH, Row, render
@@ -139,7 +139,8 @@ class ValidationResult(Worded):
         """Return the picture of a claim as a Matplotlib figure, drawn with your own settings.
 
         Observations over r against the bound and the trivial predictor, on the first named
-        instance and the first head that the claim was checked on; 30 trials for each r.
+        instance and the first head that the claim was checked on; 30 trials for each r.  Size,
+        letters and grid are those of ``matplotlib.rcParams``, as of `StudyResult.figure`.
 
         Parameters
         ----------
@@ -321,7 +322,7 @@ def _changed(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, Any], bo
     return check_parameters(entry, known), changed
 
 
-def _check_given(given: Any, chosen: Iterable[str]) -> dict[str, Any]:
+def _check_given(given: Any, chosen: Collection[str]) -> dict[str, Any]:
     """Return parameters, each of which one of the claims has."""
     if given is None:
         return {}
@@ -335,6 +336,8 @@ def _check_given(given: Any, chosen: Iterable[str]) -> dict[str, Any]:
         if name not in known:
             hint = closest(str(name), known) if known else "; they take none"
             raise TypeError(f"parameters must be those of a claim, got {name!r}{hint}")
+    for claim in chosen:
+        _changed(get_entry(claim), given)  # refuses values that are none
     return dict(given)
 
 
@@ -371,10 +374,37 @@ def choose(claims: Any) -> dict[str, Claim]:
             found.update({x: known[x] for x in matching})
         else:
             hint = guesses(name, [*known, *topics]) if "." in name else closest(name, topics)
-            raise ValueError(f"claims must hold ids or topics, got {name!r}{hint}")
+            raise ValueError(
+                f"claims must hold ids or topics, got {name!r}{hint}{how_to_import(name)}"
+            )
     if not found:
         raise ValueError("claims must hold at least one id, got none; leave claims out")
     return found
+
+
+def find(words: Sequence[str] | None) -> dict[str, Claim]:
+    """Return claims by ids, topics, patterns, and by what titles, statements and sources say.
+
+    A word without a wildcard and without a point, which ids have, is looked for anywhere; upper
+    and lower case are the same.
+    """
+    known = all_claims()
+    topics = {name.partition(".")[0] for name in known}
+    found: dict[str, Claim] = {}
+    for word in words or ():
+        pattern, saying = word.lower(), {}
+        if not any(sign in word for sign in "*?["):
+            pattern = "" if "." in word or word in topics else f"*{pattern}*"
+        if pattern:
+            saying = {name: x for name, x in known.items() if _says(x, pattern)}
+        found.update(saying or choose(word))  # which refuses what is none
+    return found or choose(words)
+
+
+def _says(claim: Claim, pattern: str) -> bool:
+    """Return whether id, title, statement or source of a claim matches, without case."""
+    said = (claim.id, claim.title, claim.statement, claim.source)
+    return any(fnmatch.fnmatchcase(text.lower(), pattern) for text in said)
 
 
 def _bundled() -> set[tuple[str | None, str]]:

@@ -118,7 +118,7 @@ def _register_norm(kind: str) -> None:
 
     @claim(
         f"sketching.jl_norm_{kind}",
-        title=f"Norm of one vector, {kind}",
+        title=f"Johnson-Lindenstrauss: norm of one vector, {kind}",
         statement=f"S {kind}{listed(parameters)}; {VECTOR} {condition}.",
         source=source,
         status=status,
@@ -139,7 +139,7 @@ for _kind in NORM_CLAIMS:
 
 @claim(
     "sketching.jl_norm_very_sparse",
-    title="Norm of one vector, very sparse, by Chebyshev",
+    title="Johnson-Lindenstrauss: norm of one vector, very sparse, by Chebyshev",
     statement=f"""S sparse with density 1/s; {VECTOR}
         r >= (2 + (s-3) |x|_4^4/|x|_2^4)/(eps^2 delta).""",
     source="derived: Var |Sx|^2 = (2 + (s-3) |x|_4^4/|x|_2^4) |x|^4/r",
@@ -230,7 +230,7 @@ PAIRS = "for N fixed points: P(some | |S(x-y)|^2 - |x-y|^2 | > eps |x-y|^2) <="
 def _register_pairs(kind: str, parameters: Parameters, status: str, source: str) -> None:
     @claim(
         f"sketching.jl_pairs_{kind}",
-        title=f"All distances of N points, {kind}",
+        title=f"Johnson-Lindenstrauss: all distances of N points, {kind}",
         statement=f"""S {kind}{listed(parameters)}; {PAIRS} delta once
             r >= ln(N(N-1)/delta)/(eps^2/4 - eps^3/6).""",
         source=source,
@@ -263,7 +263,7 @@ _register_pairs("sparse", {"s": 3.0}, "derived", LIGHT_SOURCE)
 
 @claim(
     "sketching.jl_pairs_exact_gaussian",
-    title="All distances of N points, Gaussian, from the exact law",
+    title="Johnson-Lindenstrauss: all distances of N points, Gaussian, from the exact law",
     statement=f"""S gaussian; {PAIRS} delta once
         M (P(chi2_r > r(1+eps)) + P(chi2_r < r(1-eps))) <= delta, M = N(N-1)/2.""",
     source="derived: r |Sx|^2/|x|^2 is chi^2 with r degrees of freedom",
@@ -292,7 +292,7 @@ def _pairs_exact(
 
 @claim(
     "sketching.jl_pairs_dasgupta_gupta",
-    title="All distances of N points, the existence lemma",
+    title="Johnson-Lindenstrauss: all distances of N points, the existence lemma",
     statement=f"""S gaussian; {PAIRS} 1 - 1/N once r >= 4 ln N/(eps^2/2 - eps^3/3): with
         probability 1/N all distances are kept, so that such a map exists.""",
     source="Dasgupta and Gupta, Random Structures and Algorithms 22 (2003), Theorem 2.1",
@@ -316,7 +316,7 @@ def _pairs_dg(context: Context, *, eps: float = 0.5, points: int = 32) -> Observ
 
 @claim(
     "sketching.jl_pairs_achlioptas",
-    title="All distances of N points, Achlioptas",
+    title="Johnson-Lindenstrauss: all distances of N points, Achlioptas",
     statement=f"""S with independent entries sqrt(3/r) times +1, 0, -1 with probabilities 1/6,
         2/3, 1/6; {PAIRS} N^-beta once r >= (4 + 2 beta) ln N/(eps^2/2 - eps^3/3).""",
     source="Achlioptas, JCSS 66 (2003), Theorem 1.1",

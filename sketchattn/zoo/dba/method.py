@@ -130,6 +130,11 @@ class DBA(Method):
     Cost ``O(r (n_q + n_k)(d + d_v))`` and less where a factor is one-hot; no factor with a softmax
     over all queries or keys is held.
 
+    A draw holds of these what the factors read: ``landmarks``, the rows of Qc above those of Kc;
+    ``labels``, int64, the row of ``landmarks`` that each query, then each key belongs to (-1 for
+    masked keys); ``columns``, int64, the keys of "lsq"; and ``sketch``, the projection (d_in, d) of
+    "gaussian" and "srht".
+
     Examples
     --------
     >>> import sketchattn as sa

@@ -127,6 +127,9 @@ class Nystromformer(Method):
 
     Cost ``O((n_q + n_k) r (d + d_v) + r^3)``; F and B are never held.
 
+    A draw holds ``landmarks``, Qc and Kc, float64 (2, r, d); nothing for segment means and for
+    landmarks that are given.
+
     Examples
     --------
     >>> import sketchattn as sa

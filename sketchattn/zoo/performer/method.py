@@ -108,6 +108,8 @@ class Performer(Method):
     features are trigonometric or eps > 0.  `attend` passes over the keys once in place of twice,
     and holds no features for eps > 0 either.
 
+    A draw holds ``features``, the directions omega, float64 (r, d), a row each.
+
     Examples
     --------
     >>> import sketchattn as sa

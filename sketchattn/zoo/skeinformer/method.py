@@ -122,6 +122,10 @@ class Skeinformer(Method):
     With ``pilots`` fixed a larger rank extends the draw of a smaller one; with
     ``pilots=None`` the law itself changes with the rank.
 
+    A draw holds ``columns``, int64 (r,), the keys J; ``pilot_rows``, int64 (s,), the queries I in
+    the order of drawing, a query as often as it was drawn, where law or pilot reuse has pilots; and
+    ``weights`` and ``probabilities``, float64 (r,), with importance weights.
+
     The published ablations other than ``without_pilot_reuse`` were run without pilot reuse too
     (presets ``skein_*``), so that they measure two changes; ``uniform_law``, ``exact_normalizer``
     and ``sampled_normalizer`` change one.

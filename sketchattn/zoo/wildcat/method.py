@@ -163,6 +163,8 @@ class WildCat(Method):
     1e-12; weights are not rounded to the precision of the input; rows without a denominator get
     the mean of V, and the output is not clipped, so that there is a matrix.
 
+    A draw holds ``pivots``, int64, the keys J, those of each bin together in the order of drawing.
+
     Examples
     --------
     >>> import sketchattn as sa
