@@ -74,6 +74,11 @@ def content(value: object) -> str:
     return f"{type(value).__name__}(sha256={digest})"
 
 
+def qualified_name(x: Any) -> str:
+    """Return the module and the name in it of a class or a function."""
+    return f"{x.__module__}.{x.__qualname__}"
+
+
 def function_content(function: Any) -> str:
     """Return what a function is, as text: its name and what it computes, in any process.
 
@@ -98,12 +103,12 @@ def function_content(function: Any) -> str:
     _read_function(function, function.__module__, found)
     text = "\n".join(f"{name}={found[name]}" for name in sorted(found))
     digest = _digest(text.encode(errors="surrogatepass"))
-    return f"{function.__module__}.{function.__qualname__}(sha256={digest})"
+    return f"{qualified_name(function)}(sha256={digest})"
 
 
 def _read_function(function: types.FunctionType, home: str, found: dict[str, str]) -> None:
     """Add a function, and what it reads, to what is found by name."""
-    name = f"{function.__module__}.{function.__qualname__}"
+    name = qualified_name(function)
     if name in found:
         return
     found[name] = ""  # it may call itself
@@ -158,7 +163,7 @@ def _digest(x: Any) -> str:
 def _type_name(kind: type) -> str:
     if kind.__module__ == "builtins":
         return kind.__qualname__
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return qualified_name(kind)
 
 
 def _all(items: Any, inside: tuple[int, ...]) -> list[str]:

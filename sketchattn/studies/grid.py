@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sklearn.base import clone
 
-from ..base.content import UnreadableError, content, function_content
+from ..base.content import UnreadableError, content, function_content, qualified_name
 from ..problem import AttentionProblem
 from ..zoo.base import Method, make_method, method_class, parse_method
 from ..zoo.base import methods as registered
@@ -168,7 +168,7 @@ def describe_method(method: Method) -> str:
             return f"{_PROCESS}.{id(method.function)}.{method.title}(rank={method.rank})"
     pairs = sorted(method.get_params(deep=False).items())
     listed = ", ".join(f"{name}={_content_of(cls, name, value)}" for name, value in pairs)
-    return f"{cls.__module__}.{cls.__qualname__}({listed})"
+    return f"{qualified_name(cls)}({listed})"
 
 
 def _content_of(cls: type[Method], name: str, value: object) -> str:

@@ -24,6 +24,7 @@ from ..base.arguments import (
     prepare,
     stacked,
 )
+from ..base.content import qualified_name
 from ..base.draws import (
     Draw,
     Origin,
@@ -120,17 +121,13 @@ def register(name: str) -> Callable[[M], M]:
 
     def add(cls: M) -> M:
         known = _REGISTRY.get(name)
-        if known is not None and _path_of(known) != _path_of(cls):
+        if known is not None and qualified_name(known) != qualified_name(cls):
             raise ValueError(f"method name {name!r} must be unique; it is taken")
         cls.name = name
         _REGISTRY[name] = cls
         return cls
 
     return add
-
-
-def _path_of(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def methods() -> dict[str, type[Method]]:
