@@ -42,10 +42,23 @@ Array = NDArray[Any]
 SCAN, LIST = 32, 96
 # Rows of own keys of a causal tile that are multiplied together; it computes half a square more
 # than they see.
-OWN = 48
+OWN = 24
+# Rounding of a logit in base 2, of its precision at least, and of a few weights and their sum.
+EPS, CLOSE = 2.0**-23, 1e-5
 
 
 # --- clusters -----------------------------------------------------------------------------------
+
+
+@kernel()
+def _transposed(k: Array, out: Array, first: int) -> None:
+    """Write the rows of k as columns ``first, ...`` of ``out``, and zeros beyond them."""
+    for t in range(out.shape[0]):
+        row = out[t, first:]
+        for j in range(k.shape[0]):
+            row[j] = k[j, t]
+        for j in range(k.shape[0], row.size):
+            row[j] = 0.0
 
 
 @kernel(dealt=True)
@@ -73,6 +86,7 @@ def cluster(
     far = np.empty(widest, x.dtype)
     best = np.empty(widest, x.dtype)
     place = np.empty(widest, np.int32)
+    before = np.empty(widest, np.int32)
     sums = np.empty((most, d), np.float64)
     counts = np.empty(most, np.int64)
     zero = x.dtype.type(0.0)
@@ -101,11 +115,7 @@ def cluster(
             far[j] = square
         columns = (n + LANES - 1) // LANES * LANES
         across = across_buffer[: d * columns].reshape((d, columns))
-        for t in range(d):
-            for j in range(n):
-                across[t, j] = y[j, t]
-            for j in range(n, columns):
-                across[t, j] = zero
+        _transposed(y, across, 0)
         count = 0
         for c in range(wanted):
             pick, high = 0, x.dtype.type(-1.0)
@@ -135,6 +145,7 @@ def cluster(
                 chosen, lines[:count], across, d, columns, scores, lines[:count], True
             )  # fmt: skip
             best[:n] = -np.inf
+            before[:n] = place[:n]
             place[:n] = 0
             for c in range(count):
                 offset = zero
@@ -147,13 +158,26 @@ def cluster(
                     best[j] = score if score > best[j] else best[j]
             if step == steps:
                 break
-            sums[:count] = 0.0
-            counts[:count] = 0
+            # Sums change by the rows that moved; centres stay where none did.
+            if step == 0:
+                sums[:count] = 0.0
+                counts[:count] = 0
+            moved = 0
             for j in range(n):
                 c = place[j]
+                if step > 0 and c == before[j]:
+                    continue
+                moved += 1
                 counts[c] += 1
                 for t in range(d):
                     sums[c, t] += np.float64(y[j, t])
+                if step > 0:
+                    c = before[j]
+                    counts[c] -= 1
+                    for t in range(d):
+                        sums[c, t] -= np.float64(y[j, t])
+            if moved == 0:
+                break
             for c in range(count):
                 if counts[c] > 0:
                     for t in range(d):
@@ -224,13 +248,16 @@ def moments(
         if h == 0:
             continue
         width = x.shape[1]
-        for t in range(width):
-            total = 0.0
-            for j in range(m):
-                total += np.float64(x[members[low + j], t])
-            total /= m
-            for j in range(m):
-                y[j, t] = np.float64(x[members[low + j], t]) - total
+        square[:] = 0.0
+        for j in range(m):
+            row = x[members[low + j]]
+            for t in range(width):
+                value = np.float64(row[t])
+                y[j, t] = value
+                square[t] += value
+        for j in range(m):
+            for t in range(width):
+                y[j, t] -= square[t] / m
         # In units of the largest entry, whose powers would overflow: directions have no length.
         largest = 0.0
         for j in range(m):
@@ -241,11 +268,10 @@ def moments(
             for t in range(width):
                 y[j, t] *= largest
         # Columns of the covariance of largest diagonal, then four steps of subspace iteration.
-        for t in range(width):
-            total = 0.0
-            for j in range(m):
-                total += y[j, t] * y[j, t]
-            square[t] = total
+        square[:] = 0.0
+        for j in range(m):
+            for t in range(width):
+                square[t] += y[j, t] * y[j, t]
         for a in range(h):
             column = 0
             for t in range(width):
@@ -389,23 +415,26 @@ def _above(g: Array, value: Any) -> Any:
 
 
 @kernel()
-def _cut(g: Array, most: int) -> Any:
+def _cut(g: Array, most: int, below: Any) -> Any:
     """Return numbers ``low <= high`` with at most ``most`` entries above ``high``.
 
     Those between them, if any, are equal: the first of these fill up what is missing.  Bisection;
-    a pass over a row is a few instructions for eight entries.
+    a pass over a row is a few instructions for eight entries.  More than ``most`` entries are above
+    ``below``, unless it is -inf.
     """
     lowest = g.dtype.type(-np.inf)
     wanted = g.dtype.type(most)
     high = row_maximum(g)
-    low = high
-    for c in range(g.size):
-        value = g[c] if g[c] > lowest else high
-        low = value if value < low else low
-    if _above(g, lowest) <= wanted:
-        return lowest, lowest
-    if _above(g, low) <= wanted:
-        return lowest, low
+    low = below
+    if below == lowest:
+        low = high
+        for c in range(g.size):
+            value = g[c] if g[c] > lowest else high
+            low = value if value < low else low
+        if _above(g, lowest) <= wanted:
+            return lowest, lowest
+        if _above(g, low) <= wanted:
+            return lowest, low
     half = g.dtype.type(0.5)
     while True:
         middle = g.dtype.type(half * low + half * high)
@@ -421,6 +450,53 @@ def _cut(g: Array, most: int) -> Any:
 
 
 @kernel()
+def _scan(g: Array, above: Any, place: Array, best: Array) -> int:
+    """Write where a row is larger, in ascending order, and what it is there; return how often."""
+    found = 0
+    for c0 in range(0, g.size, SCAN):
+        part = g[c0 : min(c0 + SCAN, g.size)]
+        if not row_maximum(part) > above:
+            continue
+        for c in range(part.size):
+            value = part[c]
+            if value > above:
+                place[found] = c0 + c
+                best[found] = value
+                found += 1
+    return found
+
+
+@kernel()
+def _few(
+    g: Array, u: Array, top: Any, total: Any, tau: Any, above: Any, ref: Any, best: Array,
+    place: Array, chosen: Array,
+) -> int:  # fmt: skip
+    """Do what `_choose` does where candidates above a limit decide; -1 if the others could.
+
+    At most so many are above that all are candidates; the others add at most so many times the
+    limit to the sums, and the answer stands if that cannot change it.
+    """
+    real = g.dtype.type
+    found = _scan(g, above, place, best)
+    sums = total * exp2(real(top - ref)) if top != real(-np.inf) else real(0.0)
+    for y in range(found):
+        w = exp2(real(best[y] - ref))
+        sums += w
+        best[y] = w * real(2.0 * LN2) * u[place[y]]
+    rest = real(chosen.size - found) * exp2(real(above - ref))
+    least, largest = tau * sums * real(1 - CLOSE), tau * (sums + rest) * real(1 + CLOSE)
+    for y in range(found):
+        if least <= best[y] < largest:
+            return -1
+    kept = 0
+    for y in range(found):
+        if best[y] >= largest:
+            chosen[kept] = place[y]
+            kept += 1
+    return kept
+
+
+@kernel()
 def _choose(
     g: Array, u: Array, top: Any, total: Any, tau: Any, best: Array, place: Array, chosen: Array
 ) -> int:
@@ -428,42 +504,44 @@ def _choose(
 
     ``best`` and ``place`` are of the length of ``chosen``.
     """
+    real = g.dtype.type
     most = chosen.size
-    lowest = g.dtype.type(-np.inf)
-    low, high = _cut(g, most)
-    found = 0
-    ref = top
-    for c0 in range(0, g.size, SCAN):
-        part = g[c0 : min(c0 + SCAN, g.size)]
-        if not row_maximum(part) > high:
-            continue
-        for c in range(part.size):
-            value = part[c]
-            if value > high:
-                place[found] = c0 + c
-                best[found] = value
-                ref = value if value > ref else ref
-                found += 1
-    if low < high:
-        for c in range(g.size):
-            if found < most and low < g[c] <= high:
-                place[found] = c
-                best[found] = g[c]
-                ref = g[c] if g[c] > ref else ref
-                found += 1
-    kept = 0
-    if found > 0:
-        sums = total * exp2(g.dtype.type(top - ref)) if top != lowest else g.dtype.type(0.0)
+    lowest = real(-np.inf)
+    ref = row_maximum(g)
+    ref = top if top > ref else ref
+    kept, below = -1, lowest
+    if tau > 0 and ref > lowest:
+        # Sums of a row are at least its largest weight, for own keys have the weight 1 among them:
+        # with the largest u only clusters above a limit can stay.
+        limit = real(np.log2(tau / (real(2.0 * LN2) * row_maximum(u))))
+        above = ref + limit - real(0.01) - real(8.0 * EPS) * abs(ref)
+        if _above(g, above) <= real(most):
+            kept = _few(g, u, top, total, tau, above, ref, best, place, chosen)
+        else:
+            below = above
+    if kept < 0:
+        low, high = _cut(g, most, below)
+        found = _scan(g, high, place, best)
+        if low < high:
+            for c in range(g.size):
+                if found < most and low < g[c] <= high:
+                    place[found] = c
+                    best[found] = g[c]
+                    found += 1
+        ref = top
         for y in range(found):
-            w = exp2(g.dtype.type(best[y] - ref))
-            best[y] = w
-            sums += w
-        limit = tau * sums
-        factor = g.dtype.type(2.0 * LN2)
-        for y in range(found):
-            if best[y] * factor * u[place[y]] >= limit:
-                chosen[kept] = place[y]
-                kept += 1
+            ref = best[y] if best[y] > ref else ref
+        kept = 0
+        if found > 0:
+            sums = total * exp2(real(top - ref)) if top != lowest else real(0.0)
+            for y in range(found):
+                w = exp2(real(best[y] - ref))
+                best[y] = w
+                sums += w
+            for y in range(found):
+                if best[y] * real(2.0 * LN2) * u[place[y]] >= tau * sums:
+                    chosen[kept] = place[y]
+                    kept += 1
     for y in range(kept, most):
         chosen[y] = -1
     return kept
@@ -480,17 +558,6 @@ def _scaled(q: Array, factor: Any, x: Array, squares: Array, norms: Array) -> No
             squares[i, t] = value * value
             total += np.float64(value) * np.float64(value)
         norms[i] = np.sqrt(total)
-
-
-@kernel()
-def _transposed(k: Array, out: Array, first: int) -> None:
-    """Write the rows of k as columns ``first, ...`` of ``out``, and zeros beyond them."""
-    for t in range(out.shape[0]):
-        row = out[t, first:]
-        for j in range(k.shape[0]):
-            row[j] = k[j, t]
-        for j in range(k.shape[0], row.size):
-            row[j] = 0.0
 
 
 # --- A X ----------------------------------------------------------------------------------------
