@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import sketchattn as sa
 from sketchattn.kernels._jit import kernel, row_products
 from sketchattn.kernels._threads import limit_threads
+from sketchattn.kernels.nearfar import _choose
 from sketchattn.operators.nearfar import NearFarAttention, expected_maximum, frozen_from
 from sketchattn.zoo.nearfar import method as nearfar
 from sketchattn.zoo.nearfar import regions
@@ -170,6 +171,55 @@ def test_directions_are_the_leading_ones() -> None:
     # Four steps of subspace iteration: a few percent of the leading variances are missed.
     assert (z[0] @ z[0], z[1] @ z[1]) == pytest.approx(values[:2], rel=0.1)
     assert abs(z[0] @ z[1]) <= 0.1 * values[0]
+
+
+def chosen_by_rule(g: Array, u: Array, top: float, total: float, tau: float, most: int) -> Array:
+    """Return the near clusters of a row by the rule, in float64, and how close it was."""
+    g, u = g.astype(np.float64), u.astype(np.float64)
+    order = np.lexsort((np.arange(len(g)), -g))[:most]
+    order = order[g[order] > -np.inf]
+    ref = max(float(np.max(g[order], initial=-np.inf)), top)
+    weights = np.exp2(g[order] - ref)
+    sums = weights.sum() + (total * np.exp2(top - ref) if top > -np.inf else 0.0)
+    ratio = weights * 2 * np.log(2) * u[order] / sums
+    return np.array([np.sort(order), ratio[np.argsort(order)] - tau])
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_rows_choose_by_the_rule(dtype: type[np.floating[Any]]) -> None:
+    # Sharp rows, of which a limit leaves few clusters, diffuse ones, ties, and rows with nothing.
+    rng = np.random.default_rng(0)
+    few = many = 0
+    for case in range(300):
+        count, most = int(rng.integers(1, 90)), int(rng.integers(1, 20))
+        spread = 10 ** rng.uniform(-1, 1.5)
+        g = (spread * rng.standard_normal(count) + rng.choice([0, 1e3])).astype(dtype)
+        if case % 7 == 0:
+            g = np.round(g)
+        g[rng.random(count) < 0.1] = -np.inf
+        u = rng.gamma(1.0, 10 ** rng.uniform(-1, 1), count).astype(dtype)
+        top, total = (-np.inf, 0.0) if case % 3 == 0 else (float(g.max()) - 2.0, 1.7)
+        top = top if np.isfinite(top) else -np.inf
+        tau = [0.0, 0.01, 0.05, 0.3][case % 4]
+        chosen = np.empty(most, np.int32)
+        best, place = np.empty(most, dtype), np.empty(most, np.int64)
+        kept = _choose(
+            g, u, dtype(top), dtype(total if np.isfinite(top) else 0.0), dtype(tau), best, place,
+            chosen,
+        )  # fmt: skip
+        order, margin = chosen_by_rule(g, u, top, total, tau, most)
+        # Weights of a row differ by the rounding of logits.
+        close = 16 * np.finfo(dtype).eps * (1 + np.abs(g[np.isfinite(g)]).max(initial=0.0))
+        sure = np.abs(margin) > close * (tau + np.abs(margin))
+        if tau == 0:
+            sure[:] = True
+        found = np.isin(order, chosen[:kept])
+        assert np.array_equal(found[sure], (margin >= 0)[sure])
+        assert set(chosen[:kept]) <= set(order)
+        assert (chosen[kept:] == -1).all()
+        few, many = few + (kept < most), many + (len(order) == most < count)
+    assert few > 50
+    assert many > 50
 
 
 # --- N1: what a matrix is -----------------------------------------------------------------------
@@ -572,8 +622,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
      "it"),
     ({"regions": "block"}, ValueError, "regions must be one of auto, blocks, all, got 'block'; did "
      "you mean 'blocks'?"),
-    ({"preset": "fast", "near": 3}, ValueError, "near must be left at None with preset 'fast', "
-     "which sets it to 8, got 3; drop one of them"),
+    ({"preset": "accurate", "near": 3}, ValueError, "near must be left at None with preset "
+     "'accurate', which sets it to 16, got 3; drop one of them"),
 ]  # fmt: skip
 
 

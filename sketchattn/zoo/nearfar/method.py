@@ -34,10 +34,11 @@ SECOND_ORDERS = ("frozen", "none")
 # Share of their mass that rows put on their own block, above that of equal weights, from which on
 # blocks are better than clusters of all keys: heads with rotary positions lie above, most others
 # below.
-LOCAL = 0.2
+LOCAL = 0.22
 CLUSTERS, NEAR, TAU = 8, 16, 0.01
-# Near clusters of all keys, and keys from which on rows that are not causal need twice as many.
-ALL_NEAR, MANY = 12, 16384
+# The same of all keys, and of blocks without a mask of order, which have more far clusters: from
+# so many keys on even more candidates.
+ALL_NEAR, FULL_NEAR, FULL_TAU, MANY, MANY_NEAR = 12, 24, 0.015, 16384, 32
 
 
 class Choices(NamedTuple):
@@ -50,15 +51,17 @@ class Choices(NamedTuple):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "accurate": {"clusters": CLUSTERS, "near": NEAR, "tau": TAU},
-    "fast": {"clusters": 4, "near": 8, "tau": 0.03},
+    "fast": {"clusters": CLUSTERS, "tau": 0.04},
 }
 
 
-def default_near(problem: AttentionProblem, blocks: bool) -> int:
-    """Return how many clusters a row may choose: fewer of all keys, more of many blocks."""
+def default_choice(problem: AttentionProblem, blocks: bool) -> tuple[int, float]:
+    """Return how many clusters a row may choose, and what keeps them."""
     if not blocks:
-        return ALL_NEAR
-    return NEAR if problem.causal or problem.n_k < MANY else 2 * NEAR
+        return ALL_NEAR, TAU
+    if problem.causal:
+        return NEAR, TAU
+    return FULL_NEAR if problem.n_k < MANY else MANY_NEAR, FULL_TAU
 
 
 class Plan(NamedTuple):
@@ -92,11 +95,11 @@ class NearFar(Method):
         Clusters C of a block, at least 1; of all n_k keys ``n_k C / B``.  None: 8.
     near : int, optional
         Clusters p that a row may read key by key: those of largest mass.  None: what the rank
-        leaves; without one 12 for clusters of all keys, 16 for blocks, and 32 for blocks of 16384
-        keys or more without a mask of order.
+        leaves; without one 12 for clusters of all keys, 16 for blocks of causal rows, 24 for those
+        of others, and 32 from 16384 keys on.
     tau : float, optional
         Of these, the clusters are read whose share times ``sigma^2`` is at least tau; 0: all.
-        None: 0.01.
+        None: 0.01, and 0.015 for blocks of rows that are not causal.
     first_order : int, optional
         Directions of the correction of mean values to first order,
         ``vbar_c + clip(scale q_i . p_c) beta_c``, at most d; the clip keeps weights nonnegative.
@@ -104,8 +107,7 @@ class NearFar(Method):
     regions : {"auto", "blocks", "all"}
         Clusters of each block of consecutive keys beside the exact own block, or of all keys
         without any own ones.  Causal rows have blocks.  "auto" takes blocks for other rows, too,
-        where 32 of them have a fifth of their mass in their own block beyond what equal weights
-        have.
+        where 64 of them have 22 % of their mass in their own block beyond what equal weights have.
     metric : {"auto", "key", "query"}
         Distances of keys in clusters: theirs, or those of ``K M^(1/2)`` with the second moment M
         of the queries.  "auto": "query" for clusters of all keys.  Causal rows take "key", for M
@@ -115,7 +117,7 @@ class NearFar(Method):
         ``|scale q_i|`` times the radius of the cluster; or 0, with which every ``g_ic`` and the
         normaliser are lower bounds.
     preset : {None, "accurate", "fast"}
-        ``clusters=8, near=16, tau=0.01``; ``clusters=4, near=8, tau=0.03``.
+        ``clusters=8, near=16, tau=0.01``; ``clusters=8, tau=0.04``.
 
     Raises
     ------
@@ -216,9 +218,10 @@ class NearFar(Method):
             fixed = self.block is not None or c.clusters is not None
             sizes = within_rank(n, int(self.rank), sizes, fixed, c.near)
         blocks = self._in_blocks(problem, sizes.block)
+        near, tau = default_choice(problem, blocks)
         if c.near is None and self.rank is None:
-            sizes = sizes._replace(near=default_near(problem, blocks))
-        tau = TAU if c.tau is None else float(c.tau)
+            sizes = sizes._replace(near=near)
+        tau = tau if c.tau is None else float(c.tau)
         metric = self.metric
         if metric == "auto":
             metric = "key" if blocks else "query"

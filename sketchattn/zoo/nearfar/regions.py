@@ -17,7 +17,8 @@ Array = NDArray[Any]
 
 STEPS = 4
 # Queries that the metric and the rule for regions look at.
-METRIC_ROWS, RULE_ROWS = 1024, 32
+METRIC_ROWS, RULE_ROWS = 1024, 64
+GOLDEN = (np.sqrt(5.0) - 1.0) / 2.0
 # Keys that are looked at for the centres of clusters of all keys: for each cluster, and at least.
 SAMPLE, SAMPLED = 4, 512
 
@@ -76,8 +77,8 @@ def metric_root(problem: Head) -> Array:
 def own_share(problem: Head, block: int) -> float:
     """Return the share of its block of keys in a row of A, mean over a few rows."""
     n = problem.n_q
-    count = min(RULE_ROWS, n)
-    rows = (np.arange(count) * 2 + 1) * n // (2 * count)
+    # Steps of the golden ratio: even ones would stand at the same place in all blocks.
+    rows = (np.arange(min(RULE_ROWS, n)) * GOLDEN % 1.0 * n).astype(np.int64)
     q = problem.dtype.type(problem.scale) * problem.q[rows]
     logits = product(q, kept_rows(problem, problem.arrays.k).T)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
