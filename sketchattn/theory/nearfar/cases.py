@@ -16,7 +16,6 @@ from ..engine.observers import implemented, is_default, problem_of
 from ..engine.registry import Context
 from .formulas import Case, Form, forms
 
-DERIVED = "derived: see the chapter on near keys and far moments"
 ON = (DENSE, ROWS)
 EVERYWHERE = {
     "nearfar-golden": "holds",
@@ -47,7 +46,9 @@ def _across() -> AttentionProblem:
     return AttentionProblem(np.array([[0.0, 1.0]]), k, k.copy(), scale=1.0)
 
 
-@instance("unseen-key", "128 keys, one of logit 30 among seven of -30, 120 of 24: no moment says so")
+@instance(
+    "unseen-key", "128 keys, one of logit 30 among seven of -30, 120 of 24: no moment says so"
+)
 def _unseen_key() -> AttentionProblem:
     # Four clusters a block, as far apart in a coordinate that no query looks at.
     place = np.arange(128)

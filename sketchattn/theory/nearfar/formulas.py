@@ -411,9 +411,7 @@ class Case:
     @cached_property
     def member(self) -> Array:
         """Whether a key is in a cluster, as numbers (n_k, R)."""
-        return np.asarray(
-            self.structure.labels[:, None] == np.arange(len(self.counts)), np.float64
-        )
+        return np.asarray(self.structure.labels[:, None] == np.arange(len(self.counts)), np.float64)
 
     @cached_property
     def shares(self) -> Array:

@@ -12,7 +12,7 @@ from ..engine.arguments import Array
 from ..engine.observers import few, logit_rounding, problem_of
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
-from .cases import DERIVED, EVERYWHERE, ON, cases, make_case, matrix_of, names_of
+from .cases import EVERYWHERE, ON, cases, make_case, matrix_of, names_of
 from .formulas import (
     Case,
     frozen_second_order,

@@ -26,7 +26,6 @@ from ..engine.observers import (
 from ..engine.records import Observations
 from ..engine.registry import Context, claim
 from .cases import (
-    DERIVED,
     EVERYWHERE,
     ON,
     cases,
@@ -75,17 +74,41 @@ def _rows(context: Context) -> Observations:
     size = largest(v)
     for order in range(min(2, problem.d) + 1):
         for case in cases(context, first_order=order):
+            off = _score_rounding(case)
             values += [
-                largest(case.ahat.sum(axis=1) - 1),
+                max(largest(case.ahat.sum(axis=1) - 1) - off, 0.0),
                 max(-float(case.ahat.min()), 0.0),
                 largest(case.ahat[~seen]),
             ]
             if size > 0:
                 made = is_default(context)
                 out = case.form.method().attend(problem) if made else case.ahat @ v
-                values.append(_excess(out / size, v / size, seen))
+                values.append(max(_excess(out / size, v / size, seen) - off, 0.0))
     rounding = weight_rounding(problem) + 4 * (problem.n_k + 16) * EPS
     return Observations(values, 0.0, rounding=rounding)
+
+
+def _score_rounding(case: Case) -> float:
+    """Return how far a row may be from one because scores are centred up to rounding.
+
+    Their mean is that of m rounded differences and products, of the size of the longest key in the
+    metric; slopes are at most 1 over the largest score.  Where all that a direction has is rounding
+    this is large.
+    """
+    labels, _, _, scores = case.structure
+    root, k = case.operator.clusters.root, case.problem.k
+    x = k if root is None or not len(scores) else k @ root
+    worst = 0.0
+    for c in np.flatnonzero(case.counts) if len(scores) else ():
+        members = labels == c
+        inside = x[members]
+        unit = largest(inside - inside.mean(axis=0))
+        length = float(np.linalg.norm(inside, axis=1).max())
+        rounded = (len(inside) + inside.shape[1] + 8) * EPS * length
+        for z in scores[:, members]:
+            if largest(z) > 0:
+                worst = max(worst, min(rounded / (unit * largest(z)), 1.0))
+    return worst
 
 
 def _excess(out: Array, v: Array, seen: Array) -> float:
@@ -143,8 +166,9 @@ def _exact_keys(context: Context) -> Observations:
     problem, values, rounding = problem_of(context.instance), [], 0.0
     n = len(problem.kept_keys)
     block = forms(problem)[0].block
-    for rng in few(context, 5):
-        for distinct in (None, DISTINCT, 1):
+    for trial, rng in enumerate(few(context, 3)):
+        # Single keys are no draw.
+        for distinct in (DISTINCT, 1) if trial else (None, DISTINCT, 1):
             ids = np.arange(n) % block
             made = problem
             if distinct is not None:
@@ -227,7 +251,7 @@ def _line(problem: AttentionProblem, labels: Array, reach: float) -> Array:
     source="derived: the expansion of tilted weights with its remainder",
     status="derived",
     kind="inequality",
-    observes="|rate - 4| and |rate - 2| for clusters moved onto lines, by the remainder's tolerance",
+    observes="|rate - 4| and |rate - 2| for clusters on lines, with the tolerance of the remainder",
     assumptions=ON,
     recorded=EVERYWHERE,
 )
@@ -427,4 +451,3 @@ def _estimate(context: Context, *, constant: float = 1.0) -> Observations:
             estimate = float(found)
         values.append(error / (estimate + case.weight_nothing))
     return Observations(values, float(constant))
-
