@@ -148,7 +148,7 @@ def test_moments_merge() -> None:
     parts = [slice(0, 4), slice(4, 5), slice(5, 30)]
     merged = nearfar.merged_moments(nearfar.cluster_moments(k[x], v[x]) for x in parts)
     whole = nearfar.cluster_moments(k, v)
-    assert merged.count == 30
+    assert merged.size == 30
     for name in ("key", "variance", "value"):
         assert getattr(merged, name) == pytest.approx(getattr(whole, name), rel=1e-12)
     assert merged.radius >= whole.radius
@@ -276,14 +276,12 @@ def test_statuses() -> None:
 
 
 def test_claims_of_the_method_are_those_of_its_choices() -> None:
-    claims = {
-        name: set(sa.NearFar(**given).traits.claims)
-        for name, given in {
-            "plain": {"first_order": 0},
-            "none": {"second_order": "none", "first_order": 0},
-            "one": {"first_order": 1},
-        }.items()
+    chosen: dict[str, dict[str, Any]] = {
+        "plain": {"first_order": 0},
+        "none": {"second_order": "none", "first_order": 0},
+        "one": {"first_order": 1},
     }
+    claims = {name: set(sa.NearFar(**x).traits.claims) for name, x in chosen.items()}
     assert set().union(*claims.values()) == set(CLAIMS)
     assert {"nearfar.jensen", "nearfar.promotion"} == claims["none"] - claims["plain"]
     assert "nearfar.frozen" in claims["plain"] - claims["none"]
@@ -343,7 +341,9 @@ def formula(
     logits = scale * q @ k.T
     ahat, normalizers = np.zeros(logits.shape), np.empty(len(logits))
     for i in range(len(logits)):
-        slots = [(logits[i, j], [j], np.ones(1)) for j in np.flatnonzero(direct[i])]
+        slots: list[tuple[Any, Any, Array]] = [
+            (logits[i, j], [j], np.ones(1)) for j in np.flatnonzero(direct[i])
+        ]
         for c in np.flatnonzero(far[i]):
             members = np.flatnonzero(labels == c)
             m, kappa = len(members), k[members].mean(axis=0)

@@ -11,9 +11,9 @@ Ahat (n_q, n_k): labels (n_k,) are the R clusters, ``direct`` (n_q, n_k) the key
 by one, ``far`` (n_q, R) the clusters whose moments they read, and ``scores`` (h, n_k) those of the
 keys along h directions; ``form.second_order`` is "frozen" or "none".  With the same arguments
 ``sketch("log_normalizer", ...)`` returns log Zhat (n_q,).  ``sketch("output", ...)`` (``problem``,
-``form``) returns the output (n_q, d_v) with clusters of its own, ``sketch("merge", ...)`` (``keys``,
-``values``, ``parts``) count, mean key, variances, mean value and radius of a union as one vector,
-and ``sketch("estimate", ...)`` (``problem``, ``operator``) an estimate of the error.
+``form``) returns the output (n_q, d_v) with clusters of its own, ``sketch("merge", ...)``
+(``keys``, ``values``, ``parts``) size, mean key, variances, mean value and radius of a union as one
+vector, and ``sketch("estimate", ...)`` (``problem``, ``operator``) an estimate of the error.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class ClusterMoments(NamedTuple):
 
     Attributes
     ----------
-    count : int
+    size : int
     key, variance : ndarray (d,)
         Mean of the keys, and variances of their coordinates.
     value : ndarray (d_v,)
@@ -153,7 +153,7 @@ class ClusterMoments(NamedTuple):
         At least the distance of each key from their mean.
     """
 
-    count: int
+    size: int
     key: Array
     variance: Array
     value: Array
@@ -192,13 +192,13 @@ def merged_moments(parts: Iterable[ClusterMoments]) -> ClusterMoments:
     --------
     >>> k = np.array([[0.0], [2.0], [7.0]])
     >>> merged = merged_moments([cluster_moments(x, x) for x in (k[:2], k[2:])])
-    >>> merged.count, merged.key.tolist(), merged.radius
+    >>> merged.size, merged.key.tolist(), merged.radius
     (3, [3.0], 4.0)
     """
     found = list(parts)
     if not found:
         raise ValueError("parts must hold at least 1 cluster, got 0; pass moments of clusters")
-    m = np.array([x.count for x in found], np.float64)
+    m = np.array([x.size for x in found], np.float64)
     share = m / m.sum()
     keys = np.array([x.key for x in found])
     key = share @ keys

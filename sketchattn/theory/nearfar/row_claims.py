@@ -364,7 +364,7 @@ def _merge(context: Context) -> Observations:
                 float(flat[-1]),
             )  # fmt: skip
         values += [
-            float(abs(merged.count - whole.count)),
+            float(abs(merged.size - whole.size)),
             largest(merged.key - whole.key) / sizes[0],
             largest((merged.variance - whole.variance) / sizes[0]) / sizes[0],
             largest(merged.value - whole.value) / sizes[1],
