@@ -26,12 +26,13 @@ TOPICS = (
     "lowrank_baselines",
     "combiner",
     "training_free",
+    "nearfar",
 )
 # Scripts that take more than a few seconds.
 LONG = frozenset(
     {
         *("sketching", "linformer", "skeinformer", "dba", "lowrank_baselines", "combiner"),
-        "training_free",
+        *("training_free", "nearfar"),
     }
 )
 # What is broken by default: one statement of each table, and tables of numbers that are quick.
@@ -65,6 +66,11 @@ BROKEN = {
         *("training_free.block_sample_unbiased", "training_free.thinning_mass"),
         *("training_free.tree_exact", "training_free.vattention_merged_mean"),
         *("gray", "laws", "thinning_merge"),
+    ),
+    "nearfar": (
+        *("nearfar.rows", "nearfar.exact_keys", "nearfar.jensen", "nearfar.interval"),
+        *("nearfar.frozen", "nearfar.frozen_gap", "nearfar.first_order_rate", "nearfar.merge"),
+        *("nearfar.causal", "normal", "rates", "estimate"),
     ),
     "lowrank_baselines": (
         *("lowrank_baselines.residual_recursion", "lowrank_baselines.queries_suffice"),
@@ -234,7 +240,7 @@ def test_every_chapter_has_its_script_and_its_figure() -> None:
 
 NAME = re.compile(
     r"`((?:softmax|sketching|linformer|skeinformer|informer|dba|lowrank_baselines|combiner|"
-    r"training_free)"
+    r"training_free|nearfar)"
     r"\.[A-Za-z0-9_]+)`"
 )
 
@@ -271,6 +277,7 @@ def test_claims_of_methods_exist_and_are_about_them() -> None:
     for name in (
         *("skeinformer", "informer", "column_sampling", "jl", "linformer"),
         *("nystromformer", "performer", "dba", "clustered", "compressed", "combiner"),
+        "nearfar",
     ):
         assert sa.methods()[name](rank=8).traits.claims, name
     # Other components have other claims: Proposition 1 is about one choice of them only.

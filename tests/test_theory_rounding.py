@@ -13,6 +13,7 @@ import test_theory_combiner
 import test_theory_dba
 import test_theory_informer
 import test_theory_lowrank_baselines
+import test_theory_nearfar
 import test_theory_skeinformer
 import test_theory_softmax
 from claim_cases import HONEST as HONEST_VERDICTS
@@ -270,6 +271,7 @@ HONEST: dict[str, Callable[..., Any]] = {
     "dba": test_theory_dba.library,
     "informer": test_theory_informer.honest,
     "lowrank_baselines": test_theory_lowrank_baselines.honest,
+    "nearfar": test_theory_nearfar.honest,
     "skeinformer": test_theory_skeinformer.honest,
     "softmax": test_theory_softmax.honest,
 }
@@ -369,6 +371,15 @@ PLANTED = [
     "lowrank_baselines.smreg_upper",
     "lowrank_baselines.theorem2_coefficients",
     "lowrank_baselines.topk_renormalised",
+    "nearfar.exact_keys",
+    "nearfar.exact_near",
+    "nearfar.frozen",
+    "nearfar.interval",
+    "nearfar.jensen",
+    "nearfar.merge",
+    "nearfar.promotion",
+    "nearfar.rows",
+    "nearfar.tanh",
     "skeinformer.fill_mass",
     "skeinformer.full_rank",
     "skeinformer.identity_adaptive",

@@ -5,6 +5,7 @@ from . import dba as dba
 from . import informer as informer
 from . import linformer as linformer
 from . import lowrank_baselines as lowrank_baselines
+from . import nearfar as nearfar
 from . import skeinformer as skeinformer
 from . import sketching as sketching
 from . import softmax as softmax

@@ -41,6 +41,24 @@ CLUSTERS, NEAR, TAU = 8, 16, 0.01
 ALL_NEAR, FULL_NEAR, FULL_TAU, MANY, MANY_NEAR = 12, 24, 0.015, 16384, 32
 
 
+# Claims about every choice, and about those of phi and of the first order.
+CLAIMS = (
+    "nearfar.rows",
+    "nearfar.exact_near",
+    "nearfar.exact_keys",
+    "nearfar.interval",
+    "nearfar.tanh",
+    "nearfar.merge",
+    "nearfar.causal",
+    "nearfar.estimate",
+)
+SECOND_ORDER_CLAIMS = {
+    "frozen": ("nearfar.frozen", "nearfar.frozen_above", "nearfar.frozen_gap"),
+    "none": ("nearfar.jensen", "nearfar.promotion"),
+}
+FIRST_ORDER_CLAIMS = ("nearfar.first_order_divergence", "nearfar.first_order_rate")
+
+
 class Choices(NamedTuple):
     """Name the choices that make one estimator."""
 
@@ -185,7 +203,12 @@ class NearFar(Method):
             row_stochastic=True,
             nonnegative=True,
             logsumexp=True,
+            claims=self._claims(),
         )
+
+    def _claims(self) -> tuple[str, ...]:
+        first_order = FIRST_ORDER_CLAIMS if self.first_order in (None, 1) else ()
+        return CLAIMS + SECOND_ORDER_CLAIMS.get(self.second_order, ()) + first_order
 
     def _check_parameters(self) -> None:
         check_preset(self, Choices(), PRESETS)
