@@ -209,6 +209,7 @@ def moments(
     mean = np.empty(d, np.float64)
     square = np.empty(d, np.float64)
     y = np.empty((widest if h > 0 else 0, x.shape[1]), np.float64)
+    scores = np.empty(widest if h > 0 else 0, np.float64)
     e = np.empty((h, x.shape[1]), np.float64)
     next_e = np.empty((h, x.shape[1]), np.float64)
     tiny = np.finfo(np.float64).tiny
@@ -307,12 +308,20 @@ def moments(
                         next_e[a, t] += total * y[j, t]
             e[:] = next_e
         for a in range(h):
-            largest, total = 0.0, tiny
-            square[:] = 0.0
+            middle = 0.0
             for j in range(m):
                 score = 0.0
                 for t in range(width):
                     score += y[j, t] * e[a, t]
+                scores[j] = score
+                middle += score
+            middle /= m
+            # Scores along a direction that is only rounding have a mean, and weights would not
+            # add to one.
+            largest, total = 0.0, tiny
+            square[:] = 0.0
+            for j in range(m):
+                score = scores[j] - middle
                 z[a, low + j] = score
                 largest = max(largest, abs(score))
                 total += score * score
