@@ -66,10 +66,18 @@ BESIDE: dict[str, tuple[str, ...]] = {
     ),
     "clustered": ("clustered(improved=True)",),
     "combiner": (
-        "combiner(pattern=routing, direct=own+top_mass(8), second_order=diag)",
-        "combiner(pattern=fixed, direct=own+top_mass(8), second_order=diag)",
+        *(f"combiner(direct=own+top_mass({x}), second_order=diag)" for x in (1, 2, 4, 8)),
+        *(f"combiner(direct=own+top_mass({x}), second_order=diag, block=128)" for x in (1, 2, 4)),
+        *(f"combiner(direct=own+top_mass({x}), second_order=diag, block=256)" for x in (1, 2)),
+        "combiner(pattern=routing, second_order=diag)",
+        *(
+            f"combiner(pattern=routing, direct=own+top_mass({x}), second_order=diag)"
+            for x in (1, 2, 4, 8)
+        ),
     ),
 }
+# What makes methods causal that are not by default, beside presets and methods inside of others.
+CAUSAL = {"skeinformer": ("skeinformer(causal_form=corrected)",)}
 # A setting that takes so much of the time of exact attention is left.
 SLOW = 1.5
 # Times are known no better: a rival may take so much more than nearfar, and ratios of errors
@@ -211,6 +219,8 @@ def labels_of(name: str, causal: bool) -> list[str]:
     presets = getattr(sys.modules[cls.__module__], "PRESETS", {}) if "preset" in known else {}
     labels += [f"{name}(preset={preset})" for preset in presets]
     labels += BESIDE.get(name, ())
+    if causal:
+        labels += CAUSAL.get(name, ())
     if causal and "inner" in known:
         labels += [f"{name}(inner={x})" for x in inner_methods(known["inner"].default)]
     return labels
@@ -233,10 +243,13 @@ def settings_of(names: Iterable[str], causal: bool, shares: Sequence[float]) -> 
     few = [x for x in PRESET_SHARES if x in shares] or list(shares)
     for name in names:
         rank = inspect.signature(sa.methods()[name]).parameters.get("rank")
+        needed = rank is not None and rank.default is rank.empty
         for label in labels_of(name, causal):
-            if rank is None or rank.default is not rank.empty:
+            if not needed:
                 settings.append(Setting(name, label, None))
-            if rank is not None and not (name == OURS and label != name):
+            # Where none is needed, what was chosen stays as it is.
+            chosen = not needed and label in BESIDE.get(name, ())
+            if rank is not None and not (chosen or (name == OURS and label != name)):
                 ranks = list(shares if label == name else few)
                 # A decomposition is cut for smaller ranks, and computed anew for larger ones.
                 ranks.sort(reverse=name == "svd")
@@ -523,11 +536,9 @@ def rivals_of(own: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
     found = []
     for row in rows:
         other = row["method"] != OURS and row["status"] == "measured" and row["role"] != "floor"
-        quick = (row["share"], row["share_one"]) if row["role"] != "exact" else (1.0, 1.0)
-        within = any(
-            x <= ROOM * y for x, y in zip(quick, (own["share"], own["share_one"]), strict=True)
-        )
-        if other and within:
+        if row["role"] == "exact":
+            row = {**row, "share": 1.0, "share_one": 1.0}  # what is measured is noise
+        if other and any(row[x] <= ROOM * own[x] for x in ("share", "share_one")):
             found.append(row)
     return found
 
@@ -717,12 +728,9 @@ def left_lines(rows: Sequence[Mapping[str, Any]], short: bool) -> list[str]:
         here = [x for x in rows if x["causal"] == causal]
         names = {x["method"] for x in here}
         timed = {x["method"] for x in here if x["status"] == "measured"}
-        reasons = {}
-        for x in here:
-            if x["method"] in names - timed and (
-                x["status"] == "slow" or x["method"] not in reasons
-            ):
-                reasons[x["method"]] = x["reason"]
+        left = [x for x in here if x["method"] in names - timed]
+        left.sort(key=lambda x: x["status"] != "slow")
+        reasons = {x["method"]: x["reason"] for x in reversed(left)}
         kind = "With a causal mask" if causal else "Without a mask"
         if reasons:
             said = [name if short else f"{name} ({why})" for name, why in reasons.items()]
