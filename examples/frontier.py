@@ -307,15 +307,16 @@ class Screen:
         run(self.head, None, 0)  # it may compile
         self.truth = run(self.head, None, 0)[0]
         self.seconds = min(timed(self.head, None, 0)[1] for _ in range(3))
-        self.slow: dict[str, int | None] = {}
+        self.slow: dict[str, int] = {}
 
     def look(self, setting: Setting) -> None:
         """Raise `Refused` with the reason why a setting is left, if it is."""
         n = self.head.n_k
         if setting.label in self.slow:
             smaller = self.slow[setting.label]
-            at = "without a rank" if smaller is None else f"at rank {smaller}"
-            raise Refused("slow", f"{at} it takes more than {self.limit} of exact's time")
+            raise Refused(
+                "slow", f"at rank {smaller} it takes more than {self.limit} of exact's time"
+            )
         variant = make(setting, n)
         refusal = refusal_of(variant, self.head, setting.rank(n) or 1)
         if refusal is not None:
@@ -342,7 +343,9 @@ class Screen:
     ) -> None:
         """Leave a setting that takes too long, and all larger ranks; none of nearfar's."""
         if cost > self.limit and setting.name != OURS:
-            self.slow[setting.label] = setting.rank(self.head.n_k)
+            rank = setting.rank(self.head.n_k)
+            if rank is not None:
+                self.slow[setting.label] = rank
             raise Refused("slow", f"takes {least}{cost:.3g} of exact's time{why}", **known)
 
 
@@ -730,7 +733,9 @@ def left_lines(rows: Sequence[Mapping[str, Any]], short: bool) -> list[str]:
         timed = {x["method"] for x in here if x["status"] == "measured"}
         left = [x for x in here if x["method"] in names - timed]
         left.sort(key=lambda x: x["status"] != "slow")
+        # The first reason of each method counts: slowness, where there is any.
         reasons = {x["method"]: x["reason"] for x in reversed(left)}
+        reasons = dict(sorted(reasons.items()))
         kind = "With a causal mask" if causal else "Without a mask"
         if reasons:
             said = [name if short else f"{name} ({why})" for name, why in reasons.items()]
