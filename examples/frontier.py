@@ -55,8 +55,9 @@ from sketchattn.zoo.base import make_method, parse_method
 OURS = "nearfar"
 LENGTHS = (512, 4096, 16384)
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8)
-# Ranks of presets, so that a page of settings does not take all the time.
+# Ranks of presets, so that a page of settings does not take all the time; fewer of longer heads.
 PRESET_SHARES = (1 / 32, 1 / 8)
+LONG_SHARES, LONG_PRESET_SHARES = (1 / 64, 1 / 16), (1 / 64,)
 # Public choices that are no presets.  Of `OURS`, the settings whose time is compared with others.
 BESIDE: dict[str, tuple[str, ...]] = {
     OURS: (
@@ -83,6 +84,9 @@ SLOW = 1.5
 # Times are known no better: a rival may take so much more than nearfar, and ratios of errors
 # within it are ties.
 ROOM = 1.05
+# What another method beats by so much in time and in error, on the first head, is no rival of
+# anything: it runs once a head, or once at all where heads are long.
+BEATEN = (2.0, 1.5)
 # What nearfar is meant to reach from n = 4096 on: of the error of its best rival.
 TARGETS = {True: 1 / 3, False: 1 / 2}
 LONG = 4096
@@ -237,10 +241,18 @@ def inner_methods(default: object) -> list[str]:
     return found
 
 
-def settings_of(names: Iterable[str], causal: bool, shares: Sequence[float]) -> list[Setting]:
+def shares_of(n: int, quick: bool = False) -> tuple[Sequence[float], Sequence[float]]:
+    """Return ranks of methods and of presets, as shares of n."""
+    if quick:
+        return (1 / 8, 1 / 4), (1 / 8, 1 / 4)
+    return (LONG_SHARES, LONG_PRESET_SHARES) if n > LONG else (SHARES, PRESET_SHARES)
+
+
+def settings_of(
+    names: Iterable[str], causal: bool, shares: Sequence[float], few: Sequence[float]
+) -> list[Setting]:
     """Return what is compared, ranks of a label ascending."""
     settings = []
-    few = [x for x in PRESET_SHARES if x in shares] or list(shares)
     for name in names:
         rank = inspect.signature(sa.methods()[name]).parameters.get("rank")
         needed = rank is not None and rank.default is rank.empty
@@ -309,8 +321,8 @@ class Screen:
         self.seconds = min(timed(self.head, None, 0)[1] for _ in range(3))
         self.slow: dict[str, int] = {}
 
-    def look(self, setting: Setting) -> None:
-        """Raise `Refused` with the reason why a setting is left, if it is."""
+    def look(self, setting: Setting) -> dict[str, Any]:
+        """Return what one call on one head says of a setting, or raise `Refused`."""
         n = self.head.n_k
         if setting.label in self.slow:
             smaller = self.slow[setting.label]
@@ -336,7 +348,9 @@ class Screen:
         if seconds > self.limit * self.seconds:
             seconds = min(seconds, call(self.head, variant.method)[1])
         error = error_of(found, self.truth)
-        self.judge(setting, seconds / self.seconds, share=seconds / self.seconds, error=error)
+        share = seconds / self.seconds
+        self.judge(setting, share, share=share, error=error)
+        return {"share": share, "error": error, "worst": error, "heads": 1, "rounds": 1}
 
     def judge(
         self, setting: Setting, cost: float, least: str = "", why: str = "", **known: float
@@ -373,17 +387,16 @@ def one_line(error: BaseException) -> str:
 def measure(
     case: Case,
     names: Sequence[str],
-    shares: Sequence[float],
     rounds: int,
     threads: Sequence[int],
-    slow: float = SLOW,
+    quick: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[dict[str, Any]], float]:
     """Return a row for each setting of a case, and how many CPUs other programs kept busy."""
     rows: list[dict[str, Any]] = []
     kept: list[tuple[Setting, Variant, dict[str, Any]]] = []
-    screen = Screen(case, slow)
-    for setting in settings_of(names, case.causal, shares):
+    screen = Screen(case, math.inf if quick else SLOW)
+    for setting in settings_of(names, case.causal, *shares_of(case.n, quick)):
         row = row_of(case, setting)
         rows.append(row)
         try:
@@ -392,24 +405,40 @@ def measure(
             if row["role"] == "floor":
                 row |= floor(case, setting, variant)
                 continue
-            screen.look(setting)
+            row |= screen.look(setting)
         except Refused as refused:
             row |= {"status": refused.status, "reason": str(refused), **refused.known}
             continue
         kept.append((setting, variant, row))
-    say(f"{len(kept)} of {len(rows)} settings are timed")
+    beaten = {i for i, (_, _, row) in enumerate(kept) if is_beaten(row, rows)}
+    say(f"{len(kept)} of {len(rows)} settings are measured, {len(beaten)} of them once a head")
     visits: dict[int, list[tuple[int, int, float, float]]] = {i: [] for i in range(len(kept))}
     others = []
     for turn, (head, seed, count) in enumerate(visits_of(len(case.heads), rounds, threads)):
         order = [(i + turn * len(kept) // 7) % len(kept) for i in range(len(kept))]
+        once = seed < len(threads) and count == threads[head % len(threads)] and case.n <= LONG
+        order = [i for i in order if once or i not in beaten]
         before = load.reading()
         with on_threads(count):
             for i, error, share in visit(case.heads[head], kept, order, seed):
                 visits[i].append((head, count, error, share))
         others.append(load.others(before, load.reading()))
     for i, (_, _, row) in enumerate(kept):
-        row |= summed(visits[i], threads)
+        if visits[i]:
+            row |= summed(visits[i], threads)
     return rows, statistics.median(others) if others else math.nan
+
+
+def is_beaten(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Say whether another method, not nearfar, is much quicker and much better on one head."""
+    time, error = BEATEN
+    return row["method"] not in (OURS, "exact") and any(
+        x["method"] != OURS
+        and x["status"] == "measured"
+        and time * x["share"] <= row["share"]
+        and error * x["error"] <= row["error"]
+        for x in rows
+    )
 
 
 def row_of(case: Case, setting: Setting) -> dict[str, Any]:
@@ -903,7 +932,6 @@ def main() -> None:
         return
     if options.quick:
         options.n, options.first, options.rounds = options.n or "64", options.first or 2, 1
-    shares, slow = ((1 / 8, 1 / 4), math.inf) if options.quick else (SHARES, SLOW)
     threads = [int(x) for x in options.threads.split(",") if x] or sorted({1, library_threads()})
     names = [x for x in options.methods.split(",") if x]
     names = list(dict.fromkeys([OURS, *names])) if names else list(sa.methods())
@@ -928,7 +956,7 @@ def main() -> None:
             def say(text: str, title: str = case.title, began: float = began) -> None:
                 print(f"{title}: {text}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
-            found, others = measure(case, names, shares, options.rounds, threads, slow, say)
+            found, others = measure(case, names, options.rounds, threads, options.quick, say)
             rows += found
             about["others"][case.title] = others
             about["seconds"] = time.perf_counter() - start
