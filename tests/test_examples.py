@@ -342,6 +342,41 @@ def test_a_bad_nearfar_loses(run: Run, fault: str) -> None:
     assert f"does not win, in {len(found)} of the {len(found)} lines" in said
 
 
+def test_what_is_slower_than_exact_attention_is_listed_with_its_time(run: Run) -> None:
+    attend = sa.UniformColumns.attend
+
+    def slow(self: sa.UniformColumns, *arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return attend(self, *arguments, **options)
+
+    run.monkeypatch.setattr(sa.UniformColumns, "attend", slow)
+    options = ("--n", "24", "--methods", "uniform", "--rounds", "1", "--out", "made")
+    said = run("frontier", "--heads", str(some_heads(run.folder)), *options)
+    frame = read_frontier(run.folder / "made")
+    for _, part in frame[frame["method"] == "uniform"].groupby("causal"):
+        assert part["status"].tolist() == ["slow"] * 4
+        assert re.fullmatch(r"takes [\d.e+]+ of exact's time", part["reason"].iloc[0])
+        assert part["share"].iloc[0] > 1.5
+        assert part["reason"].iloc[1] == "at rank 1 it takes more than 1.5 of exact's time"
+    # Settings of nearfar are there whatever they take.
+    assert (frame[frame["method"] == "nearfar"]["status"] == "measured").all()
+    assert "there is nothing of uniform (takes" in said
+    assert "8 settings were left because they take 1.5 times as long" in said
+
+
+def test_only_what_is_far_from_the_front_is_measured_less() -> None:
+    module = load("frontier")
+    rows = [planted("a", 0.1, 0.1), planted("nearfar", 0.01, 0.01)]
+    assert module.is_beaten(planted("b", 0.21, 0.16), rows)
+    assert not module.is_beaten(planted("b", 0.19, 0.16), rows)
+    assert not module.is_beaten(planted("b", 0.21, 0.14), rows)
+    assert not module.is_beaten(planted("nearfar", 1.0, 1.0), rows)
+    # A round a head and number of threads; more seeds where heads are few.
+    assert list(module.visits_of(2, 1, [1, 2])) == [(0, 0, 1), (0, 1, 2), (1, 0, 1), (1, 1, 2)]
+    assert len(list(module.visits_of(1, 3, [1, 2]))) == 6
+    assert {seed for _, seed, _ in module.visits_of(1, 3, [1, 2])} == set(range(6))
+
+
 def test_lengths_of_the_frontier_are_there_or_made_or_left_out() -> None:
     module = load("frontier")
     heads = list(sa.make_heads("gaussian", n=8, d=4, heads=5, rng=0))
