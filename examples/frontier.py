@@ -670,6 +670,25 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def overview(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line a case: the defaults of nearfar, and how many of its settings win."""
+    lines = [
+        "| heads | time of `nearfar` | ratio of errors [of worst heads] | best other in that time "
+        "| settings that win | that meet the target |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in groups(found):
+        own = next((x for x in case if x["setting"] == OURS and named(x) == OURS), case[0])
+        ratio = f"{number(own['ratio'])} [{number(own['ratio_worst'])}]" if own["rival"] else ""
+        wins = sum(x["verdict"] in ("wins", ALONE) for x in case)
+        met = sum(x["met"] == "met" for x in case)
+        target = f"{met} of {len(case)}" if own["met"] else ""
+        cells = [title_of(own), f"{own['share']:.2f} [{own['share_one']:.2f}]", ratio]
+        cells += [f"`{own['rival']}`", f"{wins} of {len(case)}", target]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def summary(
     rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], *, short: bool = False
 ) -> str:
@@ -684,7 +703,7 @@ def summary(
     """
     found = verdicts(rows)
     shown = [x for x in found if x["rank"] is None or math.isnan(x["rank"])] if short else found
-    lines = []
+    lines = [*overview(shown), ""]
     for case in groups(shown):
         first = case[0]
         whole = next(g for g in groups(rows) if title_of(g[0]) == title_of(first))

@@ -400,7 +400,8 @@ def test_the_page_of_the_frontier_is_written_between_its_marks(run: Run) -> None
     run("frontier", "--quick", "--heads", heads, "--n", "24", "--methods", "vmean", "--out", "made")
     run("frontier", "--results", "made", "--page", str(page))
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- frontier -->\n**heads, n = 24, no mask**: 2 heads")
+    assert text.startswith("before\n<!-- frontier -->\n| heads | time of `nearfar` |")
+    assert "\n**heads, n = 24, no mask**: 2 heads, d = 4\n" in text
     assert text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text
     assert page.with_suffix(".svg").read_text(encoding="utf-8").count("nearfar") >= 1
