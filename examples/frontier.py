@@ -809,7 +809,7 @@ def draw(rows: Sequence[Mapping[str, Any]], time: str = "share") -> Any:
     figure = make_figure(figsize=(8.8, 0.7 + 4.3 * len(cases)))
     panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
     high = 1 - 0.45 / figure.get_figheight()
-    figure.subplots_adjust(left=0.08, right=0.985, top=high, hspace=0.28,
+    figure.subplots_adjust(left=0.08, right=0.985, top=high, hspace=0.24,
                            bottom=0.5 / figure.get_figheight())  # fmt: skip
     figure.text(
         0.01, 1 - 0.12 / figure.get_figheight(), "Down and left is better.  A point is a setting; "
@@ -848,7 +848,7 @@ def draw_case(
     axes.grid(True, color="0.92", linewidth=0.5)
     axes.axvline(1, color="black", linewidth=0.8)
     best = [(x[time], x["error"]) for x in pareto(case, time)]
-    best = [(x, max(y, low)) for x, y in best]
+    best = [(x, max(y, low)) for x, y in best if x <= 1]
     axes.plot(*zip(*best, strict=True), color="#ffe28a", linewidth=7, zorder=1) if best else None
     on_front = {str(x["method"]) for x in pareto(case, time)}
     labels = []
@@ -858,8 +858,8 @@ def draw_case(
         marker, colour = look.marker or "_", "black" if ours else look.colour
         axes.plot(
             *zip(*found, strict=True), linestyle="none", marker=marker, color=colour,
-            markersize=6 if ours else 4, alpha=1 if ours or named else 0.6, zorder=4 if ours else 3,
-            gid=name,
+            markersize=6 if ours else 4, zorder=4 if ours else 3, gid=name,
+            markeredgewidth=1 if marker in "_12" else 0,  # which are lines alone
         )  # fmt: skip
         style = {
             "fontsize": 9 if ours else 8,
@@ -875,7 +875,9 @@ def as_svg(figure: Any) -> bytes:
     """Return a figure as SVG with its text as text: small, and alike in every run."""
     buffer = BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    lines = (line.rstrip() for line in buffer.getvalue().decode().splitlines())
+    # A tenth of a point is finer than any screen, and half of the file is digits.
+    text = re.sub(r"(\d\.\d)\d+", r"\1", buffer.getvalue().decode())
+    lines = (line.rstrip() for line in text.splitlines())
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -884,7 +886,12 @@ def write_picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with plain_style():
         import matplotlib
 
-        with matplotlib.rc_context({"svg.hashsalt": "frontier", "svg.fonttype": "none"}):
+        look = {
+            "svg.hashsalt": "frontier",
+            "svg.fonttype": "none",
+            "font.sans-serif": ["DejaVu Sans"],
+        }
+        with matplotlib.rc_context(look):
             write_bytes(path, as_svg(draw(rows)))
 
 
