@@ -53,6 +53,8 @@ from sketchattn.studies.pictures.places import place_labels
 from sketchattn.zoo.base import make_method, parse_method
 
 OURS = "nearfar"
+# What is there however long it takes: nearfar, and what it must beat.
+ALWAYS = (OURS, "exact", "vmean", "zero")
 LENGTHS = (512, 4096, 16384)
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8)
 # Ranks of presets, so that a page of settings does not take all the time; fewer of longer heads.
@@ -355,8 +357,8 @@ class Screen:
     def judge(
         self, setting: Setting, cost: float, least: str = "", why: str = "", **known: float
     ) -> None:
-        """Leave a setting that takes too long, and all larger ranks; none of nearfar's."""
-        if cost > self.limit and setting.name != OURS:
+        """Leave a setting that takes too long, and all larger ranks; none of `ALWAYS`."""
+        if cost > self.limit and setting.name not in ALWAYS:
             rank = setting.rank(self.head.n_k)
             if rank is not None:
                 self.slow[setting.label] = rank
@@ -805,7 +807,7 @@ def draw(rows: Sequence[Mapping[str, Any]], time: str = "share") -> Any:
     """Return the picture of some cases: error against time, a panel a case."""
     cases = groups(rows)
     names = [x for x in dict.fromkeys(str(r["method"]) for r in rows)]
-    others = [x for x in names if x not in (OURS, "exact", "zero", "vmean")]
+    others = [x for x in names if x not in ALWAYS]
     figure = make_figure(figsize=(8.8, 0.7 + 4.3 * len(cases)))
     panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
     high = 1 - 0.45 / figure.get_figheight()
@@ -941,7 +943,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--heads", nargs="+", default=[], help="files of heads, not the bundled")
     parser.add_argument("--n", default="", help="lengths; by default 512, 4096, 16384, the files'")
-    parser.add_argument("--methods", default="", help="instead of all; nearfar is always there")
+    parser.add_argument(
+        "--methods", default="", help="instead of all, beside nearfar and predictors"
+    )
     parser.add_argument("--first", type=int, help="so many heads of each set")
     parser.add_argument("--rounds", type=int, default=3, help="timings at least, of each setting")
     parser.add_argument("--threads", default="", help="by default 1 and all")
@@ -960,7 +964,7 @@ def main() -> None:
         options.n, options.first, options.rounds = options.n or "64", options.first or 2, 1
     threads = [int(x) for x in options.threads.split(",") if x] or sorted({1, library_threads()})
     names = [x for x in options.methods.split(",") if x]
-    names = list(dict.fromkeys([OURS, *names])) if names else list(sa.methods())
+    names = list(dict.fromkeys([*ALWAYS, *names])) if names else list(sa.methods())
     lengths = [int(x) for x in options.n.split(",") if x]
     cases, notes = cases_of(sets_of(options.heads), lengths, options.first)
     start = time.perf_counter()
