@@ -969,7 +969,8 @@ def main() -> None:
     cases, notes = cases_of(sets_of(options.heads), lengths, options.first)
     start = time.perf_counter()
     shown = " ".join(["python", "examples/frontier.py", *sys.argv[1:]])
-    shown = re.sub(r"\S*/(\S+\.safetensors)", r"\1", shown)  # folders are nobody's business
+    # Folders are nobody's business.
+    shown = re.sub(r" --(out|page) \S+", "", re.sub(r"\S*/(\S+\.safetensors)", r"\1", shown))
     about: dict[str, Any] = {
         "command": shown,
         "threads": threads,
