@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from method_cases import dense_attention
 from packaging_checks import ROOT
 
 import sketchattn as sa
+from sketchattn.zoo import base as registry
 
 
 def load(name: str) -> ModuleType:
@@ -220,3 +223,194 @@ def test_long_heads_are_measured_on_a_sample(run: Run) -> None:
     assert "svd" not in set(beside["method"])
     assert "note: errors of all heads are from 64 exact rows" in said
     assert re.search(r"^\d+ s, .+ at most$", said, flags=re.MULTILINE)
+
+
+# --- the frontier ---------------------------------------------------------------------------------
+
+
+def read_frontier(folder: Path) -> Any:
+    frame = pd.read_csv(folder / "results.csv")
+    frame["reason"] = frame["reason"].astype(object).fillna("")
+    return frame
+
+
+def test_every_registered_method_is_on_the_frontier_or_listed(run: Run) -> None:
+    class Tomorrow(sa.UniformColumns):
+        pass
+
+    run.monkeypatch.setitem(registry._REGISTRY, "tomorrow", Tomorrow)
+    heads = str(some_heads(run.folder))
+    said = run("frontier", "--quick", "--heads", heads, "--n", "24", "--out", "made")
+    frame = read_frontier(run.folder / "made")
+    for causal in (False, True):
+        here = frame[frame["causal"] == causal]
+        assert set(here["method"]) == set(sa.methods())
+        assert "tomorrow" in set(here[here["status"] == "measured"]["method"])
+    measured = frame["status"] == "measured"
+    assert (frame["reason"][~measured] != "").all()
+    refused = frame[(frame["method"] == "wildcat") & frame["causal"]]
+    assert refused["reason"].str.startswith("causal must be False").all()
+    assert np.isfinite(frame[measured & (frame["role"] != "floor")]["share"]).all()
+    for label in ("nearfar(preset=fast)", "wildcat(preset=paper)", "causal_tree(inner=uniform)"):
+        assert label in set(frame["setting"])
+    assert "there is nothing of clustered (causal must be False" in said
+    assert "heads, n = 24, causal" in said
+    assert (run.folder / "made/heads.svg").stat().st_size > 10_000
+    # What it measures is the error of the output, against the plain formula.
+    wanted = []
+    for problem in sa.read_heads(heads):
+        truth = dense_attention(problem) @ problem.values
+        wanted.append(np.linalg.norm(problem.values.mean(axis=0) - truth) / np.linalg.norm(truth))
+    own = frame[(frame["method"] == "vmean") & ~frame["causal"]].iloc[0]
+    assert abs(own["error"] - np.median(wanted)) <= 1e-5
+    assert abs(own["worst"] - max(wanted)) <= 1e-5
+
+
+def test_a_method_with_presets_says_what_they_are() -> None:
+    module = load("frontier")
+    for name, cls in sa.methods().items():
+        if "preset" in cls._get_param_names():
+            assert len(module.labels_of(name, causal=False)) > 1, name
+
+
+def planted(name: str, share: float, error: float, **more: Any) -> dict[str, Any]:
+    row = {"set": "s", "n": 4096, "causal": True, "rotary": True, "made": "", "d": 4, "heads": 2}
+    row |= {"method": name, "setting": name, "rank": math.nan, "role": "method", "reason": ""}
+    row |= {"status": "measured", "share": share, "share_one": share, "error": error}
+    return row | {"worst": 2 * error} | more
+
+
+def test_the_front_is_what_no_other_setting_beats() -> None:
+    module, rng = load("frontier"), np.random.default_rng(0)
+    for _ in range(20):
+        # Few values, so that there are ties in time, in error and in both.
+        points = rng.integers(1, 6, (12, 2)) / 8
+        rows = [planted(f"m{i}", *map(float, p)) for i, p in enumerate(points)]
+        found = {(x["share"], x["error"]) for x in module.pareto(rows)}
+        beaten = [
+            any((q <= p).all() and (q < p).any() for q in points) for p in points
+        ]  # fmt: skip
+        assert found == {tuple(p) for p, b in zip(points.tolist(), beaten, strict=True) if not b}
+
+
+def test_verdicts_compare_with_the_best_in_no_more_time() -> None:
+    module = load("frontier")
+    rows = [
+        planted("nearfar", 0.3, 0.02),
+        planted("quick", 0.1, 0.2),
+        planted("good", 0.29, 0.08, worst=0.9),
+        planted("slower", 0.4, 0.001),
+        planted("left", 0.2, 0.001, status="slow"),
+        planted("topk", 0.2, 0.001, role="floor"),
+        planted("exact", 1.0, 0.0, role="exact"),
+    ]
+    (row,) = module.verdicts(rows)
+    assert (row["rival"], row["least_worst_rival"]) == ("good", "quick")
+    assert row["ratio"] == pytest.approx(0.25)
+    assert row["ratio_worst"] == pytest.approx(0.1)
+    assert (row["verdict"], row["met"]) == ("wins", "met")
+    # Half the error is enough for an encoder, and not with a mask of order.
+    rows[0] |= {"error": 0.035}
+    assert module.verdicts(rows)[0]["met"] == "missed"
+    encoder = [row | {"causal": False, "rotary": False} for row in rows]
+    assert module.verdicts(encoder)[0]["met"] == "met"
+    # One thread is enough to be as quick.
+    rows[3] |= {"share_one": 0.3}
+    assert module.verdicts(rows)[0]["verdict"] == "loses"
+    rows[3] |= {"error": 0.02, "worst": 0.3, "share_one": 0.4}
+    rows[0] |= {"error": 0.0795, "worst": 0.9}
+    assert module.verdicts(rows)[0]["verdict"] == "ties, worst head loses"
+
+
+@pytest.mark.parametrize("fault", ["slow", "wrong"])
+def test_a_bad_nearfar_loses(run: Run, fault: str) -> None:
+    attend = sa.NearFar._attend_with_lse
+
+    def bad(self: sa.NearFar, problem: sa.AttentionProblem, draw: Any) -> Any:
+        if fault == "slow":
+            time.sleep(0.02)
+            return attend(self, problem, draw)
+        out, lse = attend(self, problem, draw)
+        return 10 * out, lse
+
+    run.monkeypatch.setattr(sa.NearFar, "_attend_with_lse", bad)
+    heads = str(some_heads(run.folder))
+    options = ("--quick", "--heads", heads, "--n", "24", "--methods", "vmean")
+    said = run("frontier", *options, "--out", "made")
+    found = pd.read_csv(run.folder / "made/verdicts.csv")
+    assert found["verdict"].tolist() == ["loses"] * len(found)
+    assert f"does not win, in {len(found)} of the {len(found)} lines" in said
+
+
+def test_what_is_slower_than_exact_attention_is_listed_with_its_time(run: Run) -> None:
+    attend = sa.UniformColumns.attend
+
+    def slow(self: sa.UniformColumns, *arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return attend(self, *arguments, **options)
+
+    run.monkeypatch.setattr(sa.UniformColumns, "attend", slow)
+    options = ("--n", "24", "--methods", "uniform", "--rounds", "1", "--out", "made")
+    said = run("frontier", "--heads", str(some_heads(run.folder)), *options)
+    frame = read_frontier(run.folder / "made")
+    for _, part in frame[frame["method"] == "uniform"].groupby("causal"):
+        assert part["status"].tolist() == ["slow"] * 4
+        assert re.fullmatch(r"takes [\d.e+]+ of exact's time", part["reason"].iloc[0])
+        assert part["share"].iloc[0] > 1.5
+        assert part["reason"].iloc[1] == "at rank 1 it takes more than 1.5 of exact's time"
+    # Settings of nearfar, exact attention and predictors are there whatever they take.
+    assert set(frame["method"]) == {"nearfar", "exact", "vmean", "zero", "uniform"}
+    assert (frame[frame["method"] != "uniform"]["status"] == "measured").all()
+    assert "there is nothing of uniform (takes" in said
+    assert "8 settings were left because they take 1.5 times as long" in said
+
+
+def test_only_what_is_far_from_the_front_is_measured_less() -> None:
+    module = load("frontier")
+    rows = [planted("a", 0.1, 0.1), planted("nearfar", 0.01, 0.01)]
+    assert module.is_beaten(planted("b", 0.21, 0.16), rows)
+    assert not module.is_beaten(planted("b", 0.19, 0.16), rows)
+    assert not module.is_beaten(planted("b", 0.21, 0.14), rows)
+    assert not module.is_beaten(planted("nearfar", 1.0, 1.0), rows)
+    # A round a head and number of threads; more seeds where heads are few.
+    assert list(module.visits_of(2, 1, [1, 2])) == [(0, 0, 1), (0, 1, 2), (1, 0, 1), (1, 1, 2)]
+    assert len(list(module.visits_of(1, 3, [1, 2]))) == 6
+    assert {seed for _, seed, _ in module.visits_of(1, 3, [1, 2])} == set(range(6))
+
+
+def test_lengths_of_the_frontier_are_there_or_made_or_left_out() -> None:
+    module = load("frontier")
+    heads = list(sa.make_heads("gaussian", n=8, d=4, heads=5, rng=0))
+    causal = [sa.AttentionProblem(*p.arrays, causal=True) for p in heads]
+    assert [x.n_k for x in module.made_of({8: heads}, 8)[0]] == [8] * 5
+    short, made = module.made_of({8: heads, 16: heads}, 6)
+    assert [x.n_k for x in short] == [6] * 5
+    assert made == "the first 6 positions of 8"
+    assert module.made_of({8: heads}, 16)[0] == []
+    long, made = module.made_of({8: causal}, 16)
+    assert [x.n_k for x in long] == [16] * 2
+    assert made == "2 heads of 8 in a row"
+    assert np.array_equal(long[1].k, np.concatenate([causal[2].k, causal[3].k]))
+    assert module.made_of({8: causal}, 100)[0] == []
+
+
+def test_the_page_of_the_frontier_is_written_between_its_marks(run: Run) -> None:
+    heads = str(some_heads(run.folder))
+    page = run.folder / "page.md"
+    page.write_text("before\n<!-- frontier -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    run("frontier", "--quick", "--heads", heads, "--n", "24", "--methods", "vmean", "--out", "made")
+    run("frontier", "--results", "made", "--page", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- frontier -->\n| heads | time of `nearfar` |")
+    assert "\n**heads, n = 24, no mask**: 2 heads, d = 4\n" in text
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text
+    assert page.with_suffix(".svg").read_text(encoding="utf-8").count("nearfar") >= 1
+
+
+def test_the_page_of_the_frontier_has_what_the_command_writes() -> None:
+    text = (ROOT / "docs" / "frontier.md").read_text(encoding="utf-8")
+    inside = text.partition("<!-- frontier -->")[2].partition("<!-- end -->")[0]
+    assert "| nearfar | time [one thread] |" in inside
+    assert "python examples/frontier.py" in inside
+    assert (ROOT / "docs" / "frontier.svg").stat().st_size < 150_000
