@@ -127,7 +127,7 @@ def deal(kernel: Callable[..., object], *arguments: Any, work: float) -> None:
 
 
 def deal_without_blas(kernel: Callable[..., object], *arguments: Any, work: float) -> None:
-    """Run a kernel that calls no BLAS, as `deal` does; too little work for two threads runs at once.
+    """Run a kernel that calls no BLAS, as `deal` does, but at once where one thread is enough.
 
     Limiting BLAS and sharing items take 30 microseconds, as long as a step of a decoder.
     """

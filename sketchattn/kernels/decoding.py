@@ -119,7 +119,7 @@ def nearfar_rows(
     """``out_i (w,)``: rows that see the keys with ``place < stops[i]`` of ``held`` ones.
 
     ``block`` keys have ``per`` clusters, cluster c the keys ``starts[c] : starts[c + 1]``;
-    ``terms (3 + h, .)`` are radius, frozen, bits, and bounds of slopes; ``means (1 + h, ., w)`` mean
+    ``terms (3 + h, .)`` are radius, frozen, bits and bounds of slopes, ``means (1 + h, ., w)`` mean
     values and their slopes.  All are 0, and bits -inf, beyond the clusters.
     """
     d, h = q.shape[1], far.shape[1] - 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..base.arguments import as_array, check_finite, check_logits, float_dtype, prepare
 from ..base.quiet import quiet
-from ..kernels._threads import PRODUCT, deal_without_blas
+from ..kernels._threads import PRODUCT, deal_without_blas, product
 from ..kernels.decoding import exact_rows
 from ..kernels.softmax import LOG2E
-from ..operators.solve import solve
+from ..operators.solve import row_softmax
 from ..operators.steep import is_harmless
 from ..problem import AttentionProblem
 
@@ -21,6 +23,8 @@ Array = NDArray[Any]
 
 # Rows of which there is room at first, at least.
 ROOM = 16
+# Entries of few rows, and squares of norms to which no entry has underflowed.
+FEW, TINY = 4096, 1e-30
 
 
 def with_room(x: Array, count: int, axis: int = 0) -> Array:
@@ -36,6 +40,18 @@ def with_room(x: Array, count: int, axis: int = 0) -> Array:
     grown = np.zeros(shape, x.dtype)
     grown[(slice(None),) * axis + (slice(before),)] = x
     return grown
+
+
+def reach_of(x: Array, name: str) -> float:
+    """Return a bound of ``|x|`` by entries; refuse what is not finite.
+
+    The norm of a row is found in one call; the largest entry takes ten microseconds.
+    """
+    if x.size <= FEW:
+        square = float(np.vdot(x, x))
+        if TINY < square < math.inf:
+            return math.sqrt(square)
+    return check_finite(x, name)
 
 
 class DecodingState(ABC):
@@ -125,8 +141,8 @@ class DecodingState(ABC):
                 f"v must have one row for each key, got k of shape {keys.shape} and v of "
                 f"{values.shape}; append both of the same positions"
             )
-        most = check_finite(keys, "k")
-        check_finite(values, "v")
+        most = reach_of(keys, "k")
+        reach_of(values, "v")
         keys, values = keys.reshape(-1, self.d), values.reshape(-1, self.d_v)
         self._hold(keys, values)
         self._largest = max(self._largest, most)
@@ -154,7 +170,7 @@ class DecodingState(ABC):
             logits beyond the precision.
         """
         given = self._given(q, "q", self.d, None)
-        most = check_finite(given, "q")
+        most = reach_of(given, "q")
         lead, t = given.shape[:-1], given.shape[-2] if given.ndim > 1 else 1
         if t > self._positions:
             raise ValueError(
@@ -176,11 +192,14 @@ class DecodingState(ABC):
                 f"convert it with astype"
             )
         if made.ndim < 1 or made.shape[-1] != width or (most is not None and made.ndim > most):
-            wanted = f"({width},) or (t, {width})" + " or (..., t, d)" * (most is None)
+            wanted = f"({width},) or (t, {width})"
+            if most is None:
+                wanted = f"({width},), (t, {width}) or (..., t, {width})"
             raise ValueError(
                 f"{name} must have shape {wanted}, got {made.shape}; a state is of one key head"
             )
-        return prepare(made, self.dtype)
+        ready = made.dtype == self.dtype and made.flags.carray
+        return made if ready else prepare(made, self.dtype)
 
     def _stops(self, t: int, rows: int) -> Array:
         """Return how many kept keys each row sees, for heads of t rows."""
@@ -211,6 +230,22 @@ class DecodingState(ABC):
         self._keys[n:total], self._values[n:total] = k, v
         self._held = total
 
+    def _wide_logits(self, q: Array, stops: Array, place: Array) -> Iterator[tuple[int, Array]]:
+        """Yield the rows and their logits in float64, -inf for keys whose place is too late.
+
+        Raises ValueError for a row with logits that overflow the precision, in base 2.
+        """
+        k, most = self._keys[: self._held].astype(np.float64), float(np.finfo(self.dtype).max) / 2
+        for i, row in enumerate(q.astype(np.float64)):
+            logits = self.scale * product(k, row)
+            seen = place < stops[i]
+            if not np.abs(logits[seen]).max(initial=0.0) <= most:
+                found = np.zeros(len(q), self.dtype)
+                found[i] = np.nan
+                check_logits(found)
+            logits[~seen] = -np.inf
+            yield i, logits
+
     def _work(self, keys: float) -> float:
         """Return the work of rows that read so many keys, as `deal` counts it."""
         return keys * (0.5 + 4 * PRODUCT * (self.d + self.d_v))
@@ -219,7 +254,7 @@ class DecodingState(ABC):
 class ExactState(DecodingState):
     """Hold keys and values for exact rows; each reads all of them.
 
-    Rows whose logits may be large are computed in float64, as `AttentionProblem` does.
+    Rows whose logits may be large are computed in float64.
     """
 
     def _hold(self, k: Array, v: Array) -> None:
@@ -233,12 +268,9 @@ class ExactState(DecodingState):
                 exact_rows, q, stops, self._keys, self._values, factor, out, work=work
             )
             return
-        for i, stop in enumerate(stops.tolist()):
-            arrays = q[i : i + 1], self._keys[:stop], self._values[:stop]
-            row = AttentionProblem.adopt(*arrays, scale=self.scale)
-            found, lse = solve(row, arrays[2])
-            check_logits(lse)
-            out[i] = found[0]
+        values = self._values[: self._held].astype(np.float64)
+        for i, logits in self._wide_logits(q, stops, np.arange(self._held)):
+            out[i] = product(row_softmax(logits[None]), values)[0]
 
 
 quiet(DecodingState)

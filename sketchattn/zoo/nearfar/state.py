@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import check_logits
 from ...kernels._threads import deal, deal_without_blas
 from ...kernels.decoding import PANEL, nearfar_rows
 from ...kernels.nearfar import values_of
@@ -44,6 +43,7 @@ class NearFarState(DecodingState):
     ) -> None:
         self.sizes, self.tau = sizes, tau
         self._directions, self._second_order = directions, second_order
+        self._limit = float(np.finfo(problem.dtype).max) / 2
         h, d, dtype = directions, problem.d, problem.dtype
         self._place = np.zeros(0, np.int32)
         self._starts = np.zeros(1, np.int64)
@@ -90,8 +90,9 @@ class NearFarState(DecodingState):
         self._means[0, first:last], self._means[1:, first:last] = vbar, beta
 
     def _attend(self, q: Array, stops: Array, most: float, out: Array) -> None:
-        if not abs(self.scale) * self.d * most <= float(np.finfo(self.dtype).max) / 2:
-            self._check_overflow(q, stops)
+        if not abs(self.scale) * self.d * most <= self._limit:
+            for _ in self._wide_logits(q, stops, self._place[: self._held]):
+                pass  # what it refuses no kernel can tell from a key that is hidden
         block, per, near = self.sizes
         read = block + 2 * self._held // block * per + near * block // per
         deal_without_blas(
@@ -99,13 +100,3 @@ class NearFarState(DecodingState):
             self._starts, self._far, self._terms, self._means, block, per,
             float(self.scale * LOG2E), near, self.tau, out, work=len(q) * self._work(read),
         )  # fmt: skip
-
-    def _check_overflow(self, q: Array, stops: Array) -> None:
-        """Refuse visible logits beyond the precision, as every method does."""
-        k, place = self._keys[: self._held].astype(np.float64), self._place[: self._held]
-        found = np.zeros(len(q), self.dtype)
-        for i, row in enumerate(q.astype(np.float64)):
-            logits = self.scale * (k[place < stops[i]] @ row)
-            if not np.abs(logits).max(initial=0) <= float(np.finfo(self.dtype).max) / 2:
-                found[i] = np.nan
-        check_logits(found)
