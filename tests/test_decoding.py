@@ -319,9 +319,9 @@ def test_defaults_are_those_of_the_expected_length() -> None:
         assert isinstance(state, NearFarState)
         return (*state.sizes, int(1000 * state.tau))
 
-    assert sizes() == sizes(4096) == (256, 16, 16, 3)
-    assert sizes(65536) == (1024, 16, 64, 3)
-    assert sizes(n=16384) == sizes(1, n=16384) == (512, 16, 32, 3)
+    assert sizes() == sizes(4096) == (256, 16, 32, 3)
+    assert sizes(65536) == (1024, 16, 128, 3)
+    assert sizes(n=16384) == sizes(1, n=16384) == (512, 16, 64, 3)
     assert sizes(1) == (4, 4, 1, 3)
     assert sizes(block=128) == (128, 8, 16, 10)  # as the method itself
     assert sizes(block=4) == (4, 4, 16, 10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from ..heads.families import make_heads
 from ..problem import AttentionProblem
 from .harness import Row, benchmark, compare, import_torch, make_row, sdpa, time_both
+
+if TYPE_CHECKING:
+    from ..zoo.decoding import DecodingState
 
 Array = NDArray[Any]
 
@@ -52,8 +55,8 @@ def _decode(quick: bool, rounds: int) -> Iterator[Row]:
         # What becomes of keys as they come: a block is clustered when it is complete.
         count = min(n, 2048)
         empty = AttentionProblem(q[:0], k[:0], v[:0], scale=head.scale, causal=True)
-        appended = {
-            "append": lambda: _append(NearFar().state(empty, n), k[:count], v[:count]),
+        appended: dict[str, Callable[[], object]] = {
+            "append": partial(_append, partial(NearFar().state, empty, n), k[:count], v[:count]),
             "exact": calls["exact"],
         }
         yield compare(
@@ -87,7 +90,8 @@ def _each(calls: list[Callable[[], object]]) -> None:
         call()
 
 
-def _append(state: Any, k: Array, v: Array) -> None:
+def _append(make: Callable[[], DecodingState], k: Array, v: Array) -> None:
+    state = make()
     for key, value in zip(k, v, strict=True):
         state.append(key, value)
 

@@ -57,8 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # A step of a decoder costs what it reads, where a row of many costs what it computes: smaller
-# clusters and more of them near, as many as a block has sixteens of keys.
-STEP_CLUSTERS, STEP_TAU, STEP_NEAR = 16, 0.003, 16
+# clusters, more of them near, and one candidate for so many keys of a block.
+STEP_CLUSTERS, STEP_TAU, STEP_NEAR = 16, 0.003, 8
 
 
 def default_near(problem: AttentionProblem, blocks: bool) -> int:
@@ -144,7 +144,7 @@ class NearFar(Method):
     `state` has one level of blocks, and clusters each when it is complete.  With ``block`` given,
     its rows are those of a causal problem with the same parameters.  With ``block=None`` it is
     ``B = default_block(length)``, and what else is None is chosen for single rows, which cost what
-    they read: 16 clusters, ``near = B / 16``, ``tau = 0.003``.
+    they read: 16 clusters, ``near = B / 8``, ``tau = 0.003``.
 
     Examples
     --------
