@@ -248,7 +248,8 @@ class DecodingState(ABC):
 
     def _work(self, keys: float) -> float:
         """Return the work of rows that read so many keys, as `deal` counts it."""
-        return keys * (0.5 + 4 * PRODUCT * (self.d + self.d_v))
+        a_key: float = 0.5 + 4 * PRODUCT * (self.d + self.d_v)
+        return keys * a_key
 
 
 class ExactState(DecodingState):
