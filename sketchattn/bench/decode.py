@@ -23,6 +23,9 @@ Array = NDArray[Any]
 STEPS = 16
 # Share of the time of exact attention at 65536 keys; the error that it is for.
 LENGTH, TARGET, ERROR = 65536, 0.15, 0.05
+# Heads with topics, whose rows read few keys; and diffuse ones, whose rows read all that they may.
+TOPICS: dict[str, Any] = {"family": "clustered", "clusters": 64, "noise": 0.7}
+DIFFUSE: dict[str, Any] = {"family": "ar1"}
 
 
 @benchmark("decode", "a step of a decoder, one query row, against exact attention")
@@ -31,8 +34,10 @@ def _decode(quick: bool, rounds: int) -> Iterator[Row]:
     from ..zoo.nearfar import NearFar
 
     torch = import_torch()
-    for n in (256, 1024) if quick else (4096, 16384, LENGTH, 262144):
-        head = make_heads("ar1", n=n, d=64, rng=0)[0]
+    lengths = (256, 1024) if quick else (4096, 16384, LENGTH, 262144)
+    heads = [(n, TOPICS) for n in lengths] + [(1024 if quick else LENGTH, DIFFUSE)]
+    for n, recipe in heads:
+        head = make_heads(n=n, d=64, rng=0, **recipe)[0]
         prompt = AttentionProblem(head.q, head.k, head.v, causal=True)
         q, k, v = (x.copy() for x in (head.q, head.k, head.values))
         near, exact = NearFar().state(prompt), Exact().state(prompt)
@@ -46,11 +51,17 @@ def _decode(quick: bool, rounds: int) -> Iterator[Row]:
             one = [sdpa(torch, (x[None, None], k[None], v[None])) for x in last]
             calls["torch SDPA"] = partial(_each, one)
         seconds = time_both(calls, rounds)
-        case = f"{STEPS} steps, n={n}, d=64"
-        target = TARGET if n == LENGTH else None
+        size = f"n={n}, d=64, {recipe['family']}"
+        target = TARGET if n == LENGTH and recipe is TOPICS else None
         for name in list(calls)[1:]:
             yield compare(
-                "decode", case, seconds, "nearfar", name, target=target, one_target=target
+                "decode",
+                f"{STEPS} steps, {size}",
+                seconds,
+                "nearfar",
+                name,
+                target=target,
+                one_target=target,
             )
         # What becomes of keys as they come: a block is clustered when it is complete.
         count = min(n, 2048)
@@ -61,7 +72,7 @@ def _decode(quick: bool, rounds: int) -> Iterator[Row]:
         }
         yield compare(
             "decode",
-            f"append {count} keys, for n={n}, against as many steps",
+            f"append {count} of {size}, against steps",
             time_both(appended, rounds),
             "append",
             "exact",
@@ -71,9 +82,9 @@ def _decode(quick: bool, rounds: int) -> Iterator[Row]:
         error = np.linalg.norm(near.attend(last) - truth) / np.linalg.norm(truth)
         yield make_row(
             "decode",
-            f"error of {STEPS} rows, n={n}, d=64, ar1",
+            f"error of {STEPS} rows, {size}",
             [float(error)],
-            against="limit on real heads",
+            against="limit",
             theirs=[ERROR],
             target=None,
             unit="rel",
