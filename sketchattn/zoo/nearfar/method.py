@@ -26,7 +26,7 @@ from .regions import (
     own_share,
     within_rank,
 )
-from .state import NearFarState
+from .state import STEP_CLUSTERS, STEP_NEAR, STEP_TAU, NearFarState
 
 Array = NDArray[Any]
 
@@ -54,11 +54,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "accurate": {"clusters": CLUSTERS, "near": NEAR, "tau": TAU},
     "fast": {"clusters": 4, "near": 8, "tau": 0.03},
 }
-
-
-# A step of a decoder costs what it reads, where a row of many costs what it computes: smaller
-# clusters, more of them near, and one candidate for so many keys of a block.
-STEP_CLUSTERS, STEP_TAU, STEP_NEAR = 16, 0.003, 8
 
 
 def default_near(problem: AttentionProblem, blocks: bool) -> int:

@@ -18,6 +18,10 @@ from .regions import Sizes, clustered
 
 Array = NDArray[Any]
 
+# A step of a decoder costs what it reads, where a row of many costs what it computes: smaller
+# clusters, more of them near, and one candidate for so many keys of a block.
+STEP_CLUSTERS, STEP_TAU, STEP_NEAR = 16, 0.003, 8
+
 
 class NearFarState(DecodingState):
     """Hold keys and values of complete blocks by clusters, with their moments, and the last block.
