@@ -326,8 +326,10 @@ def test_defaults_are_those_of_the_expected_length() -> None:
     assert sizes(block=128) == (128, 8, 16, 10)  # as the method itself
     assert sizes(block=4) == (4, 4, 16, 10)
     fast = nearfar.PRESETS["fast"]
-    wanted = (256, fast["clusters"], fast["near"], int(1000 * fast["tau"]))
-    assert sizes(preset="fast") == wanted
+    wanted = {"clusters": 16, "near": 32, "tau": 0.003, **fast}
+    assert sizes(preset="fast") == (
+        256, wanted["clusters"], wanted["near"], int(1000 * wanted["tau"])
+    )  # fmt: skip
     assert sizes(near=5, tau=0.5) == (256, 16, 5, 500)
     assert sizes(rank=256, block=256, clusters=8) == (256, 8, 4, 10)
     assert sizes(rank=256)[1:3] == (8, 4)
