@@ -57,6 +57,7 @@ from .zoo.dba import DBAResult as DBAResult
 from .zoo.dba import DBAWeights as DBAWeights
 from .zoo.dba import dba_block as dba_block
 from .zoo.dba import dba_layer as dba_layer
+from .zoo.decoding import DecodingState as DecodingState
 from .zoo.function import Function as Function
 from .zoo.function import register as register
 from .zoo.informer import Informer as Informer

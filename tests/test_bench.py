@@ -60,6 +60,7 @@ def test_every_family_is_loaded_by_what_runs_them() -> None:
         "threads",
         "peers",
         "peers_training_free",
+        "decode",
         "integrations",
         "import",
     ]

@@ -157,6 +157,16 @@ def even(_: sa.AttentionProblem) -> Array:
     return np.array([5e-324, *[1.0 / 11] * 11])
 
 
+def decoder(p: sa.AttentionProblem) -> Any:
+    head = sa.AttentionProblem(p.q, p.k, p.values, scale=p.scale, causal=True)
+    found = []
+    for method in (sa.Exact(), sa.NearFar(block=4, clusters=2, first_order=1)):
+        state = method.state(head)
+        state.append(p.k[0], p.values[0])
+        found += [state.attend(p.q), state.attend(p.q[0])]
+    return found
+
+
 CALLS: dict[str, Callable[[sa.AttentionProblem], Any]] = {
     "attention": lambda p: sa.attention(p.q, p.k, p.v, return_lse=True),
     "attention_vjp": lambda p: sa.attention_vjp(p.q, p.k, p.v, p.v),
@@ -199,6 +209,7 @@ CALLS: dict[str, Callable[[sa.AttentionProblem], Any]] = {
     "SampledAttention": lambda p: sa.SampledAttention(np.arange(4), np.abs(p.q), n_k=12),
     "PartitionedAttention": lambda p: sa.Combiner(rank=3).approximate(p, rng=0),
     "ProductSketch": lambda p: sa.ProductSketch(p, make_sketch("srht", 4, 12, rng=0)),
+    "DecodingState": decoder,
     "Draw": lambda p: sa.Skeinformer(rank=3).draw(p, rng=0),
     "sampling.around": lambda p: sampling.around(p.k, p.k[:3]),
     "sampling.chosen_rows": lambda p: sampling.chosen_rows(

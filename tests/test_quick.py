@@ -19,6 +19,7 @@ import test_bench
 import test_cli
 import test_clustering
 import test_combiner
+import test_decoding
 import test_heads
 import test_informer
 import test_kernels
@@ -57,6 +58,7 @@ KERNELS: dict[str, Check] = {
     "comparison": lambda: test_kernels.test_comparison_of_matrices_is_that_of_the_loops(
         test_kernels.NO_WINDOW[0], "positive"
     ),
+    "decoding": lambda: test_decoding.test_small_states_are_their_causal_output({}, np.float32),
     "features": lambda: test_performer.test_the_formula_by_loops({}, True, True, np.float32),
     "halving": lambda: test_thinformer.test_buckets_are_halved_as_by_loops("simple", np.float32),
     "nearfar": lambda: test_nearfar.test_weights_are_those_of_the_loops(

@@ -8,6 +8,7 @@ from ..base.arguments import closest
 from ..base.machine import machine
 from . import (
     combiner,
+    decode,
     exact,
     informer,
     integrations,
@@ -37,6 +38,7 @@ _FAMILIES = (
     small,
     peers,
     training_free,
+    decode,
     integrations,
     startup,
 )

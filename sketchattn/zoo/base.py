@@ -8,7 +8,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ from sklearn.base import BaseEstimator
 
 from ..base.arguments import (
     as_array,
+    check_count,
     check_finite,
     check_rank,
     closest,
@@ -44,8 +45,14 @@ from ..operators.steep import check_overflow
 from ..operators.wrapped import as_operator
 from ..problem import AttentionProblem
 
+if TYPE_CHECKING:
+    from .decoding import DecodingState
+
 Array = NDArray[Any]
 M = TypeVar("M", bound="type[Method]")
+
+# Positions that a decoder is expected to reach, at least, where nothing is said.
+EXPECTED = 4096
 
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -92,6 +99,8 @@ class Traits:
     quadratic : bool
         Every pair of a query and a key is looked at, in blocks: not cheaper than exact attention
         where heads are long.
+    decoding : bool
+        `Method.state` holds keys to which a decoder appends.
     """
 
     causal: bool = False
@@ -111,6 +120,7 @@ class Traits:
     logsumexp: bool = False
     causal_form: bool = False
     quadratic: bool = False
+    decoding: bool = False
 
 
 def register(name: str) -> Callable[[M], M]:
@@ -336,6 +346,10 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     def check(self, problem: AttentionProblem) -> None:
         """Refuse a problem that this method cannot honour, or hyper-parameters out of range."""
         check_problem(problem)
+        self._check_for(problem, problem.n_k)
+
+    def _check_for(self, problem: AttentionProblem, keys: int) -> None:
+        """Refuse the same, with a rank for so many keys."""
         traits = self.traits
         if problem.causal and not traits.causal and not traits.oracle:
             raise ValueError(
@@ -353,7 +367,7 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
                 f"{problem.n_k}; use a method whose traits.rectangular is True"
             )
         if hasattr(self, "rank") and (self.rank is not None or _needs_rank(type(self))):
-            check_rank(self.rank, problem.n_k)
+            check_rank(self.rank, keys)
         self._check_parameters()
         check_overflow(problem)
 
@@ -566,6 +580,68 @@ class Method(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is not t
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         """Return `attend_with_lse`; the draw is checked, for instance by `_checked`."""
         raise TypeError(f"{type(self).__name__} must define _attend_with_lse: its traits say so")
+
+    @blas_single_thread()
+    def state(self, problem: AttentionProblem, length: int | None = None) -> DecodingState:
+        """Return what this method holds of a decoder's keys, with those of a prompt.
+
+        New keys are appended one by one, and the rows of the newest positions are those of the
+        causal `attend` on all keys up to there.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+            The prompt: causal, with values, perhaps with masked keys, perhaps without any key.  Its
+            queries are not used; their outputs are those of `attend`.
+        length : int, optional
+            Positions that are expected in all, prompt counted, at least 1: what a method chooses
+            by the number of keys is chosen for so many, and stays.  More may come.  None: those of
+            the prompt, 4096 at least.
+
+        Returns
+        -------
+        DecodingState
+            With `DecodingState.append` and `DecodingState.attend`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `attend`; for a problem that is not causal; and for a method whose
+            ``traits.decoding`` is False.
+
+        Examples
+        --------
+        >>> import numpy as np, sketchattn as sa
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 80, 4))
+        >>> prompt = sa.AttentionProblem(q[:70], k[:70], v[:70], causal=True)
+        >>> method = sa.NearFar(block=16, clusters=4)
+        >>> state = method.state(prompt)
+        >>> state.append(k[70:], v[70:])
+        >>> whole = method.attend(sa.AttentionProblem(q, k, v, causal=True))
+        >>> bool(np.allclose(state.attend(q[70:]), whole[70:]))
+        True
+        """
+        check_problem(problem)
+        if not self.traits.decoding:
+            raise ValueError(
+                f"method must hold keys of a decoder, got {self!r}; use a method whose "
+                f"traits.decoding is True"
+            )
+        if not problem.causal:
+            raise ValueError(
+                "causal must be True for the prompt of a decoder, got False; make the problem "
+                "with causal=True"
+            )
+        _ = problem.values
+        if length is not None:
+            check_count(length, "length", "it is the number of positions that are expected")
+        expected = max(problem.n_k, EXPECTED if length is None else int(length))
+        self._check_for(problem, expected)
+        return self._state(problem, expected)
+
+    def _state(self, problem: AttentionProblem, length: int) -> DecodingState:
+        """Return `state`; arguments are checked."""
+        raise TypeError(f"{type(self).__name__} must define _state, since its traits promise it")
 
     @blas_single_thread()
     def attend_heads(

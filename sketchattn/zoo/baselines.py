@@ -8,7 +8,7 @@ renormalised top-k whose kept mass is ``m_i``, Eckart-Young for the truncated SV
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from ..operators.solve import softmax_over, solution, solve_over
 from ..operators.visible_mean import VisibleMean
 from ..problem import AttentionProblem
 from .base import Method, Traits, register
+
+if TYPE_CHECKING:
+    from .decoding import DecodingState
 
 Array = NDArray[Any]
 
@@ -62,10 +65,16 @@ class Exact(Method):
             differentiable=True,
             logsumexp=True,
             quadratic=True,
+            decoding=True,
         )
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         return problem.exact
+
+    def _state(self, problem: AttentionProblem, length: int) -> DecodingState:
+        from .decoding import ExactState  # loads the compiler
+
+        return ExactState(problem)
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         output, lse = solution(problem)

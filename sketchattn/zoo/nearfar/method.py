@@ -15,6 +15,7 @@ from ...operators.nearfar import NearFarAttention, kept_rows, log_sums, solve
 from ...operators.steep import is_steep
 from ...problem import AttentionProblem
 from ..base import Method, Traits, check_preset, in_force, register
+from ..decoding import DecodingState
 from .regions import (
     Regions,
     Sizes,
@@ -25,6 +26,7 @@ from .regions import (
     own_share,
     within_rank,
 )
+from .state import STEP_CLUSTERS, STEP_NEAR, STEP_TAU, NearFarState
 
 Array = NDArray[Any]
 
@@ -154,6 +156,11 @@ class NearFar(Method):
     Cost of a row: its own keys, R clusters with three products in place of two, and near keys; to
     find clusters, about ``10 n_k C d``.
 
+    `state` has one level of blocks, and clusters each when it is complete.  With ``block`` given,
+    its rows are those of a causal problem with the same parameters.  With ``block=None`` it is
+    ``B = default_block(length)``, and what else is None is chosen for single rows, which cost what
+    they read: 16 clusters, ``near = B / 8``, ``tau = 0.003``.
+
     Examples
     --------
     >>> import sketchattn as sa
@@ -204,6 +211,7 @@ class NearFar(Method):
             nonnegative=True,
             logsumexp=True,
             claims=self._claims(),
+            decoding=True,
         )
 
     def _claims(self) -> tuple[str, ...]:
@@ -270,6 +278,21 @@ class NearFar(Method):
             return False
         equal = block / problem.n_q
         return own_share(problem, block) >= equal + LOCAL * (1 - equal)
+
+    def _state(self, problem: AttentionProblem, length: int) -> DecodingState:
+        c, given = self.choices, self.block is not None
+        block = default_block(length) if self.block is None else int(self.block)
+        clusters, near, tau = CLUSTERS, NEAR, TAU
+        if not given:
+            clusters, near, tau = STEP_CLUSTERS, max(1, block // STEP_NEAR), STEP_TAU
+        clusters = min(clusters if c.clusters is None else int(c.clusters), block)
+        sizes = Sizes(block, clusters, near if c.near is None else int(c.near))
+        if self.rank is not None:
+            fixed = given or c.clusters is not None
+            sizes = within_rank(length, int(self.rank), sizes, fixed, c.near)
+        directions = 0 if self.first_order is None else min(int(self.first_order), problem.d)
+        tau = tau if c.tau is None else float(c.tau)
+        return NearFarState(problem, sizes, tau, directions, self.second_order == "frozen")
 
     def _attend_with_lse(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
         values = problem.arrays.v
