@@ -11,10 +11,19 @@ from ...base.arguments import check_choice, check_count, check_not_negative
 from ...base.draws import Draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
-from ...operators.nearfar import NearFarAttention, kept_rows, log_sums, solve
+from ...operators.nearfar import NearFarAttention, Solved, kept_rows, log_sums, solve
+from ...operators.nearfar_levels import TwoLevelAttention, levels_of, solve_levels
 from ...operators.steep import is_steep
 from ...problem import AttentionProblem
 from ..base import Method, Traits, check_preset, in_force, register
+from .levels import (
+    LONG,
+    TwoLevels,
+    coarse_of,
+    default_sizes,
+    levels_in_blocks,
+    levels_of_all_keys,
+)
 from .regions import (
     Regions,
     Sizes,
@@ -36,6 +45,7 @@ SECOND_ORDERS = ("frozen", "none")
 # below.
 LOCAL = 0.2
 CLUSTERS, NEAR, TAU = 8, 16, 0.01
+LEVELS = "2 is for long heads"
 # Near clusters of all keys, and keys from which on rows that are not causal need twice as many.
 ALL_NEAR, MANY = 12, 16384
 
@@ -64,7 +74,7 @@ def default_near(problem: AttentionProblem, blocks: bool) -> int:
 class Plan(NamedTuple):
     """Hold everything that the choices come to on a problem."""
 
-    regions: Regions
+    regions: Regions | TwoLevels
     near: int
     tau: float
 
@@ -114,6 +124,11 @@ class NearFar(Method):
         phi: ``sigma^2/2``, frozen beyond the expected maximum of m_c normal numbers, and at most
         ``|scale q_i|`` times the radius of the cluster; or 0, with which every ``g_ic`` and the
         normaliser are lower bounds.
+    levels : {None, 1, 2}
+        2 groups clusters to coarse ones: a row sees the blocks beside its own directly, what is
+        farther away as coarse clusters, and the clusters of a coarse one where its share asks for
+        them, by the rule of near clusters and up to ``2 p``.  Work then grows like n^(3/2) with a
+        small factor.  None: 2 from 65536 kept keys on, without a rank.
     preset : {None, "accurate", "fast"}
         ``clusters=8, near=16, tau=0.01``; ``clusters=4, near=8, tau=0.03``.
 
@@ -155,6 +170,7 @@ class NearFar(Method):
         regions: str = "auto",
         metric: str = "auto",
         second_order: str = "frozen",
+        levels: int | None = None,
         preset: str | None = None,
     ) -> None:
         self.rank = rank
@@ -166,6 +182,7 @@ class NearFar(Method):
         self.regions = regions
         self.metric = metric
         self.second_order = second_order
+        self.levels = levels
         self.preset = preset
 
     @property
@@ -205,19 +222,26 @@ class NearFar(Method):
         check_choice(self.regions, "regions", REGIONS)
         check_choice(self.metric, "metric", METRICS)
         check_choice(self.second_order, "second_order", SECOND_ORDERS)
+        if self.levels is not None and check_count(self.levels, "levels", LEVELS) > 2:
+            raise ValueError(f"levels must be None, 1 or 2, got {self.levels}; {LEVELS}")
 
     def _plan(self, problem: AttentionProblem) -> Plan:
         """Return clusters, what rows see of them, and what they may choose."""
         c, n = self.choices, len(problem.kept_keys)
-        block = min(default_block(n) if self.block is None else int(self.block), n)
-        clusters = min(CLUSTERS if c.clusters is None else int(c.clusters), block)
+        two = self.levels == 2 or (self.levels is None and self.rank is None and n >= LONG)
+        if two:
+            block, clusters = default_sizes(n, self.block, c.clusters)
+        else:
+            block = min(default_block(n) if self.block is None else int(self.block), n)
+            clusters = min(CLUSTERS if c.clusters is None else int(c.clusters), block)
         sizes = Sizes(block, clusters, NEAR if c.near is None else int(c.near))
         if self.rank is not None:
             fixed = self.block is not None or c.clusters is not None
             sizes = within_rank(n, int(self.rank), sizes, fixed, c.near)
         blocks = self._in_blocks(problem, sizes.block)
         if c.near is None and self.rank is None:
-            sizes = sizes._replace(near=default_near(problem, blocks))
+            near = 2 * NEAR if two else default_near(problem, blocks)
+            sizes = sizes._replace(near=near)
         tau = TAU if c.tau is None else float(c.tau)
         metric = self.metric
         if metric == "auto":
@@ -229,10 +253,17 @@ class NearFar(Method):
         directions = int(not blocks) if order is None else int(order)
         directions = min(directions, problem.d)
         second = self.second_order == "frozen"
-        if blocks:
+        count = -(-n * sizes.clusters // sizes.block)
+        regions: Regions | TwoLevels
+        if two:
+            coarse = coarse_of(n, sizes.block, sizes.clusters, 2 * sizes.near)
+            if blocks:
+                regions = levels_in_blocks(problem, sizes, coarse, root, directions, second)
+            else:
+                regions = levels_of_all_keys(problem, count, coarse, root, directions, second)
+        elif blocks:
             regions = in_blocks(problem, sizes, root, directions, second)
         else:
-            count = -(-n * sizes.clusters // sizes.block)
             regions = of_all_keys(problem, count, root, directions, second)
         return Plan(regions, min(sizes.near, regions.clusters.count), tau)
 
@@ -254,9 +285,7 @@ class NearFar(Method):
         if is_steep(problem):
             ahat = self._matrix(problem)
             return np.asarray(ahat @ values), ahat.log_normalizer
-        (clusters, rows), near, tau = self._plan(problem)
-        k = kept_rows(problem, problem.arrays.k)
-        made = solve(problem, k, kept_rows(problem, values), clusters.moments(k), rows, near, tau)
+        made = solved(problem, kept_rows(problem, values), self._plan(problem))
         return made.out, log_sums(made.top, made.total)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
@@ -266,5 +295,20 @@ class NearFar(Method):
 
     def _matrix(self, problem: AttentionProblem) -> NearFarAttention:
         """Return the matrix of a problem with a key that is kept."""
-        (clusters, rows), near, tau = self._plan(problem)
-        return NearFarAttention(problem, clusters, rows, near, tau)
+        regions, near, tau = self._plan(problem)
+        if isinstance(regions, TwoLevels):
+            return TwoLevelAttention(problem, *regions, near, tau)
+        return NearFarAttention(problem, *regions, near, tau)
+
+
+def solved(problem: AttentionProblem, values: Array, plan: Plan) -> Solved:
+    """Return the product with the values of kept keys; what rows choose is not kept."""
+    regions, near, tau = plan
+    k = kept_rows(problem, problem.arrays.k)
+    m = regions.clusters.moments(k)
+    if not isinstance(regions, TwoLevels):
+        return solve(problem, k, values, m, regions.rows, near, tau)
+    clusters, groups, rows = regions
+    levels = levels_of(m, groups, clusters.second_order)
+    chosen = np.empty((0, groups.most), np.int32), np.empty((0, near), np.int32)
+    return solve_levels(problem, k, values, m, levels, rows, tau, chosen, choose=True)
