@@ -243,8 +243,10 @@ def attend_levels(
             u = u_buffer[: rows * cols].reshape((rows, cols))
             _scores(x, mine, squares, mine, norms, coarse, d, cols, s, u, lines[:rows])
             for r in range(rows):
-                s[r, end:] = lowest
-                s[r, tiles[tile, 9] : tiles[tile, 10]] = lowest
+                for c in range(end, cols):
+                    s[r, c] = lowest
+                for c in range(tiles[tile, 9], tiles[tile, 10]):
+                    s[r, c] = lowest
                 ref = refs[a0 + r]
                 if choose and many > 0:
                     found = _choose(
@@ -306,10 +308,13 @@ def attend_levels(
             mine = lines[a0:a1]
             _scores(x, mine, squares, mine, norm_buffer[a0:a1], block, d, cols, s, u, lines[:rows])
             for r in range(rows):
-                s[r, tiles[tile, 6] - low : tiles[tile, 7] - low] = lowest
+                for c in range(tiles[tile, 6] - low, tiles[tile, 7] - low):
+                    s[r, c] = lowest
                 start = at[a0 + r]
-                g_all[start : start + cols] = s[r]
-                u_all[start : start + cols] = u[r]
+                for c in range(cols):
+                    g_all[start + c] = s[r, c]
+                for c in range(cols):
+                    u_all[start + c] = u[r, c]
         begin = 0
         for c in range(groups):
             cols = wide_of[c + 1] - wide_of[c]
@@ -324,8 +329,10 @@ def attend_levels(
                 _scores(x, mine, squares, mine, list_norms, block, d, cols, s, u, lines[:rows])
                 for r in range(rows):
                     start = cursor[mine[r]]
-                    g_all[start : start + cols] = s[r]
-                    u_all[start : start + cols] = u[r]
+                    for j in range(cols):
+                        g_all[start + j] = s[r, j]
+                    for j in range(cols):
+                        u_all[start + j] = u[r, j]
                     cursor[mine[r]] = start + cols
             begin = lists[c]
         # Choose among them and fold the others.
@@ -385,7 +392,9 @@ def attend_levels(
                 u = u_buffer[: rows * cols].reshape((rows, cols))
                 mine = lines[a0:a1]
                 for r in range(rows):
-                    s[r] = g_all[at[a0 + r] : at[a0 + r] + cols]
+                    start = at[a0 + r]
+                    for c in range(cols):
+                        s[r, c] = g_all[start + c]
                 row_products(s, lines[:rows], vbar[low:high], high - low, width, acc, mine, False)
                 if h == 0:
                     continue
@@ -410,7 +419,8 @@ def attend_levels(
                     u = u_buffer[: rows * cols].reshape((rows, cols))
                     for r in range(rows):
                         start = cursor[mine[r]]
-                        s[r] = g_all[start : start + cols]
+                        for j in range(cols):
+                            s[r, j] = g_all[start + j]
                         cursor[mine[r]] = start + cols
                     row_products(
                         s, lines[:rows], vkids[first[c] : first[c + 1]], m, width, acc, mine, False

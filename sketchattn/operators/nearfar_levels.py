@@ -42,8 +42,9 @@ from .steep import steep_rows
 
 Array = NDArray[Any]
 
-# Rows of an item at most: lists of rows that chose the same are longer than those of one level.
-MOST = 4096
+# Rows of an item at most, and their share of all: lists of rows that chose the same cluster shrink
+# with the number of these.
+MOST, SHARE = 8192, 32
 # Sums of a transposed product that are kept apart, and their entries at most if more than two are.
 SLABS, SLAB_ENTRIES = 8, 1 << 25
 
@@ -164,7 +165,7 @@ def rows_in_levels(stops: Array, kind: Array, seen: Array, least: int = LEAST) -
     tiles[:, 0], tiles[:, 1] = low, high
     tiles[:, 2:] = seen[kind[low]]
     tiles[:, 3] = stops[high - 1]
-    size = min(max(n // 8, least), MOST)
+    size = min(max(n // SHARE, least), MOST)
     items, start = [0], 0
     for t, stop in enumerate(high.tolist()):
         if stop - start >= size:
