@@ -1203,7 +1203,8 @@ def naive_two_levels(
             if parents[labels[j]] >= 0:
                 keys_of.setdefault(("coarse", parents[labels[j]]), []).append(j)
     means = {
-        x: [sum(float(k[j, t]) for j in js) / len(js) for t in range(d)] for x, js in keys_of.items()
+        x: [sum(float(k[j, t]) for j in js) / len(js) for t in range(d)]
+        for x, js in keys_of.items()
     }
     variances = {
         x: [sum((float(k[j, t]) - means[x][t]) ** 2 for j in js) / len(js) for t in range(d)]

@@ -1,4 +1,4 @@
-"""Two levels of clusters: far ones summarised together, and refined where a row's share asks for it.
+"""Two levels of clusters: far ones summarised together, refined where a row's share asks for it.
 
 A coarse cluster is a group of clusters, its *children*, as those are groups of keys; both have the
 moments of `nearfar`, and a mass ``g_ic`` of the same form.  A row folds
@@ -88,7 +88,7 @@ def _above_mean(g: Any, u: Any, norm: Any, frozen: Any, rho: Any, bits: Any) -> 
 @kernel()
 def _place_of(
     c: int, low: int, high: int, cols: int, refined: Array, wide_of: Array, place: Array
-) -> int:
+) -> Any:
     """Return where a cluster stands among those that a row sees, -1 if nowhere."""
     if low <= c < high:
         return c - low
@@ -106,7 +106,7 @@ def _place_of(
 @kernel()
 def _cluster_at(
     at: int, low: int, cols: int, refined: Array, wide_of: Array, first: Array, kids: Array
-) -> int:
+) -> Any:
     """Return the cluster that stands at a place among those that a row sees."""
     if at < cols:
         return low + at
@@ -125,7 +125,7 @@ def _cluster_at(
 @kernel(dealt=True)
 def attend_levels(
     turn: Array, q: Array, k: Array, v: Array, stops: Array, tiles: Array, items: Array,
-    factor: float, kt: Array, starts: Array, wide: Array, table: Array, coarse: Array,
+    part: int, factor: float, kt: Array, starts: Array, wide: Array, table: Array, coarse: Array,
     kids: Array, first: Array, wide_of: Array, tables: Array, place: Array, ordered: Array,
     vbar: Array, beta: Array, vkids: Array, beta_kids: Array, vcoarse: Array, tau: float,
     limit: float, choose: bool, refined: Array, near: Array, top: Array, total: Array, out: Array,
@@ -134,7 +134,8 @@ def attend_levels(
 
     ``refined`` and ``near``, int32, have a row of each row: coarse clusters, ascending, and
     clusters, then -1.  They are written if ``choose``, and read otherwise; arrays without rows say
-    that they are not to be kept.  ``limit`` is that of `attend`.
+    that they are not to be kept.  Rows choose ``part`` at a time, or a tile more.  ``limit`` is
+    that of `attend`.
     """
     d, width, count, h = q.shape[1], v.shape[1], starts.size - 1, beta.shape[0]
     height, many, groups = table.shape[0], refined.shape[1], first.size - 1
@@ -196,247 +197,257 @@ def attend_levels(
         refs = refined[base:stop] if kept else refined_buffer[:n]
         nears = near[base:stop] if kept else near_buffer[:n]
         acc[:] = 0.0
-        lists[:] = 0
-        for tile in range(items[item], items[item + 1]):
-            i0, i1 = tiles[tile, 0], tiles[tile, 1]
-            own_low, own_high, end = tiles[tile, 2], tiles[tile, 3], tiles[tile, 8]
-            rows, a0, a1 = i1 - i0, i0 - base, i1 - base
-            mine = lines[a0:a1]
-            norms, floor = norm_buffer[a0:a1], floor_buffer[a0:a1]
-            _scaled(q[i0:i1], scale, x[a0:a1], squares[a0:a1], norms)
-            top[i0:i1] = lowest
-            total[i0:i1] = zero
-            floor[:] = lowest
-            # Own keys.
-            step = OWN if stops[i0] < stops[i1 - 1] else rows
-            if own_high > own_low:
-                if held != own_low:
-                    held, reached = own_low, own_low
-                if reached < own_high:
-                    _transposed(k[reached:own_high], own, reached - own_low)
-                    reached = own_high
-                for r0 in range(0, rows, step):
-                    r1 = min(r0 + step, rows)
-                    last = stops[i0 + r1 - 1]
-                    cols = (last - own_low + LANES - 1) // LANES * LANES
-                    if cols <= 0:
-                        continue
-                    s = s_buffer[: (r1 - r0) * cols].reshape((r1 - r0, cols))
-                    row_products(x, mine[r0:r1], own, d, cols, s, lines[: r1 - r0], True)
-                    for r in range(r0, r1):
-                        for j in range(stops[i0 + r] - own_low, cols):
-                            s[r - r0, j] = lowest
-                    _fold(s, floor[r0:r1], top[i0 + r0 : i0 + r1], total[i0 + r0 : i0 + r1],
-                          acc[a0 + r0 : a0 + r1])  # fmt: skip
-                    if width > 0:
-                        row_products(
-                            s, lines[: r1 - r0], v[own_low:last], last - own_low, width, acc,
-                            mine[r0:r1], False,
-                        )  # fmt: skip
-            # Coarse clusters, less those that are refined.
-            if end == 0:
-                if choose:
-                    refs[a0:a1] = -1
-                continue
-            cols = (end + LANES - 1) // LANES * LANES
-            s = s_buffer[: rows * cols].reshape((rows, cols))
-            u = u_buffer[: rows * cols].reshape((rows, cols))
-            _scores(x, mine, squares, mine, norms, coarse, d, cols, s, u, lines[:rows])
-            for r in range(rows):
-                for c in range(end, cols):
-                    s[r, c] = lowest
-                for c in range(tiles[tile, 9], tiles[tile, 10]):
-                    s[r, c] = lowest
-                ref = refs[a0 + r]
-                if choose and many > 0:
-                    found = _choose(
-                        s[r], u[r], top[i0 + r], total[i0 + r], threshold, best, places, ref
-                    )
-                    for y in range(1, found):
-                        value, z = ref[y], y
-                        while z > 0 and ref[z - 1] > value:
-                            ref[z] = ref[z - 1]
-                            z -= 1
-                        ref[z] = value
-                for y in range(many):
-                    if ref[y] < 0:
-                        break
-                    s[r, ref[y]] = lowest
-                    lists[ref[y] + 1] += 1
-            _fold(s, floor, top[i0:i1], total[i0:i1], acc[a0:a1])
-            if width > 0:
-                row_products(s, lines[:rows], vcoarse, end, width, acc, mine, False)
-        # Room for what each row sees of the clusters below.
-        at[0] = 0
-        for tile in range(items[item], items[item + 1]):
-            cols = (tiles[tile, 5] - tiles[tile, 4] + LANES - 1) // LANES * LANES
-            for i in range(tiles[tile, 0] - base, tiles[tile, 1] - base):
-                cursor[i] = at[i] + cols
-                seen = cols
+        offsets[:] = 0
+        t1 = items[item]
+        while t1 < items[item + 1]:
+            # Few rows at a time, which stay in the cache, but for the lists of near clusters.
+            t0 = t1
+            p0 = tiles[t0, 0] - base
+            while t1 < items[item + 1] and tiles[t1, 0] - base - p0 < part:
+                t1 += 1
+            p1 = tiles[t1 - 1, 1] - base
+            lists[:] = 0
+            for tile in range(t0, t1):
+                i0, i1 = tiles[tile, 0], tiles[tile, 1]
+                own_low, own_high, end = tiles[tile, 2], tiles[tile, 3], tiles[tile, 8]
+                rows, a0, a1 = i1 - i0, i0 - base, i1 - base
+                mine = lines[a0:a1]
+                norms, floor = norm_buffer[a0:a1], floor_buffer[a0:a1]
+                _scaled(q[i0:i1], scale, x[a0:a1], squares[a0:a1], norms)
+                top[i0:i1] = lowest
+                total[i0:i1] = zero
+                floor[:] = lowest
+                # Own keys.
+                step = OWN if stops[i0] < stops[i1 - 1] else rows
+                if own_high > own_low:
+                    if held != own_low:
+                        held, reached = own_low, own_low
+                    if reached < own_high:
+                        _transposed(k[reached:own_high], own, reached - own_low)
+                        reached = own_high
+                    for r0 in range(0, rows, step):
+                        r1 = min(r0 + step, rows)
+                        last = stops[i0 + r1 - 1]
+                        cols = (last - own_low + LANES - 1) // LANES * LANES
+                        if cols <= 0:
+                            continue
+                        s = s_buffer[: (r1 - r0) * cols].reshape((r1 - r0, cols))
+                        row_products(x, mine[r0:r1], own, d, cols, s, lines[: r1 - r0], True)
+                        for r in range(r0, r1):
+                            for j in range(stops[i0 + r] - own_low, cols):
+                                s[r - r0, j] = lowest
+                        _fold(s, floor[r0:r1], top[i0 + r0 : i0 + r1], total[i0 + r0 : i0 + r1],
+                              acc[a0 + r0 : a0 + r1])  # fmt: skip
+                        if width > 0:
+                            row_products(
+                                s, lines[: r1 - r0], v[own_low:last], last - own_low, width, acc,
+                                mine[r0:r1], False,
+                            )  # fmt: skip
+                # Coarse clusters, less those that are refined.
+                if end == 0:
+                    if choose:
+                        refs[a0:a1] = -1
+                    continue
+                cols = (end + LANES - 1) // LANES * LANES
+                s = s_buffer[: rows * cols].reshape((rows, cols))
+                u = u_buffer[: rows * cols].reshape((rows, cols))
+                _scores(x, mine, squares, mine, norms, coarse, d, cols, s, u, lines[:rows])
+                for r in range(rows):
+                    for c in range(end, cols):
+                        s[r, c] = lowest
+                    for c in range(tiles[tile, 9], tiles[tile, 10]):
+                        s[r, c] = lowest
+                    ref = refs[a0 + r]
+                    if choose and many > 0:
+                        found = _choose(
+                            s[r], u[r], top[i0 + r], total[i0 + r], threshold, best, places, ref
+                        )
+                        for y in range(1, found):
+                            value, z = ref[y], y
+                            while z > 0 and ref[z - 1] > value:
+                                ref[z] = ref[z - 1]
+                                z -= 1
+                            ref[z] = value
+                    for y in range(many):
+                        if ref[y] < 0:
+                            break
+                        s[r, ref[y]] = lowest
+                        lists[ref[y] + 1] += 1
+                _fold(s, floor, top[i0:i1], total[i0:i1], acc[a0:a1])
+                if width > 0:
+                    row_products(s, lines[:rows], vcoarse, end, width, acc, mine, False)
+            # Room for what each row sees of the clusters below.
+            at[p0] = 0
+            for tile in range(t0, t1):
+                cols = (tiles[tile, 5] - tiles[tile, 4] + LANES - 1) // LANES * LANES
+                for i in range(tiles[tile, 0] - base, tiles[tile, 1] - base):
+                    cursor[i] = at[i] + cols
+                    seen = cols
+                    for y in range(many):
+                        c = refs[i, y]
+                        if c < 0:
+                            break
+                        seen += wide_of[c + 1] - wide_of[c]
+                    at[i + 1] = at[i] + seen
+            if at[p1] > g_all.size:
+                g_all = np.empty(at[p1] + at[p1] // 8, dtype)
+                u_all = np.empty(g_all.size, dtype)
+            for c in range(groups):
+                lists[c + 1] += lists[c]
+            for i in range(p0, p1):
                 for y in range(many):
                     c = refs[i, y]
                     if c < 0:
                         break
-                    seen += wide_of[c + 1] - wide_of[c]
-                at[i + 1] = at[i] + seen
-        if at[n] > g_all.size:
-            g_all = np.empty(at[n] + at[n] // 8, dtype)
-            u_all = np.empty(g_all.size, dtype)
-        for c in range(groups):
-            lists[c + 1] += lists[c]
-        for i in range(n):
-            for y in range(many):
-                c = refs[i, y]
-                if c < 0:
-                    break
-                listed[lists[c]] = i
-                lists[c] += 1
-        held_low, held_high = -1, -1
-        for tile in range(items[item], items[item + 1]):
-            low, high = tiles[tile, 4], tiles[tile, 5]
-            if high == low:
-                continue
-            a0, a1 = tiles[tile, 0] - base, tiles[tile, 1] - base
-            rows = a1 - a0
-            cols = (high - low + LANES - 1) // LANES * LANES
-            block = block_buffer[: height * cols].reshape((height, cols))
-            if held_low != low or held_high != high:
-                _columns(table, low, high, d, block)
-                held_low, held_high = low, high
-            s = s_buffer[: rows * cols].reshape((rows, cols))
-            u = u_buffer[: rows * cols].reshape((rows, cols))
-            mine = lines[a0:a1]
-            _scores(x, mine, squares, mine, norm_buffer[a0:a1], block, d, cols, s, u, lines[:rows])
-            for r in range(rows):
-                for c in range(tiles[tile, 6] - low, tiles[tile, 7] - low):
-                    s[r, c] = lowest
-                start = at[a0 + r]
-                for c in range(cols):
-                    g_all[start + c] = s[r, c]
-                for c in range(cols):
-                    u_all[start + c] = u[r, c]
-        begin = 0
-        for c in range(groups):
-            cols = wide_of[c + 1] - wide_of[c]
-            block = tables[wide_of[c] * height : wide_of[c + 1] * height].reshape((height, cols))
-            for l0 in range(begin, lists[c], LIST):
-                mine = listed[l0 : min(l0 + LIST, lists[c])]
-                rows = mine.size
-                for r in range(rows):
-                    list_norms[r] = norm_buffer[mine[r]]
-                s = s_buffer[: rows * cols].reshape((rows, cols))
-                u = u_buffer[: rows * cols].reshape((rows, cols))
-                _scores(x, mine, squares, mine, list_norms, block, d, cols, s, u, lines[:rows])
-                for r in range(rows):
-                    start = cursor[mine[r]]
-                    for j in range(cols):
-                        g_all[start + j] = s[r, j]
-                    for j in range(cols):
-                        u_all[start + j] = u[r, j]
-                    cursor[mine[r]] = start + cols
-            begin = lists[c]
-        # Choose among them and fold the others.
-        offsets[:] = 0
-        for tile in range(items[item], items[item + 1]):
-            low, high = tiles[tile, 4], tiles[tile, 5]
-            direct_cols = (high - low + LANES - 1) // LANES * LANES
-            for i in range(tiles[tile, 0] - base, tiles[tile, 1] - base):
-                cursor[i] = at[i] + direct_cols
-                chosen = nears[i]
-                start, seen = at[i], at[i + 1] - at[i]
-                if seen == 0:
-                    if choose:
-                        chosen[:] = -1
-                    continue
-                g, u_row = g_all[start : start + seen], u_all[start : start + seen]
-                if choose and most > 0:
-                    found = _choose(
-                        g, u_row, top[base + i], total[base + i], threshold, best, places, chosen
-                    )
-                    for y in range(found):
-                        places[y] = chosen[y]
-                        chosen[y] = _cluster_at(
-                            chosen[y], low, direct_cols, refs[i], wide_of, first, kids
-                        )
-                else:
-                    for y in range(most):
-                        if chosen[y] < 0:
-                            break
-                        places[y] = _place_of(
-                            chosen[y], low, high, direct_cols, refs[i], wide_of, place
-                        )
-                for y in range(most):
-                    c = chosen[y]
-                    if c < 0:
-                        break
-                    z = places[y]
-                    mean = _above_mean(
-                        g[z], u_row[z], norm_buffer[i], table[2 * d + 1, c], table[2 * d, c],
-                        table[2 * d + 2, c],
-                    )  # fmt: skip
-                    floor_buffer[i] = mean if mean > floor_buffer[i] else floor_buffer[i]
-                    g[z] = lowest
-                    offsets[c + 1] += 1
-                _fold(g.reshape((1, seen)), floor_buffer[i : i + 1], top[base + i : base + i + 1],
-                      total[base + i : base + i + 1], acc[i : i + 1])  # fmt: skip
-        if width > 0:
+                    listed[lists[c]] = i
+                    lists[c] += 1
             held_low, held_high = -1, -1
-            for tile in range(items[item], items[item + 1]):
+            for tile in range(t0, t1):
                 low, high = tiles[tile, 4], tiles[tile, 5]
                 if high == low:
                     continue
                 a0, a1 = tiles[tile, 0] - base, tiles[tile, 1] - base
                 rows = a1 - a0
                 cols = (high - low + LANES - 1) // LANES * LANES
-                s = s_buffer[: rows * cols].reshape((rows, cols))
-                u = u_buffer[: rows * cols].reshape((rows, cols))
-                mine = lines[a0:a1]
-                for r in range(rows):
-                    start = at[a0 + r]
-                    for c in range(cols):
-                        s[r, c] = g_all[start + c]
-                row_products(s, lines[:rows], vbar[low:high], high - low, width, acc, mine, False)
-                if h == 0:
-                    continue
                 block = block_buffer[: height * cols].reshape((height, cols))
                 if held_low != low or held_high != high:
                     _columns(table, low, high, d, block)
                     held_low, held_high = low, high
-                for a in range(h):
-                    _slopes(
-                        x, mine, block, 2 * d + 3 + a * (d + 1), d, cols, s, u, lines[:rows]
-                    )
-                    row_products(
-                        u, lines[:rows], beta[a, low:high], high - low, width, acc, mine, False
-                    )
+                s = s_buffer[: rows * cols].reshape((rows, cols))
+                u = u_buffer[: rows * cols].reshape((rows, cols))
+                mine = lines[a0:a1]
+                norms = norm_buffer[a0:a1]
+                _scores(x, mine, squares, mine, norms, block, d, cols, s, u, lines[:rows])
+                for r in range(rows):
+                    for c in range(tiles[tile, 6] - low, tiles[tile, 7] - low):
+                        s[r, c] = lowest
+                    start = at[a0 + r]
+                    for c in range(cols):
+                        g_all[start + c] = s[r, c]
+                    for c in range(cols):
+                        u_all[start + c] = u[r, c]
             begin = 0
             for c in range(groups):
-                cols, m = wide_of[c + 1] - wide_of[c], first[c + 1] - first[c]
+                cols = wide_of[c + 1] - wide_of[c]
+                flat = tables[wide_of[c] * height : wide_of[c + 1] * height]
+                block = flat.reshape((height, cols))
                 for l0 in range(begin, lists[c], LIST):
                     mine = listed[l0 : min(l0 + LIST, lists[c])]
                     rows = mine.size
+                    for r in range(rows):
+                        list_norms[r] = norm_buffer[mine[r]]
                     s = s_buffer[: rows * cols].reshape((rows, cols))
                     u = u_buffer[: rows * cols].reshape((rows, cols))
+                    _scores(x, mine, squares, mine, list_norms, block, d, cols, s, u, lines[:rows])
                     for r in range(rows):
                         start = cursor[mine[r]]
                         for j in range(cols):
-                            s[r, j] = g_all[start + j]
+                            g_all[start + j] = s[r, j]
+                        for j in range(cols):
+                            u_all[start + j] = u[r, j]
                         cursor[mine[r]] = start + cols
+                begin = lists[c]
+            # Choose among them and fold the others.
+            for tile in range(t0, t1):
+                low, high = tiles[tile, 4], tiles[tile, 5]
+                direct_cols = (high - low + LANES - 1) // LANES * LANES
+                for i in range(tiles[tile, 0] - base, tiles[tile, 1] - base):
+                    cursor[i] = at[i] + direct_cols
+                    chosen = nears[i]
+                    start, seen = at[i], at[i + 1] - at[i]
+                    if seen == 0:
+                        if choose:
+                            chosen[:] = -1
+                        continue
+                    g, u_row = g_all[start : start + seen], u_all[start : start + seen]
+                    if choose and most > 0:
+                        found = _choose(
+                            g, u_row, top[base + i], total[base + i], threshold, best, places,
+                            chosen,
+                        )  # fmt: skip
+                        for y in range(found):
+                            places[y] = chosen[y]
+                            chosen[y] = _cluster_at(
+                                chosen[y], low, direct_cols, refs[i], wide_of, first, kids
+                            )
+                    else:
+                        for y in range(most):
+                            if chosen[y] < 0:
+                                break
+                            places[y] = _place_of(
+                                chosen[y], low, high, direct_cols, refs[i], wide_of, place
+                            )
+                    for y in range(most):
+                        c = chosen[y]
+                        if c < 0:
+                            break
+                        z = places[y]
+                        mean = _above_mean(
+                            g[z], u_row[z], norm_buffer[i], table[2 * d + 1, c], table[2 * d, c],
+                            table[2 * d + 2, c],
+                        )  # fmt: skip
+                        floor_buffer[i] = mean if mean > floor_buffer[i] else floor_buffer[i]
+                        g[z] = lowest
+                        offsets[c + 1] += 1
+                    r = base + i
+                    _fold(g.reshape((1, seen)), floor_buffer[i : i + 1], top[r : r + 1],
+                          total[r : r + 1], acc[i : i + 1])  # fmt: skip
+            if width > 0:
+                held_low, held_high = -1, -1
+                for tile in range(t0, t1):
+                    low, high = tiles[tile, 4], tiles[tile, 5]
+                    if high == low:
+                        continue
+                    a0, a1 = tiles[tile, 0] - base, tiles[tile, 1] - base
+                    rows = a1 - a0
+                    cols = (high - low + LANES - 1) // LANES * LANES
+                    s = s_buffer[: rows * cols].reshape((rows, cols))
+                    u = u_buffer[: rows * cols].reshape((rows, cols))
+                    mine = lines[a0:a1]
+                    for r in range(rows):
+                        start = at[a0 + r]
+                        for c in range(cols):
+                            s[r, c] = g_all[start + c]
                     row_products(
-                        s, lines[:rows], vkids[first[c] : first[c + 1]], m, width, acc, mine, False
+                        s, lines[:rows], vbar[low:high], high - low, width, acc, mine, False
                     )
-                    block = tables[wide_of[c] * height : wide_of[c + 1] * height].reshape(
-                        (height, cols)
-                    )
+                    if h == 0:
+                        continue
+                    block = block_buffer[: height * cols].reshape((height, cols))
+                    if held_low != low or held_high != high:
+                        _columns(table, low, high, d, block)
+                        held_low, held_high = low, high
                     for a in range(h):
                         _slopes(
                             x, mine, block, 2 * d + 3 + a * (d + 1), d, cols, s, u, lines[:rows]
                         )
                         row_products(
-                            u, lines[:rows], beta_kids[a, first[c] : first[c + 1]], m, width, acc,
-                            mine, False,
-                        )  # fmt: skip
-                begin = lists[c]
+                            u, lines[:rows], beta[a, low:high], high - low, width, acc, mine, False
+                        )
+                begin = 0
+                for c in range(groups):
+                    cols, m = wide_of[c + 1] - wide_of[c], first[c + 1] - first[c]
+                    for l0 in range(begin, lists[c], LIST):
+                        mine = listed[l0 : min(l0 + LIST, lists[c])]
+                        rows = mine.size
+                        s = s_buffer[: rows * cols].reshape((rows, cols))
+                        u = u_buffer[: rows * cols].reshape((rows, cols))
+                        for r in range(rows):
+                            start = cursor[mine[r]]
+                            for j in range(cols):
+                                s[r, j] = g_all[start + j]
+                            cursor[mine[r]] = start + cols
+                        values = vkids[first[c] : first[c + 1]]
+                        row_products(s, lines[:rows], values, m, width, acc, mine, False)
+                        flat = tables[wide_of[c] * height : wide_of[c + 1] * height]
+                        block = flat.reshape((height, cols))
+                        for a in range(h):
+                            _slopes(
+                                x, mine, block, 2 * d + 3 + a * (d + 1), d, cols, s, u, lines[:rows]
+                            )
+                            values = beta_kids[a, first[c] : first[c + 1]]
+                            row_products(u, lines[:rows], values, m, width, acc, mine, False)
+                    begin = lists[c]
         # Near clusters: the rows of each together.
         for c in range(count):
             offsets[c + 1] += offsets[c]
@@ -476,10 +487,10 @@ def attend_levels(
                 for j in range(flat.size):
                     flat[j] = exp2(dtype.type(flat[j]))
                 for r in range(rows):
-                    part = zero
+                    mass = zero
                     for j in range(m):
-                        part += weights[r, j]
-                    total[base + mine[r]] += part
+                        mass += weights[r, j]
+                    total[base + mine[r]] += mass
                 if width > 0:
                     row_products(
                         weights, lines[:rows], ordered[starts[c] : starts[c + 1]], m, width, acc,
@@ -496,7 +507,7 @@ def attend_levels(
 def _masses_of(
     x: Array, length: Any, block: Array, low: int, d: int, g: Array, u: Array
 ) -> None:
-    """Logarithms of masses and second-order terms of one row, of columns ``low, ...`` of a table."""
+    """Logarithms of masses and second-order terms of one row, columns ``low, ...`` of a table."""
     two = g.dtype.type(2.0)
     g[:] = g.dtype.type(0.0)
     u[:] = g.dtype.type(0.0)

@@ -43,8 +43,8 @@ from .steep import steep_rows
 Array = NDArray[Any]
 
 # Rows of an item at most, and their share of all: lists of rows that chose the same cluster shrink
-# with the number of these.
-MOST, SHARE = 8192, 32
+# with the number of these.  Rows that choose together at least, and their share.
+MOST, SHARE, PART, PART_SHARE = 8192, 16, 512, 128
 # Sums of a transposed product that are kept apart, and their entries at most if more than two are.
 SLABS, SLAB_ENTRIES = 8, 1 << 25
 
@@ -427,9 +427,10 @@ def solve_levels(
         target = out if width <= WIDEST else np.empty((n_q, piece), dtype)
         deal(
             attend_levels, q, k, part, rows.stops, rows.tiles, rows.items,
-            float(problem.scale * LOG2E), m.kt, m.starts, m.wide, levels.table, levels.coarse,
-            levels.kids, levels.first, levels.wide, levels.tables, levels.place, ordered, vbar,
-            beta, vkids, np.ascontiguousarray(beta[:, levels.kids]), vcoarse, tau, limit, choose,
+            max(PART, n_q // PART_SHARE), float(problem.scale * LOG2E), m.kt, m.starts, m.wide,
+            levels.table, levels.coarse, levels.kids, levels.first, levels.wide, levels.tables,
+            levels.place, ordered, vbar, beta, vkids, np.ascontiguousarray(beta[:, levels.kids]),
+            vcoarse, tau, limit, choose,
             refined, near, top, total, target,
             work=seen * (0.5 + PRODUCT * (d + piece)),
         )  # fmt: skip

@@ -137,9 +137,7 @@ def grouped(centers: Array, edges: Array, ends: Array) -> Array:
     Those of superblock s are ``ends[s] : ends[s + 1]``.  Clusters without a centre are in none.
     """
     used = np.flatnonzero(np.isfinite(centers[: edges[-1]]).all(axis=1))
-    found, _, _ = clustered(
-        np.ascontiguousarray(centers[used]), np.searchsorted(used, edges), ends
-    )
+    found, _, _ = clustered(np.ascontiguousarray(centers[used]), np.searchsorted(used, edges), ends)
     labels = np.full(len(centers), -1, np.int64)
     labels[used] = found
     return labels
