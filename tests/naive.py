@@ -1236,9 +1236,7 @@ def naive_two_levels(
         candidates = sorted(masses, key=lambda x: -masses[x][0])[:limit]
         top = max([*read, *(masses[x][0] for x in candidates)], default=0.0)
         total = sum(math.exp(y - top) for y in [*read, *(masses[x][0] for x in candidates)])
-        return [
-            x for x in candidates if math.exp(masses[x][0] - top) / total * masses[x][1] >= tau
-        ]
+        return [x for x in candidates if math.exp(masses[x][0] - top) / total * masses[x][1] >= tau]
 
     for i in range(n_q):
         own = {j: logit(i, k[j]) for j in seen[i]["own"]}

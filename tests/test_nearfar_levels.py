@@ -120,7 +120,7 @@ def test_weights_are_those_of_the_loops(form: dict[str, Any], shape: str) -> Non
     scores[:, m.members] = m.z
     wanted, out, refined, near = naive_two_levels(
         problem.q, problem.k[kept], problem.values[kept], ahat.clusters.labels.tolist(),
-        ahat.groups.labels.tolist(), seen, scale=problem.scale, refine=2 * options["near"],
+        ahat.groups.labels.tolist(), seen, scale=problem.scale, refine=options["near"],
         most=options["near"], tau=options["tau"], scores=scores.tolist(),
         second_order=options.get("second_order") != "none",
     )  # fmt: skip
@@ -398,8 +398,8 @@ def test_other_levels_are_refused(value: Any, kind: type[Exception], text: str) 
 
 def one_more_level(problem: sa.AttentionProblem, **options: Any) -> tuple[float, float]:
     """Return the errors of one level and of two."""
-    one = sa.NearFar(block=256, clusters=8, levels=1, **options)
-    return error(one, problem), error(sa.NearFar(levels=2, **options), problem)
+    one, two = (sa.NearFar(block=256, clusters=8, levels=x, **options) for x in (1, 2))
+    return error(one, problem), error(two, problem)
 
 
 @pytest.mark.slow

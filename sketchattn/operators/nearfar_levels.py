@@ -43,8 +43,8 @@ from .steep import steep_rows
 Array = NDArray[Any]
 
 # Rows of an item at most, and their share of all: lists of rows that chose the same cluster shrink
-# with the number of these.  Rows that choose together at least, and their share.
-MOST, SHARE, PART, PART_SHARE = 8192, 16, 512, 128
+# with the number of these.  Rows that choose together.
+MOST, SHARE, PART = 8192, 16, 512
 # Sums of a transposed product that are kept apart, and their entries at most if more than two are.
 SLABS, SLAB_ENTRIES = 8, 1 << 25
 
@@ -214,7 +214,7 @@ class TwoLevelAttention(NearFarAttention):
     >>> problem = sa.make_heads("gaussian", n=256, d=4, rng=0)[0]
     >>> ahat = sa.NearFar(block=16, clusters=4, near=2, levels=2).approximate(problem)
     >>> ahat.refined.shape, bool(abs(ahat.row_sums() - 1).max() < 1e-6)
-    ((256, 4), True)
+    ((256, 2), True)
     """
 
     def __init__(
@@ -427,7 +427,7 @@ def solve_levels(
         target = out if width <= WIDEST else np.empty((n_q, piece), dtype)
         deal(
             attend_levels, q, k, part, rows.stops, rows.tiles, rows.items,
-            max(PART, n_q // PART_SHARE), float(problem.scale * LOG2E), m.kt, m.starts, m.wide,
+            PART, float(problem.scale * LOG2E), m.kt, m.starts, m.wide,
             levels.table, levels.coarse, levels.kids, levels.first, levels.wide, levels.tables,
             levels.place, ordered, vbar, beta, vkids, np.ascontiguousarray(beta[:, levels.kids]),
             vcoarse, tau, limit, choose,

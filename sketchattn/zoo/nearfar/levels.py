@@ -16,9 +16,9 @@ from .regions import SAMPLE, SAMPLED, Sizes, clustered, in_metric
 Array = NDArray[Any]
 
 # Kept keys from which on there are two levels; keys of a block and of a cluster then.
-LONG, BLOCK, KEYS = 65536, 256, 32
+LONG, BLOCK, KEYS = 65536, 512, 64
 # Clusters of a coarse one at LONG keys, and blocks and coarse clusters of a superblock at least.
-CHILDREN, BLOCKS, GROUPS = 8, 8, 8
+CHILDREN, BLOCKS, GROUPS = 4, 4, 8
 
 
 class Coarse(NamedTuple):
@@ -43,7 +43,7 @@ def default_sizes(n: int, block: int | None, clusters: int | None) -> tuple[int,
     Examples
     --------
     >>> default_sizes(65536, None, None), default_sizes(65536, None, 4), default_sizes(9, 64, None)
-    ((256, 8), (256, 4), (9, 8))
+    ((512, 8), (512, 4), (9, 8))
     """
     block = min(BLOCK if block is None else block, n)
     return block, min(BLOCK // KEYS if clusters is None else clusters, block)
@@ -57,8 +57,8 @@ def coarse_of(n: int, block: int, clusters: int, refine: int) -> Coarse:
 
     Examples
     --------
-    >>> coarse_of(65536, 256, 8, 32), coarse_of(1 << 20, 256, 8, 32)
-    (Coarse(blocks=8, keys=256, refine=32), Coarse(blocks=32, keys=1024, refine=32))
+    >>> coarse_of(65536, 512, 8, 32), coarse_of(1 << 20, 512, 8, 32)
+    (Coarse(blocks=4, keys=256, refine=32), Coarse(blocks=16, keys=1024, refine=32))
     """
     growth = 1
     while 4 * growth * growth * LONG <= n:

@@ -127,8 +127,8 @@ class NearFar(Method):
     levels : {None, 1, 2}
         2 groups clusters to coarse ones: a row sees the blocks beside its own directly, what is
         farther away as coarse clusters, and the clusters of a coarse one where its share asks for
-        them, by the rule of near clusters and up to ``2 p``.  Work then grows like n^(3/2) with a
-        small factor.  None: 2 from 65536 kept keys on, without a rank.
+        them, by the rule of near clusters and up to p; what a row reads then grows like sqrt(n),
+        from little.  None: 2 from 65536 kept keys on, without a rank.
     preset : {None, "accurate", "fast"}
         ``clusters=8, near=16, tau=0.01``; ``clusters=4, near=8, tau=0.03``.
 
@@ -256,7 +256,7 @@ class NearFar(Method):
         count = -(-n * sizes.clusters // sizes.block)
         regions: Regions | TwoLevels
         if two:
-            coarse = coarse_of(n, sizes.block, sizes.clusters, 2 * sizes.near)
+            coarse = coarse_of(n, sizes.block, sizes.clusters, sizes.near)
             if blocks:
                 regions = levels_in_blocks(problem, sizes, coarse, root, directions, second)
             else:
