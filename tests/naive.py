@@ -1164,6 +1164,117 @@ def naive_nearfar(
     return weights, weights @ v.astype(np.float64), chosen
 
 
+def naive_two_levels(
+    q: Array,
+    k: Array,
+    v: Array,
+    labels: list[int],
+    parents: list[int],
+    seen: list[dict[str, Any]],
+    *,
+    scale: float,
+    refine: int,
+    most: int,
+    tau: float,
+    scores: list[list[float]],
+    second_order: bool = True,
+) -> tuple[Array, Array, list[list[int]], list[list[int]]]:
+    """Return (weights, outputs, refined coarse clusters, near clusters) of two levels of clusters.
+
+    Key j is in cluster ``labels[j]``, cluster c in coarse cluster ``parents[c]``, -1 for none.
+    ``seen[i]`` has the ``own`` keys of row i, the ``clusters`` that it sees directly, and the
+    ``coarse`` ones.  Both choices take what has the largest masses, and of it what has a share of
+    all that was read before and of the candidates, times a variance, of at least tau; what was
+    read before the second choice are own keys and the coarse clusters that are not refined.
+    """
+    n_q, n_k, d = len(q), len(k), q.shape[1]
+    weights = np.zeros((n_q, n_k))
+    all_refined: list[list[int]] = []
+    all_near: list[list[int]] = []
+    normal = NormalDist()
+
+    def logit(i: int, x: Any) -> float:
+        return scale * sum(float(q[i, t]) * float(x[t]) for t in range(d))
+
+    keys_of: dict[tuple[str, int], list[int]] = {}
+    for j in range(n_k):
+        if labels[j] >= 0:
+            keys_of.setdefault(("cluster", labels[j]), []).append(j)
+            if parents[labels[j]] >= 0:
+                keys_of.setdefault(("coarse", parents[labels[j]]), []).append(j)
+    means = {
+        x: [sum(float(k[j, t]) for j in js) / len(js) for t in range(d)]
+        for x, js in keys_of.items()
+    }
+    variances = {
+        x: [sum((float(k[j, t]) - means[x][t]) ** 2 for j in js) / len(js) for t in range(d)]
+        for x, js in keys_of.items()
+    }
+    radius = {
+        x: max(math.dist([float(y) for y in k[j]], means[x]) for j in js)
+        for x, js in keys_of.items()
+    }
+    for x in [x for x in keys_of if x[0] == "coarse"]:
+        radius[x] = max(
+            math.dist(means[c], means[x]) + radius[c]
+            for c in keys_of
+            if c[0] == "cluster" and parents[c[1]] == x[1]
+        )
+
+    def mass(i: int, x: tuple[str, int]) -> tuple[float, float]:
+        m = len(keys_of[x])
+        sigma2 = scale**2 * sum(float(q[i, t]) ** 2 * variances[x][t] for t in range(d))
+        s, sigma = max(0.0, normal.inv_cdf((m - 3 / 8) / (m + 1 / 4))), math.sqrt(sigma2)
+        phi = sigma2 / 2 if sigma <= s else s * sigma - s * s / 2
+        length = math.sqrt(sum(float(y) ** 2 for y in q[i]))
+        phi = min(phi, abs(scale) * length * radius[x]) if second_order else 0.0
+        return math.log(m) + logit(i, means[x]) + phi, sigma2
+
+    def choice(
+        masses: dict[tuple[str, int], tuple[float, float]], read: list[float], limit: int
+    ) -> list[tuple[str, int]]:
+        candidates = sorted(masses, key=lambda x: -masses[x][0])[:limit]
+        top = max([*read, *(masses[x][0] for x in candidates)], default=0.0)
+        total = sum(math.exp(y - top) for y in [*read, *(masses[x][0] for x in candidates)])
+        return [x for x in candidates if math.exp(masses[x][0] - top) / total * masses[x][1] >= tau]
+
+    for i in range(n_q):
+        own = {j: logit(i, k[j]) for j in seen[i]["own"]}
+        coarse = {x: mass(i, x) for c in seen[i]["coarse"] if (x := ("coarse", c)) in keys_of}
+        refined = choice(coarse, list(own.values()), refine)
+        parts = {c for _, c in refined}
+        visible = [*seen[i]["clusters"], *(c for c, x in enumerate(parents) if x in parts)]
+        fine = {x: mass(i, x) for c in visible if (x := ("cluster", c)) in keys_of}
+        rest = {x: y for x, y in coarse.items() if x not in refined}
+        near = choice(fine, [*own.values(), *(y for y, _ in rest.values())], most)
+        all_refined.append(sorted(parts))
+        all_near.append(sorted(c for _, c in near))
+        terms = dict(own) | {j: logit(i, k[j]) for x in near for j in keys_of[x]}
+        far = {x: y for x, (y, _) in (rest | fine).items() if x not in near}
+        top = max([*terms.values(), *far.values()], default=0.0)
+        total = sum(math.exp(y - top) for y in [*terms.values(), *far.values()])
+        for j, y in terms.items():
+            weights[i, j] = math.exp(y - top) / total
+        for x, y in far.items():
+            share = math.exp(y - top) / total / len(keys_of[x])
+            tilts = dict.fromkeys(keys_of[x], 0.0)
+            for z in scores if x[0] == "cluster" else []:
+                square = sum(z[j] ** 2 for j in keys_of[x])
+                if square == 0:
+                    continue
+                p = [
+                    sum((float(k[j, t]) - means[x][t]) * z[j] for j in keys_of[x]) / square
+                    for t in range(d)
+                ]
+                bound = 1 / (len(scores) * max(abs(z[j]) for j in keys_of[x]))
+                slope = min(max(logit(i, p), -bound), bound)
+                for j in keys_of[x]:
+                    tilts[j] += slope * z[j]
+            for j in keys_of[x]:
+                weights[i, j] = share * max(0.0, 1 + tilts[j])
+    return weights, weights @ v.astype(np.float64), all_refined, all_near
+
+
 def naive_farthest_first(x: Array, count: int, steps: int) -> list[int]:
     """Return labels of rows by the farthest rows as first centres, then steps of Lloyd."""
     n, rows = len(x), [[float(t) for t in row] for row in x]

@@ -26,6 +26,7 @@ import test_kernels
 import test_methods
 import test_metrics
 import test_nearfar
+import test_nearfar_levels
 import test_operators
 import test_partitions
 import test_performer
@@ -64,6 +65,7 @@ KERNELS: dict[str, Check] = {
     "nearfar": lambda: test_nearfar.test_weights_are_those_of_the_loops(
         test_nearfar.FORMS[3], "causal"
     ),
+    "nearfar_levels": test_nearfar_levels.test_short_heads_have_no_coarse_cluster,
     "partitioned": test_combiner.test_products_are_those_of_the_formula_for_small_lengths,
     "pivoted": lambda: test_wildcat.test_pivots_are_those_of_the_loops(40, 3, 40, True),
     "probsparse": lambda: test_informer.test_a_given_draw_gives_what_the_formulas_give(

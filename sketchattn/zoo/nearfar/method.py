@@ -11,11 +11,20 @@ from ...base.arguments import check_choice, check_count, check_not_negative
 from ...base.draws import Draw
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
-from ...operators.nearfar import NearFarAttention, kept_rows, log_sums, solve
+from ...operators.nearfar import NearFarAttention, Solved, kept_rows, log_sums, solve
+from ...operators.nearfar_levels import TwoLevelAttention, levels_of, solve_levels
 from ...operators.steep import is_steep
 from ...problem import AttentionProblem
 from ..base import Method, Traits, check_preset, in_force, register
 from ..decoding import DecodingState
+from .levels import (
+    LONG,
+    TwoLevels,
+    coarse_of,
+    default_sizes,
+    levels_in_blocks,
+    levels_of_all_keys,
+)
 from .regions import (
     Regions,
     Sizes,
@@ -38,6 +47,7 @@ SECOND_ORDERS = ("frozen", "none")
 # below.
 LOCAL = 0.22
 CLUSTERS, NEAR, TAU = 8, 16, 0.01
+LEVELS = "2 is for long heads"
 # The same of all keys, and of blocks without a mask of order, which have more far clusters: from
 # so many keys on even more candidates.
 ALL_NEAR, FULL_NEAR, FULL_TAU, MANY, MANY_NEAR = 12, 24, 0.015, 16384, 32
@@ -75,8 +85,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def default_choice(problem: AttentionProblem, blocks: bool) -> tuple[int, float]:
+def default_choice(problem: AttentionProblem, blocks: bool, two: bool) -> tuple[int, float]:
     """Return how many clusters a row may choose, and what keeps them."""
+    if two:
+        return 2 * NEAR, TAU
     if not blocks:
         return ALL_NEAR, TAU
     if problem.causal:
@@ -87,7 +99,7 @@ def default_choice(problem: AttentionProblem, blocks: bool) -> tuple[int, float]
 class Plan(NamedTuple):
     """Hold everything that the choices come to on a problem."""
 
-    regions: Regions
+    regions: Regions | TwoLevels
     near: int
     tau: float
 
@@ -136,6 +148,11 @@ class NearFar(Method):
         phi: ``sigma^2/2``, frozen beyond the expected maximum of m_c normal numbers, and at most
         ``|scale q_i|`` times the radius of the cluster; or 0, with which every ``g_ic`` and the
         normaliser are lower bounds.
+    levels : {None, 1, 2}
+        2 groups clusters to coarse ones: a row sees the blocks beside its own directly, what is
+        farther away as coarse clusters, and the clusters of a coarse one where its share asks for
+        them, by the rule of near clusters and up to p; what a row reads then grows like sqrt(n),
+        from little.  None: 2 from 65536 kept keys on, without a rank.
     preset : {None, "accurate", "fast"}
         ``clusters=8, near=16, tau=0.01``; ``clusters=8, tau=0.04``.
 
@@ -182,6 +199,7 @@ class NearFar(Method):
         regions: str = "auto",
         metric: str = "auto",
         second_order: str = "frozen",
+        levels: int | None = None,
         preset: str | None = None,
     ) -> None:
         self.rank = rank
@@ -193,6 +211,7 @@ class NearFar(Method):
         self.regions = regions
         self.metric = metric
         self.second_order = second_order
+        self.levels = levels
         self.preset = preset
 
     @property
@@ -238,18 +257,24 @@ class NearFar(Method):
         check_choice(self.regions, "regions", REGIONS)
         check_choice(self.metric, "metric", METRICS)
         check_choice(self.second_order, "second_order", SECOND_ORDERS)
+        if self.levels is not None and check_count(self.levels, "levels", LEVELS) > 2:
+            raise ValueError(f"levels must be None, 1 or 2, got {self.levels}; {LEVELS}")
 
     def _plan(self, problem: AttentionProblem) -> Plan:
         """Return clusters, what rows see of them, and what they may choose."""
         c, n = self.choices, len(problem.kept_keys)
-        block = min(default_block(n) if self.block is None else int(self.block), n)
-        clusters = min(CLUSTERS if c.clusters is None else int(c.clusters), block)
+        two = self.levels == 2 or (self.levels is None and self.rank is None and n >= LONG)
+        if two:
+            block, clusters = default_sizes(n, self.block, c.clusters)
+        else:
+            block = min(default_block(n) if self.block is None else int(self.block), n)
+            clusters = min(CLUSTERS if c.clusters is None else int(c.clusters), block)
         sizes = Sizes(block, clusters, NEAR if c.near is None else int(c.near))
         if self.rank is not None:
             fixed = self.block is not None or c.clusters is not None
             sizes = within_rank(n, int(self.rank), sizes, fixed, c.near)
         blocks = self._in_blocks(problem, sizes.block)
-        near, tau = default_choice(problem, blocks)
+        near, tau = default_choice(problem, blocks, two)
         if c.near is None and self.rank is None:
             sizes = sizes._replace(near=near)
         tau = tau if c.tau is None else float(c.tau)
@@ -263,10 +288,17 @@ class NearFar(Method):
         directions = int(not blocks) if order is None else int(order)
         directions = min(directions, problem.d)
         second = self.second_order == "frozen"
-        if blocks:
+        count = -(-n * sizes.clusters // sizes.block)
+        regions: Regions | TwoLevels
+        if two:
+            coarse = coarse_of(n, sizes.block, sizes.clusters, sizes.near)
+            if blocks:
+                regions = levels_in_blocks(problem, sizes, coarse, root, directions, second)
+            else:
+                regions = levels_of_all_keys(problem, count, coarse, root, directions, second)
+        elif blocks:
             regions = in_blocks(problem, sizes, root, directions, second)
         else:
-            count = -(-n * sizes.clusters // sizes.block)
             regions = of_all_keys(problem, count, root, directions, second)
         return Plan(regions, min(sizes.near, regions.clusters.count), tau)
 
@@ -303,9 +335,7 @@ class NearFar(Method):
         if is_steep(problem):
             ahat = self._matrix(problem)
             return np.asarray(ahat @ values), ahat.log_normalizer
-        (clusters, rows), near, tau = self._plan(problem)
-        k = kept_rows(problem, problem.arrays.k)
-        made = solve(problem, k, kept_rows(problem, values), clusters.moments(k), rows, near, tau)
+        made = solved(problem, kept_rows(problem, values), self._plan(problem))
         return made.out, log_sums(made.top, made.total)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
@@ -315,5 +345,20 @@ class NearFar(Method):
 
     def _matrix(self, problem: AttentionProblem) -> NearFarAttention:
         """Return the matrix of a problem with a key that is kept."""
-        (clusters, rows), near, tau = self._plan(problem)
-        return NearFarAttention(problem, clusters, rows, near, tau)
+        regions, near, tau = self._plan(problem)
+        if isinstance(regions, TwoLevels):
+            return TwoLevelAttention(problem, *regions, near, tau)
+        return NearFarAttention(problem, *regions, near, tau)
+
+
+def solved(problem: AttentionProblem, values: Array, plan: Plan) -> Solved:
+    """Return the product with the values of kept keys; what rows choose is not kept."""
+    regions, near, tau = plan
+    k = kept_rows(problem, problem.arrays.k)
+    m = regions.clusters.moments(k)
+    if not isinstance(regions, TwoLevels):
+        return solve(problem, k, values, m, regions.rows, near, tau)
+    clusters, groups, rows = regions
+    levels = levels_of(m, groups, clusters.second_order)
+    chosen = np.empty((0, groups.most), np.int32), np.empty((0, near), np.int32)
+    return solve_levels(problem, k, values, m, levels, rows, tau, chosen, choose=True)
