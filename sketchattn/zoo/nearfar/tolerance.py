@@ -45,7 +45,7 @@ from ...errors.certificates import (
     scale_of,
 )
 from ...errors.certificates import exact_rows as wide_rows
-from ...errors.intervals import Known, Sample, expansion, quotient
+from ...errors.intervals import Sample, expansion, highest, quotient
 from ...errors.pilots import Guess
 from ...operators.nearfar import (
     Clusters,
@@ -81,9 +81,9 @@ ATTEMPTS = 2
 # Exact rows of a trial, and of an approximate certificate; of a first look at what a finite-sample
 # certificate would need.
 ROWS, LOOK = 256, 32
-# A finite-sample certificate without any error has an upper end of at most this share of the
-# tolerance: what is left is for the error.
-SPARE = 0.8
+# A finite-sample certificate without any error has an upper end of about this share of the
+# tolerance, with so many times the rows of a rule of thumb: what is left is for the error.
+SPARE, MORE = 0.8, 3.0
 # An approximate certificate takes one of so many rows, where these are more.
 SHARE = 32
 # A trial may come to nothing: it is made where cheap settings take at most this share of exact
@@ -94,6 +94,8 @@ WORTH = 0.5
 # of an exact row, where rows see the same keys and where they do not, in units of one.
 OWN_KEY, FAR_CLUSTER, NEAR_KEY, SET_UP, KNOW = 1.3, 2.6, 1.2, 200.0, 300.0
 EXACT_ROW = {False: 1.3, True: 2.2}
+# And of the tests of a finite-sample certificate, in pairs of a row and a key.
+TESTS = 1.5e7
 # Keys up to which rows that see different ones are computed by the kernel of this method.
 MOST_KEYS = 1 << 16
 
@@ -243,26 +245,33 @@ class Costs(NamedTuple):
         """Of ``count`` exact rows."""
         return self.row * count / self.rows
 
+    def finite_sample(self, count: float) -> float:
+        """Of a certificate of this kind."""
+        return self.exact(count) + TESTS / (self.keys * self.rows)
+
     def rung(self, own: float, far: float, near: float) -> float:
         """Of a setting whose rows read so much, and of what is known of its rows."""
         read = OWN_KEY * own + FAR_CLUSTER * far + NEAR_KEY * near
         return (read + SET_UP + KNOW) / self.keys
 
 
-def needed_rows(
-    problem: AttentionProblem, o: Array, index: Array, room: float, level: float
-) -> float:
-    """Return how many rows a finite-sample certificate below ``sqrt(room)`` needs, from a few rows.
+def needed_rows(most: float, size: float, tolerance: float, level: float) -> float:
+    """Return how many rows a finite-sample certificate needs: `MORE` times a rule of thumb.
 
-    Without any error the upper end is about ``log(2 / level) b N / (n |O|_F^2)``, b the mean of the
-    most that an error can be in the hull.
+    Without any error the upper end is about ``sqrt(log(2 / level) b / (n |o|^2))``, b the mean of
+    the most that the squared error of a row can be in the hull, and ``|o|^2`` of those of rows.
     """
+    least = MORE * math.log(2.0 / level) * quotient(most, size) / (SPARE * tolerance) ** 2
+    return max(float(ROWS), least)
+
+
+def hull_errors(problem: AttentionProblem, o: Array, index: Array, factor: float) -> float:
+    """Return the sum of the most that squared errors of rows can be, whose outputs are known."""
     counts = problem.visible_counts()
-    v = kept_rows(problem, problem.values)[: counts.max()].astype(np.float64)
+    v = factor * kept_rows(problem, problem.values)[: counts.max()].astype(np.float64)
     centre = v.mean(axis=0)
     radius = np.maximum.accumulate(np.sqrt(squares(v - centre)))[counts[index] - 1]
-    most = float(((np.sqrt(squares(o - centre)) + radius) ** 2).sum())
-    return math.log(2.0 / level) * quotient(most, float(squares(o).sum())) / room
+    return float(((np.sqrt(squares(o - centre)) + radius) ** 2).sum())
 
 
 # --- the search -----------------------------------------------------------------------------------
@@ -311,7 +320,8 @@ class Search:
         own = (block / 2 if self.problem.causal else block) if blocks else 0.0
         far = self.costs.keys * clusters / block
         self.least = self.costs.rung(own, far, 4.0 * block / clusters)
-        both = self.costs.exact(ROWS + self.rows) + self.least
+        tests = self.costs.finite_sample(0) if self.kind == "finite-sample" else 0.0
+        both = self.costs.exact(ROWS + self.rows) + self.least + tests
         return self.seen > 2 * ROWS and both < WORTH
 
     def answer(self, regions_of: Callable[[], Regions]) -> Found:
@@ -328,9 +338,10 @@ class Search:
         if self.kind == "finite-sample":
             look = np.sort(self.draw["rows"][:LOOK])
             o = factor * exact_rows(problem, look).astype(np.float64)
-            wanted = self.needed(o, look, factor, SPARE**2 * room)
+            most = hull_errors(problem, o, look, factor)
+            wanted = needed_rows(most, float(squares(o).sum()), self.tolerance, self.level)
             room *= 1.0 - SPARE**2
-            if self.least + self.costs.exact(wanted) >= 1.0:
+            if self.least + self.costs.finite_sample(wanted) >= 1.0:
                 self.seconds["trial"] += time.perf_counter() - start
                 return self.exact()
         o = factor * exact_rows(problem, rows).astype(np.float64)
@@ -365,11 +376,6 @@ class Search:
             self.refused.append(certificate)
             limit *= self.tolerance / certificate.high
         return self.exact()
-
-    def needed(self, o: Array, index: Array, factor: float, room: float) -> float:
-        """Return how many rows a finite-sample certificate needs, at least a trial's."""
-        found = needed_rows(self.problem, o / factor, index, room, self.level)
-        return max(float(ROWS), min(found, 2.0 * self.seen))  # which may be infinite
 
 
 class Trial:
@@ -452,10 +458,11 @@ class Trial:
             nothing = np.zeros_like(known.square)
             known = known._replace(guess=Guess(nothing, known.square, nothing))
         else:
-            count = self._enough(known, rows, confidence)
-            if count is None:
+            most, size = float(highest(known, 0.0).sum()), float(known.square.sum())
+            needed = needed_rows(most, size, search.tolerance, search.level)
+            if search.costs.finite_sample(needed) >= 1.0:
                 return None
-            rows = count
+            rows = int(needed)
         certificate = certify_known(
             known,
             lambda index: self.factor * exact_rows(problem, index).astype(np.float64),
@@ -465,27 +472,3 @@ class Trial:
             search.kind,
         )
         return replace(certificate, confidence=search.confidence)
-
-    def _enough(self, known: Known, rows: int, confidence: float) -> int | None:
-        """Return so many rows that an output without error would have a certificate to spare."""
-        search = self.search
-        limit = SPARE * search.tolerance
-        while search.costs.exact(rows) < 1.0 and rows < search.seen:
-            if self._perfect(known, rows, confidence) <= limit:
-                return rows
-            rows += rows // 2
-        return None
-
-    def _perfect(self, known: Known, rows: int, confidence: float) -> float:
-        """Return the upper end that this output would have if it were exact.
-
-        From draws that are made for this question alone.
-        """
-        return certify_known(
-            known,
-            lambda index: self.factor * known.output[index].astype(np.float64),
-            rows,
-            confidence,
-            np.random.default_rng(0),
-            "finite-sample",
-        ).high
