@@ -304,6 +304,7 @@ def test_short_heads_are_exact_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_heads_are_worth_a_trial() -> None:
     draw = sa.Draw()
     for kind, n, wanted in (
+        ("approximate", 1 << 12, False),
         ("approximate", 1 << 14, True),
         ("finite-sample", 1 << 14, True),
         ("finite-sample", 1 << 12, False),

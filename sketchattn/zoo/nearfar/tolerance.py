@@ -83,12 +83,12 @@ ATTEMPTS = 2
 ROWS, LOOK = 256, 32
 # A finite-sample certificate without any error has an upper end of about this share of the
 # tolerance, with so many times the rows of a rule of thumb: what is left is for the error.
-SPARE, MORE = 0.8, 3.0
+SPARE, MORE = 0.8, 5.0
 # An approximate certificate takes one of so many rows, where these are more.
 SHARE = 32
 # A trial may come to nothing: it is made where cheap settings take at most this share of exact
 # attention, trial and certificate included.
-WORTH = 0.5
+WORTH = 0.45
 # Costs in units of a key that exact attention reads, measured on real heads: of an own key, a far
 # cluster and a near key; of clusters and of what a certificate has to know of every row, a row; and
 # of an exact row, where rows see the same keys and where they do not, in units of one.
