@@ -1,4 +1,4 @@
-"""A tolerance of nearfar: certificates that hold whatever was chosen, replay, and its last answer."""
+"""A tolerance of nearfar: certificates that hold whatever was chosen, replay, last answers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sklearn.base import clone
 
 import sketchattn as sa
 from sketchattn.base.draws import head_generator
+from sketchattn.errors.certificates import certify_known
 from sketchattn.operators.nearfar import kept_rows, solve
 from sketchattn.zoo.base import parse_method
 from sketchattn.zoo.nearfar import tolerance
@@ -200,7 +201,7 @@ def test_approximate_certificates_do_not_see_few_wrong_rows(global_random_seed: 
 
 def test_levels_add_up(monkeypatch: pytest.MonkeyPatch, eager: None) -> None:
     levels: list[tuple[float, bytes]] = []
-    real = tolerance.certify_known
+    real = certify_known
 
     def certify(known: Any, solve: Any, rows: int, confidence: float, times: Any, kind: str) -> Any:
         levels.append((confidence, times.tobytes()))

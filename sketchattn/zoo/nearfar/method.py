@@ -189,9 +189,9 @@ class NearFar(Method):
     tens of thousands of rows, so that up to n = 16384 the answer to small tolerances is exact
     attention, without any trial.  "approximate" takes ``max(256, n_q / 32)`` rows, holds
     asymptotically, and takes the rows that it saw for typical.  **This method does err on few
-    rows**, those that look for one key in a far cluster which does not show it: on two of 26 real
-    heads one row in a thousand holds half of the squared error, and up to a third of such
-    certificates missed it.
+    rows**, those that look for one key in a far cluster which does not show it: on two of 24 real
+    heads one row in a thousand holds a third or more of the squared error, and up to a third of
+    such certificates missed it.
 
     *Later positions.*  A causal row reads earlier keys only, but the setting was chosen by rows
     that see later ones: ``traits.autoregressive`` is False with a tolerance.  A decoder runs with
@@ -314,7 +314,7 @@ class NearFar(Method):
         n = len(problem.kept_keys)
         size = min(default_block(n) if self.block is None else int(self.block), max(n, 1))
         count = min(CLUSTERS if self.clusters is None else int(self.clusters), size)
-        if not search.worth(size, count, bool(problem.causal) or self.regions == "blocks"):
+        if not search.worth(size, count, bool(problem.causal) or self.regions != "all"):
             return search.exact(), {}
         shared: dict[str, Any] = {"second_order": self.second_order}
 
