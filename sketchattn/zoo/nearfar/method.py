@@ -178,8 +178,8 @@ class NearFar(Method):
     ``certificate``, whose upper end is at most the tolerance.  The choice of the setting is
     accounted for: certificates are from rows of their own, independent of all that led to the
     output, and each of two attempts at most has the level ``(1 - confidence) / 2``.  In the trial
-    the upper ends of all K settings hold together, each at ``(1 - confidence) / K``; they
-    only decide what is run.  Other heads, of one call too, have confidences of their own.  Exact
+    the upper ends of all K settings hold together, asymptotically, each at
+    ``(1 - confidence) / K``; they only decide what is run.  Other heads, of one call too, have confidences of their own.  Exact
     rows have the rounding of the problem's precision, and so has exact attention, whose certificate
     says 0.
 

@@ -74,7 +74,7 @@ class Rung(NamedTuple):
     tau: float
 
 
-# The cheapest first; each reads about twice the keys of the one before, for a third of its error.
+# The cheapest first; each reads about twice the keys of the one before, for half of its error.
 # More clusters or fewer, with as many near keys, cost and err alike on real heads.
 LADDER = (Rung(4, 0.1), Rung(8, 0.03), Rung(16, 0.01), Rung(32, 0.003), Rung(64, 0.001))
 ATTEMPTS = 2
