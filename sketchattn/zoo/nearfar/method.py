@@ -179,9 +179,9 @@ class NearFar(Method):
     accounted for: certificates are from rows of their own, independent of all that led to the
     output, and each of two attempts at most has the level ``(1 - confidence) / 2``.  In the trial
     the upper ends of all K settings hold together, asymptotically, each at
-    ``(1 - confidence) / K``; they only decide what is run.  Other heads, of one call too, have confidences of their own.  Exact
-    rows have the rounding of the problem's precision, and so has exact attention, whose certificate
-    says 0.
+    ``(1 - confidence) / K``; they only decide what is run.  Other heads, of one call too, have
+    confidences of their own.  Exact rows have the rounding of the problem's precision, and so has
+    exact attention, whose certificate says 0.
 
     With the kind "finite-sample" all this is true for every head.  An upper end is then at least
     about ``sqrt(log(4 / (1 - confidence)) b / (m |o|^2))`` from m rows, b the most that a row can
