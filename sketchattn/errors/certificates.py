@@ -35,6 +35,7 @@ from .intervals import (
     SLACK,
     Known,
     Sample,
+    Times,
     approximate,
     draw,
     draw_heavy,
@@ -304,10 +305,13 @@ def certify_known(
     solve: Callable[[Array], Array],
     rows: int,
     confidence: float,
-    rng: np.random.Generator,
+    rng: Times,
     kind: str,
 ) -> ErrorCertificate:
-    """Return the certificate of checked arguments; ``solve`` gives exact rows times ``factor``."""
+    """Return the certificate of checked arguments; ``solve`` gives exact rows times ``factor``.
+
+    ``rng`` may be exponential times of rate 1 for the rows that see a key, for one use.
+    """
     m = len(known.rows)
     exact = rows >= m
     sampler = draw if kind == "finite-sample" else draw_heavy

@@ -92,6 +92,8 @@ from numpy.typing import NDArray
 from .pilots import Guess
 
 Array = NDArray[Any]
+# What a draw is made from: exponential times of all rows, or a generator of them.
+Times = np.random.Generator | Array
 
 EPS = float(np.finfo(np.float64).eps)
 TINY = float(np.finfo(np.float64).tiny)
@@ -244,12 +246,12 @@ def weigh_squares(known: Known) -> Array:
     return weights
 
 
-def draw(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+def draw(known: Known, rows: int, rng: Times) -> tuple[Array, Array, Array]:
     """Draw ``rows < m`` rows in turn without replacement; return position, leverage, inclusion."""
     return race(weigh(known), rows, 0, rng)
 
 
-def draw_heavy(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+def draw_heavy(known: Known, rows: int, rng: Times) -> tuple[Array, Array, Array]:
     """Take heavy rows for certain and draw the others; return as `draw` does.
 
     From the heaviest on, a row is certain while its weight is at least the share of one draw in
@@ -264,28 +266,28 @@ def draw_heavy(known: Known, rows: int, rng: np.random.Generator) -> tuple[Array
     return race(weights, rows, _run_length(heavy * (rows - np.arange(most)) >= left), rng)
 
 
-def race(
-    weights: Array, rows: int, sure: int, rng: np.random.Generator
-) -> tuple[Array, Array, Array]:
+def race(weights: Array, rows: int, sure: int, rng: Times) -> tuple[Array, Array, Array]:
     """Take the ``sure`` heaviest rows, then draw in turn; their leverage is 0, inclusion 1.
 
+    ``rng`` draws exponential times of rate 1 for all rows, or has them, for one use.
     Independent exponential times of rate w_i, in ascending order, are such a sequence.  Given
     the times of the others, row i is among the first n if its time is below the (n + 1)-st, tau:
     its probability ``1 - exp(-w_i tau)`` makes ``sum_sample x_i / inclusion_i`` unbiased (Cohen
     and Kaplan 2007, "Summarizing data using bottom-k sketches", rank conditioning).
     """
-    times = rng.exponential(size=len(weights)) / weights
+    drawn = rng if isinstance(rng, np.ndarray) else rng.exponential(size=len(weights))
+    times = drawn / weights
     certain = np.argsort(-weights, kind="stable")[:sure]
     times[certain] = -1.0  # before all others
     first = np.argpartition(times, rows)[: rows + 1]
     first = first[np.argsort(times[first], kind="stable")]
     position, tau = first[:rows], times[first[rows]]
-    drawn = weights[position]
+    chosen = weights[position]
     left = weights.copy()
     left[position] = 0.0
     # Sums of positive numbers from the last draw backwards: nothing cancels.
-    remaining = left.sum() + np.cumsum(drawn[::-1])[::-1]
-    leverage, inclusion = remaining / drawn, -np.expm1(-drawn * tau)
+    remaining = left.sum() + np.cumsum(chosen[::-1])[::-1]
+    leverage, inclusion = remaining / chosen, -np.expm1(-chosen * tau)
     leverage[:sure], inclusion[:sure] = 0.0, 1.0
     return position, leverage, inclusion
 
@@ -466,17 +468,33 @@ def approximate(known: Known, sample: Sample, confidence: float) -> tuple[float,
     Without an error in the sample nothing is estimated, and the upper end is that of the
     finite-sample interval; from fewer than two draws the interval is what is certain.
     """
-    from scipy.special import stdtrit
-
     t = point_estimate(known, sample)
     if t == 0.0:
         return finite_sample(known, sample, 0.5 * (1.0 - confidence))
     low, high = _certain(known, sample)
+    ends = expansion(sample, t, len(known.rows), confidence)
+    if ends is None:
+        return low, high
+    low, end = max(low, ends[0]), ends[1]
+    if end > 4.0 * t:
+        end = min(end, finite_sample(known, sample, 0.5 * (1.0 - confidence))[1])
+    return low, min(high, end)
+
+
+def expansion(
+    sample: Sample, t: float, population: int, confidence: float
+) -> tuple[float, float] | None:
+    """Return the ends of the approximate interval about ``t > 0``, from the sample alone.
+
+    None where fewer than two of the ``population`` rows were drawn, or t is infinite.
+    """
+    from scipy.special import stdtrit
+
     pi = sample.inclusion
     drawn = pi < 1.0
     count = int(drawn.sum())
     if count < 2 or math.isinf(t):
-        return low, high
+        return None
     pi = pi[drawn]
     total = t * float((sample.y / sample.inclusion).sum())
     e = (sample.x - t * sample.y)[drawn] / pi / total
@@ -499,13 +517,9 @@ def approximate(known: Known, sample: Sample, confidence: float) -> tuple[float,
         farthest = max(float((rest * e).max()), 0.0)
         up += width + max(skew, 0.0) + 2.0 * farthest
         down += width + max(-skew, 0.0) + 2.0 * max(-float((rest * e).min()), 0.0)
-        unseen = (len(known.rows) - len(sample.x)) / count
+        unseen = (population - len(sample.x)) / count
         beyond = farthest * max(_tail(sample.x[drawn] / pi, unseen) - 1.0, 0.0)
-    low = max(low, t * max(1.0 - down, 0.0))
-    end = t * (math.exp(min(up, 700.0)) + beyond)
-    if end > 4.0 * t:
-        end = min(end, finite_sample(known, sample, 0.5 * (1.0 - confidence))[1])
-    return low, min(high, end)
+    return t * max(1.0 - down, 0.0), t * (math.exp(min(up, 700.0)) + beyond)
 
 
 def _tail(x: Array, unseen: float) -> float:

@@ -55,6 +55,20 @@ class Rows(NamedTuple):
     tiles: Array
     items: Array
 
+    def some(self, index: Array) -> Rows:
+        """Return chosen rows, ascending, as if there were no others."""
+        tile = self.tiles[np.searchsorted(self.tiles[:, 1], index, side="right")]
+        own = tile[:, 2]
+        stops = np.where(tile[:, 3] > own, self.stops[index], own)
+        return rows_in_tiles(stops, own, tile[:, 4], tile[:, 5:])
+
+    def reads(self, near: Array, starts: Array) -> tuple[Array, Array, Array]:
+        """Return own keys, clusters and near keys of each row that chose clusters."""
+        tile = np.repeat(self.tiles, self.tiles[:, 1] - self.tiles[:, 0], axis=0)
+        own = np.where(tile[:, 3] > tile[:, 2], self.stops - tile[:, 2], 0)
+        sizes = np.append(np.diff(starts), 0)  # -1 is the last: nothing
+        return own, tile[:, 4] - (tile[:, 6] - tile[:, 5]), sizes[near].sum(axis=1)
+
 
 class Moments(NamedTuple):
     """Hold the moments of R clusters, as kernels want them; see ``kernels/nearfar.py``."""
