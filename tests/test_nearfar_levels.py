@@ -403,13 +403,23 @@ def one_more_level(problem: sa.AttentionProblem, **options: Any) -> tuple[float,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "causal"), [("bytelm_n4096", True), ("bytelm_n4096", False)])
-def test_a_second_level_adds_little_error(name: str, causal: bool) -> None:
-    # Of eight heads the median is at most a fifth larger, none by more than half and 0.02.
-    pairs = [one_more_level(p, near=16, tau=0.01, regions="blocks") for p in real(name, causal)]
+@pytest.mark.parametrize(
+    ("name", "causal", "mode", "factor"),
+    [
+        ("bytelm_n4096", True, "blocks", 1.25),
+        ("bytelm_n4096", False, "blocks", 1.25),
+        # Coarse clusters have no correction of first order, which diffuse heads live on.
+        ("minilm_n4096_interp", False, "all", 1.6),
+    ],
+)
+def test_a_second_level_adds_little_error(
+    name: str, causal: bool, mode: str, factor: float
+) -> None:
+    # The median grows by a factor at most, and no head by more than that and a fifth.
+    pairs = [one_more_level(p, near=16, tau=0.01, regions=mode) for p in real(name, causal)]
     one, two = np.array(pairs).T
-    assert np.median(two) <= 1.2 * np.median(one)
-    assert (two <= 1.5 * one + 0.02).all()
+    assert np.median(two) <= factor * np.median(one)
+    assert (two <= 1.2 * factor * one).all()
 
 
 def long_head(n: int) -> sa.AttentionProblem:
