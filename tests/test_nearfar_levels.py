@@ -450,7 +450,7 @@ def test_a_head_of_65536_tokens() -> None:
     error_of_rows = np.linalg.norm(out[rows] - exact) / np.linalg.norm(exact)
     assert error_of_rows <= 0.06
     ahat = matrix(method, problem)
-    assert ahat.work(problem) <= 0.06
+    assert ahat.work(problem) <= 0.07
     assert np.abs(ahat @ problem.values - out).max() <= 1e-5 * np.abs(problem.values).max()
 
 
