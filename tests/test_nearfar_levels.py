@@ -372,7 +372,10 @@ def test_levels_are_chosen_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(64, 64, causal=True)
     monkeypatch.setattr(levels, "LONG", 64)
     monkeypatch.setattr("sketchattn.zoo.nearfar.method.LONG", 64)
-    for given, two in (({}, True), ({"levels": 1}, False), ({"rank": 16}, False)):
+    choices: list[tuple[dict[str, Any], bool]] = [
+        ({}, True), ({"levels": 1}, False), ({"rank": 16}, False)
+    ]  # fmt: skip
+    for given, two in choices:
         ahat = sa.NearFar(**given).approximate(problem)
         assert isinstance(ahat, TwoLevelAttention) == two
     assert not isinstance(
