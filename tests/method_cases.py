@@ -89,7 +89,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"block": 4, "clusters": 2, "tau": 0.0, "regions": "blocks"},
         {"first_order": 2, "metric": "query", "tau": 0.1},
         {"second_order": "none", "first_order": 0},
-        {"levels": 2, "block": 2, "clusters": 2},
+        {"levels": 2, "block": 4, "clusters": 2, "tau": 0.0},
     ],
     "nystromformer": [
         {"landmarks": "kmeans"},

@@ -372,7 +372,10 @@ def test_levels_are_chosen_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(64, 64, causal=True)
     monkeypatch.setattr(levels, "LONG", 64)
     monkeypatch.setattr("sketchattn.zoo.nearfar.method.LONG", 64)
-    for given, two in (({}, True), ({"levels": 1}, False), ({"rank": 16}, False)):
+    choices: list[tuple[dict[str, Any], bool]] = [
+        ({}, True), ({"levels": 1}, False), ({"rank": 16}, False)
+    ]  # fmt: skip
+    for given, two in choices:
         ahat = sa.NearFar(**given).approximate(problem)
         assert isinstance(ahat, TwoLevelAttention) == two
     assert not isinstance(
@@ -403,13 +406,23 @@ def one_more_level(problem: sa.AttentionProblem, **options: Any) -> tuple[float,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "causal"), [("bytelm_n4096", True), ("bytelm_n4096", False)])
-def test_a_second_level_adds_little_error(name: str, causal: bool) -> None:
-    # Of eight heads the median is at most a fifth larger, none by more than half and 0.02.
-    pairs = [one_more_level(p, near=16, tau=0.01, regions="blocks") for p in real(name, causal)]
+@pytest.mark.parametrize(
+    ("name", "causal", "mode", "factor"),
+    [
+        ("bytelm_n4096", True, "blocks", 1.25),
+        ("bytelm_n4096", False, "blocks", 1.25),
+        # Coarse clusters have no correction of first order, which diffuse heads live on.
+        ("minilm_n4096_interp", False, "all", 1.6),
+    ],
+)
+def test_a_second_level_adds_little_error(
+    name: str, causal: bool, mode: str, factor: float
+) -> None:
+    # The median grows by a factor at most, and no head by more than that and a fifth.
+    pairs = [one_more_level(p, near=16, tau=0.01, regions=mode) for p in real(name, causal)]
     one, two = np.array(pairs).T
-    assert np.median(two) <= 1.2 * np.median(one)
-    assert (two <= 1.5 * one + 0.02).all()
+    assert np.median(two) <= factor * np.median(one)
+    assert (two <= 1.2 * factor * one).all()
 
 
 def long_head(n: int) -> sa.AttentionProblem:
@@ -440,7 +453,7 @@ def test_a_head_of_65536_tokens() -> None:
     error_of_rows = np.linalg.norm(out[rows] - exact) / np.linalg.norm(exact)
     assert error_of_rows <= 0.06
     ahat = matrix(method, problem)
-    assert ahat.work(problem) <= 0.06
+    assert ahat.work(problem) <= 0.07
     assert np.abs(ahat @ problem.values - out).max() <= 1e-5 * np.abs(problem.values).max()
 
 
