@@ -435,6 +435,8 @@ def test_prompts_that_are_none_are_refused() -> None:
     refused(small(), problem, "length must be at least 1, got 0; it is the number of positions", 0)
     refused(small(), None, "problem must be an AttentionProblem, got NoneType", kind=TypeError)
     refused(small(near=-1), problem, "near must be at least 0, got -1")
+    refused(small(levels=2), problem, "levels must be None or 1 for a decoder, got 2")
+    refused(sa.NearFar(tolerance=0.1), problem, "tolerance must be None for a decoder")
     refused(sa.NearFar(rank=5000), problem, "rank must be", 4000)
     sa.NearFar(rank=64).state(problem)  # more than the prompt has
 

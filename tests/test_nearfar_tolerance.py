@@ -20,6 +20,7 @@ from sketchattn.errors.certificates import certify_known
 from sketchattn.operators.nearfar import kept_rows, solve
 from sketchattn.zoo.base import parse_method
 from sketchattn.zoo.nearfar import tolerance
+from sketchattn.zoo.nearfar.regions import Regions
 from sketchattn.zoo.nearfar.tolerance import CertifiedExact, CertifiedNearFar
 
 Array = NDArray[Any]
@@ -442,6 +443,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
      "near and tau itself, got 4; drop one of them"),
     ({"tolerance": 0.1, "preset": "fast"}, ValueError, "preset must be None with a tolerance, "
      "which finds near and tau itself, got 'fast'; drop one of them"),
+    ({"tolerance": 0.1, "levels": 2}, ValueError, "levels must be None or 1 with a tolerance, "
+     "whose settings have one level, got 2; drop one of them"),
 ]  # fmt: skip
 
 
@@ -523,7 +526,9 @@ def test_some_rows_are_those_of_all(
     index = np.sort(index)
     for mode in ("blocks", "all"):
         method = sa.NearFar(block=16, clusters=4, regions=mode)
-        (clusters, rows), near, tau = method._plan(problem)
+        made, near, tau = method._plan(problem)
+        assert isinstance(made, Regions)
+        clusters, rows = made
         k, v = (kept_rows(problem, x) for x in (problem.k, problem.values))
         m = clusters.moments(k)
         whole = solve(problem, k, v, m, rows, near, tau)
