@@ -473,7 +473,7 @@ for file in files:
     with open(file, "wb") as stream:
         for _ in range(n // 4096):
             rng.standard_normal((4096, d), dtype=np.float32).tofile(stream)
-maps = [np.memmap(file, np.float32, "c", shape=(n, d)) for file in files]
+maps = [np.memmap(file, np.float32, "r", shape=(n, d)) for file in files]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 out = sa.attention(*maps, method, causal=True)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

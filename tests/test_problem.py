@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +19,7 @@ import pytest
 from naive import naive_attention
 from numpy.typing import NDArray
 
+import sketchattn as sa
 from sketchattn import AttentionProblem
 from sketchattn.base import arguments
 
@@ -888,3 +891,30 @@ def test_an_adopted_problem_is_the_same_without_copies() -> None:
     assert not adopted.q.flags.writeable
     assert AttentionProblem.adopt(q, k).scale == AttentionProblem(q, k).scale
     assert AttentionProblem.adopt(q, k).v is None
+
+
+# Windows neither replaces nor removes a file that is mapped.
+MAPS = ["r", "c"] if os.name == "nt" else ["r", "c", "replaced", "gone"]
+
+
+@pytest.mark.parametrize("mode", MAPS)
+def test_files_mapped_for_reading_are_not_copied(tmp_path: Path, mode: str) -> None:
+    wanted = np.random.default_rng(0).standard_normal((3, 40, 4)).astype(np.float32)
+    path = tmp_path / "heads.npy"
+    np.save(path, wanted)
+    stack = np.load(path, mmap_mode="c" if mode == "c" else "r")
+    if mode == "replaced":
+        np.save(tmp_path / "other.npy", wanted + 1)
+        os.replace(tmp_path / "other.npy", path)
+    if mode == "gone":
+        path.unlink()
+    problem = sa.AttentionProblem(stack[0, 8:], np.asarray(stack[1, 8:]), stack[2, 8:])
+    for own, given, right in zip(problem.arrays, stack, wanted, strict=True):
+        assert np.array_equal(own, right[8:])
+        assert own.flags.writeable
+        assert not np.shares_memory(own, given)
+        assert isinstance(own.base, np.memmap) == (mode == "r")
+    if mode == "c":  # which its owner may change
+        stack[1] = 0
+    assert np.array_equal(pickle.loads(pickle.dumps(problem)).k, wanted[1, 8:])
+    assert np.array_equal(sa.attention(*stack[:, 8:]), sa.attention(*np.asarray(stack[:, 8:])))

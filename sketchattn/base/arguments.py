@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -213,13 +214,38 @@ def as_precision(dtype: Any) -> np.dtype[Any] | None:
 def prepare(x: Array, dtype: np.dtype[Any]) -> Array:
     """Return ``x`` as a C-contiguous writeable array of the native ``dtype``.
 
-    Kernels see one layout only: each other one would compile once more.
+    Kernels see one layout only: each other one would compile once more.  An array of a file that
+    was mapped for reading is not read into memory.
     """
+    if not x.flags.writeable and x.dtype == dtype and x.flags.c_contiguous and x.flags.aligned:
+        again = _mapped_again(x)
+        if again is not None:
+            return again
     return np.require(x, dtype=dtype, requirements=["C", "W", "A"])
 
 
 # Entries of a piece that stays in the second-level cache between two passes over it.
 _PIECE = 1 << 18
+
+
+def _mapped_again(x: Array) -> Array | None:
+    """Return a private, writeable map of what ``x`` is in a file; None if it is in no file."""
+    whole: np.memmap[Any, Any] | None = None
+    part: object = x
+    while isinstance(part, np.ndarray):
+        whole = part if isinstance(part, np.memmap) else whole
+        part = part.base
+    if whole is None or whole.mode != "r" or not isinstance(whole.filename, str | os.PathLike):
+        return None
+    start = whole.offset + x.ctypes.data - whole.ctypes.data
+    try:
+        again: Array = np.asarray(np.memmap(whole.filename, x.dtype, "c", start, x.shape))
+    except (OSError, ValueError):  # the file is gone or shorter, and lives in the first map only
+        return None
+    # Another file may have its name by now.
+    old, new = (y.reshape(-1).view(np.uint8) for y in (x, again))
+    pieces = (slice(i, i + _PIECE) for i in range(0, old.size, _PIECE))
+    return again if all(np.array_equal(old[i], new[i]) for i in pieces) else None
 
 
 def largest(x: Array) -> float:
