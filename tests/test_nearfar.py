@@ -687,3 +687,32 @@ def test_products_of_few_rows_are_products(size: tuple[int, int, int], dtype: An
     for p in range(rows):
         few_rows(turn, a, ia[p : p + 1], b, k, n, alone, io[p : p + 1], True)
     assert np.array_equal(together, alone)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_of_one_key_head_share_its_clusters(
+    causal: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, 6, 90, 8), dtype=np.float32)
+    k, v = rng.standard_normal((2, 2, 3, 90, 8), dtype=np.float32)
+    mask = rng.random((2, 90)) < 0.8 if masked else None
+    made: list[int] = []
+    real = nearfar.in_blocks
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(nearfar, "in_blocks", counted)
+    method = sa.NearFar(block=16, clusters=4, near=2, regions="blocks")
+    out = sa.attention(q, k, v, method, causal=causal, key_mask=mask, enable_gqa=True)
+    assert len(made) == (6 if causal else 12)
+    for b in range(2):
+        for h in range(6):
+            kept = None if mask is None else mask[b]
+            alone = sa.AttentionProblem(
+                q[b, h], k[b, h // 2], v[b, h // 2], causal=causal, key_mask=kept
+            )
+            assert np.array_equal(out[b, h], method.attend(alone))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.arguments import check_choice, check_count, check_not_negative, check_positive
-from ...base.draws import Draw
+from ...base.arguments import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_positive,
+    stacked,
+)
+from ...base.draws import Draw, Rng
 from ...errors.certificates import check_confidence, check_kind
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
-from ...operators.nearfar import NearFarAttention, Solved, kept_rows, log_sums, solve
+from ...operators.nearfar import Moments, NearFarAttention, Solved, kept_rows, log_sums, solve
 from ...operators.nearfar_levels import TwoLevelAttention, levels_of, solve_levels
 from ...operators.solve import solution
 from ...operators.steep import is_steep
@@ -115,6 +121,14 @@ class Plan(NamedTuple):
     regions: Regions | TwoLevels
     near: int
     tau: float
+
+
+class Table(NamedTuple):
+    """Hold all of that which is made of keys."""
+
+    plan: Plan
+    k: Array
+    moments: Moments
 
 
 class Layout(NamedTuple):
@@ -410,6 +424,11 @@ class NearFar(Method):
         regions = self._regions(problem, layout)
         return Plan(regions, min(layout.sizes.near, regions.clusters.count), layout.tau)
 
+    def _table(self, problem: AttentionProblem) -> Table:
+        """Return the same with kept keys and their moments."""
+        plan, k = self._plan(problem), kept_rows(problem, problem.arrays.k)
+        return Table(plan, k, plan.regions.clusters.moments(k))
+
     def _layout(self, problem: AttentionProblem) -> Layout:
         """Return what is chosen where the caller chose nothing."""
         c, n = self.choices, len(problem.kept_keys)
@@ -500,8 +519,30 @@ class NearFar(Method):
         if is_steep(problem):
             ahat = self._matrix(problem)
             return np.asarray(ahat @ values), ahat.log_normalizer
-        made = solved(problem, kept_rows(problem, values), self._plan(problem))
+        made = solved(problem, kept_rows(problem, values), self._table(problem))
         return made.out, log_sums(made.top, made.total)
+
+    def _attend_heads(
+        self,
+        problems: Sequence[AttentionProblem],
+        rngs: Sequence[Rng],
+        draw: Mapping[str, Any] | None,
+    ) -> Array:
+        """Return ``Ohat`` of heads; causal ones that share keys share clusters, made of keys."""
+        out: list[Array] = []
+        held: tuple[AttentionProblem, Table] | None = None
+        for problem, rng in zip(problems, rngs, strict=True):
+            alone = not problem.causal or self.tolerance is not None
+            if alone or len(problem.kept_keys) == 0 or is_steep(problem):
+                out.append(self.attend(problem, rng, draw=draw))
+                continue
+            self._checked(problem, rng, draw)
+            if held is None or not same_keys(problem, held[0]):
+                held = problem, self._table(problem)
+            values = problem.arrays.v
+            values = problem.values if values is None else values
+            out.append(solved(problem, kept_rows(problem, values), held[1]).out)
+        return stacked(out)
 
     def _approximate(self, problem: AttentionProblem, draw: Draw) -> AttentionOperator:
         if self.tolerance is not None:
@@ -518,11 +559,21 @@ class NearFar(Method):
         return NearFarAttention(problem, *regions, near, tau)
 
 
-def solved(problem: AttentionProblem, values: Array, plan: Plan) -> Solved:
+def same_keys(one: AttentionProblem, other: AttentionProblem) -> bool:
+    """Say whether two causal heads have one array of keys, of which they see the same."""
+    k, other_k = one.arrays.k, other.arrays.k
+    alike = one.n_q == other.n_q and one.causal == other.causal and k.shape == other_k.shape
+    if not alike or k.ctypes.data != other_k.ctypes.data:
+        return False
+    mask, other_mask = one.key_mask, other.key_mask
+    if mask is None or other_mask is None:
+        return mask is other_mask
+    return bool(np.array_equal(mask, other_mask))
+
+
+def solved(problem: AttentionProblem, values: Array, table: Table) -> Solved:
     """Return the product with the values of kept keys; what rows choose is not kept."""
-    regions, near, tau = plan
-    k = kept_rows(problem, problem.arrays.k)
-    m = regions.clusters.moments(k)
+    (regions, near, tau), k, m = table
     if not isinstance(regions, TwoLevels):
         return solve(problem, k, values, m, regions.rows, near, tau)
     clusters, groups, rows = regions
