@@ -569,6 +569,69 @@ def _scaled(q: Array, factor: Any, x: Array, squares: Array, norms: Array) -> No
         norms[i] = np.sqrt(total)
 
 
+@kernel()
+def fold_near(
+    x: Array, acc: Array, top: Array, total: Array, near: Array, offsets: Array, listed: Array,
+    kt: Array, starts: Array, wide: Array, ordered: Array, limit: Any, buffer: Array, lines: Array,
+) -> None:  # fmt: skip
+    """Fold the keys of near clusters into the running softmax, the rows of each together.
+
+    ``x (n, d + 1)`` with a last column to write to, ``near (n, most)`` clusters, then -1,
+    ``offsets[c + 1]`` how many rows chose c; ``buffer`` holds `LIST` rows of a cluster.
+    """
+    d, most, width = x.shape[1] - 1, near.shape[1], acc.shape[1]
+    count = starts.size - 1
+    zero = x.dtype.type(0.0)
+    for c in range(count):
+        offsets[c + 1] += offsets[c]
+    for i in range(x.shape[0]):
+        x[i, d] = -top[i]
+        for y in range(most):
+            c = near[i, y]
+            if c < 0:
+                break
+            listed[offsets[c]] = i
+            offsets[c] += 1
+    first = 0
+    for c in range(count):
+        if offsets[c] == first:
+            continue
+        m, cols = starts[c + 1] - starts[c], wide[c + 1] - wide[c]
+        keys = kt[wide[c] * (d + 1) : wide[c + 1] * (d + 1)].reshape((d + 1, cols))
+        for l0 in range(first, offsets[c], LIST):
+            mine = listed[l0 : min(l0 + LIST, offsets[c])]
+            rows = mine.size
+            flat = buffer[: rows * cols]
+            weights = flat.reshape((rows, cols))
+            row_products(x, mine, keys, d + 1, cols, weights, lines[:rows], True)
+            if row_maximum(flat) > limit:
+                for r in range(rows):
+                    high = row_maximum(weights[r, :m])
+                    if high > zero:
+                        i = mine[r]
+                        shift = exp2(x.dtype.type(-high))
+                        top[i] += high
+                        x[i, d] = -top[i]
+                        total[i] *= shift
+                        for t in range(width):
+                            acc[i, t] *= shift
+                        for j in range(m):
+                            weights[r, j] -= high
+            for j in range(flat.size):
+                flat[j] = exp2(x.dtype.type(flat[j]))
+            for r in range(rows):
+                part = zero
+                for j in range(m):
+                    part += weights[r, j]
+                total[mine[r]] += part
+            if width > 0:
+                row_products(
+                    weights, lines[:rows], ordered[starts[c] : starts[c + 1]], m, width, acc, mine,
+                    False,
+                )  # fmt: skip
+        first = offsets[c]
+
+
 # --- A X ----------------------------------------------------------------------------------------
 
 
@@ -715,54 +778,10 @@ def attend(
                             y = y if y > -b else -b
                             u[r, c] = y * s[r, c]
                     row_products(u, lines[:rows], beta[a], end, width, acc, mine, False)
-        # Near clusters: the rows of each together.
-        for c in range(count):
-            offsets[c + 1] += offsets[c]
-        for i in range(base, stop):
-            x[i - base, d] = -top[i]
-            for y in range(most):
-                c = near[i, y]
-                if c < 0:
-                    break
-                listed[offsets[c]] = i - base
-                offsets[c] += 1
-        first = 0
-        for c in range(count):
-            m, cols = starts[c + 1] - starts[c], wide[c + 1] - wide[c]
-            keys = kt[wide[c] * (d + 1) : wide[c + 1] * (d + 1)].reshape((d + 1, cols))
-            for l0 in range(first, offsets[c], LIST):
-                l1 = min(l0 + LIST, offsets[c])
-                rows = l1 - l0
-                mine = listed[l0:l1]
-                flat = weight_buffer[: rows * cols]
-                weights = flat.reshape((rows, cols))
-                row_products(x, mine, keys, d + 1, cols, weights, lines[:rows], True)
-                if row_maximum(flat) > limit:
-                    for r in range(rows):
-                        high = row_maximum(weights[r, :m])
-                        if high > zero:
-                            i = mine[r]
-                            shift = exp2(dtype.type(-high))
-                            top[base + i] += high
-                            x[i, d] = -top[base + i]
-                            total[base + i] *= shift
-                            for t in range(width):
-                                acc[i, t] *= shift
-                            for j in range(m):
-                                weights[r, j] -= high
-                for j in range(flat.size):
-                    flat[j] = exp2(dtype.type(flat[j]))
-                for r in range(rows):
-                    part = zero
-                    for j in range(m):
-                        part += weights[r, j]
-                    total[base + mine[r]] += part
-                if width > 0:
-                    row_products(
-                        weights, lines[:rows], ordered[starts[c] : starts[c + 1]], m, width, acc,
-                        mine, False,
-                    )  # fmt: skip
-            first = offsets[c]
+        fold_near(
+            x, acc, top[base:stop], total[base:stop], near[base:stop], offsets, listed, kt, starts,
+            wide, ordered, limit, weight_buffer, lines,
+        )  # fmt: skip
         for i in range(base, stop):
             inverse = dtype.type(1.0) / total[i] if total[i] > zero else zero
             for t in range(width):

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import LANES, kernel, row_products, take
-from .nearfar import LIST, OWN, _choose, _fold, _log_masses, _scaled, _transposed
-from .softmax import exp2, row_maximum
+from .nearfar import LIST, OWN, _choose, _fold, _log_masses, _scaled, _transposed, fold_near
+from .softmax import exp2
 
 Array = NDArray[Any]
 
@@ -448,55 +448,10 @@ def attend_levels(
                             values = beta_kids[a, first[c] : first[c + 1]]
                             row_products(u, lines[:rows], values, m, width, acc, mine, False)
                     begin = lists[c]
-        # Near clusters: the rows of each together.
-        for c in range(count):
-            offsets[c + 1] += offsets[c]
-        for i in range(n):
-            x[i, d] = -top[base + i]
-            for y in range(most):
-                c = nears[i, y]
-                if c < 0:
-                    break
-                listed[offsets[c]] = i
-                offsets[c] += 1
-        begin = 0
-        for c in range(count):
-            if offsets[c] == begin:
-                continue
-            m, cols = starts[c + 1] - starts[c], wide[c + 1] - wide[c]
-            keys = kt[wide[c] * (d + 1) : wide[c + 1] * (d + 1)].reshape((d + 1, cols))
-            for l0 in range(begin, offsets[c], LIST):
-                mine = listed[l0 : min(l0 + LIST, offsets[c])]
-                rows = mine.size
-                flat = s_buffer[: rows * cols]
-                weights = flat.reshape((rows, cols))
-                row_products(x, mine, keys, d + 1, cols, weights, lines[:rows], True)
-                if row_maximum(flat) > limit:
-                    for r in range(rows):
-                        above = row_maximum(weights[r, :m])
-                        if above > zero:
-                            i = mine[r]
-                            shift = exp2(dtype.type(-above))
-                            top[base + i] += above
-                            x[i, d] = -top[base + i]
-                            total[base + i] *= shift
-                            for t in range(width):
-                                acc[i, t] *= shift
-                            for j in range(m):
-                                weights[r, j] -= above
-                for j in range(flat.size):
-                    flat[j] = exp2(dtype.type(flat[j]))
-                for r in range(rows):
-                    mass = zero
-                    for j in range(m):
-                        mass += weights[r, j]
-                    total[base + mine[r]] += mass
-                if width > 0:
-                    row_products(
-                        weights, lines[:rows], ordered[starts[c] : starts[c + 1]], m, width, acc,
-                        mine, False,
-                    )  # fmt: skip
-            begin = offsets[c]
+        fold_near(
+            x, acc, top[base : base + n], total[base : base + n], nears, offsets, listed, kt,
+            starts, wide, ordered, limit, s_buffer, lines,
+        )  # fmt: skip
         for i in range(n):
             inverse = dtype.type(1.0) / total[base + i] if total[base + i] > zero else zero
             for t in range(width):
