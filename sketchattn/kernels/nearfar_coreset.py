@@ -3,14 +3,15 @@
 In base 2, with ``x_i = scale log2(e) q_i``, pivot s has for row i the weight
 ``e_is = 2^(x_i . k_s + b_s - top_i)``, and with ``W (r, n)`` in units of ``2^b_s`` a row is
 
-    sum_s e_is (W X)_s + sum_{c near} [ sum_{j in c} 2^(x_i . k_j - top_i) x_j - sum_s e_is (W_c X_c)_s ]
+    sum_s e_is (W X)_s
+        + sum_{c near} [ sum_{j in c} 2^(x_i . k_j - top_i) x_j - sum_s e_is (W_c X_c)_s ]
 
 over the same with X = 1: what the pivots say of the clusters that a row reads key by key is taken
 out.  Rows choose the ``most`` clusters of the largest mean weight ``2^g_ic / m_c`` by the moments
 of `nearfar`, and of these they keep those whose share times ``sigma^2`` is at least tau.
 
-``pivots (d + 1, r')`` are transposed, with ``b_s`` below them, and filled up to whole registers with
-``b_s = -inf``; ``w`` holds the weights of the keys of every cluster, ``(r', m_c)`` from
+``pivots (d + 1, r')`` are transposed, with ``b_s`` below them, and filled up to whole registers
+with ``b_s = -inf``; ``w`` holds the weights of the keys of every cluster, ``(r', m_c)`` from
 ``r' starts[c]`` on.  Tables of clusters are those of `nearfar`, whose rows see all of them.
 """
 
@@ -39,9 +40,7 @@ def pivot_values(turn: Array, x: Array, w: Array, starts: Array, table: Array) -
             break
         low, high = starts[c], starts[c + 1]
         block = w[size * low : size * high].reshape((size, high - low))
-        row_products(
-            block, lines, x[low:high], high - low, width, table[c], lines, True
-        )  # fmt: skip
+        row_products(block, lines, x[low:high], high - low, width, table[c], lines, True)
         for s in range(size):
             for t in range(width):
                 table[c, s, t] = -table[c, s, t]
@@ -55,6 +54,15 @@ def _weigh(e: Array, shift: Array) -> None:
         line = e[i]
         for s in range(line.size):
             line[s] = exp2(line.dtype.type(line[s] - m))
+
+
+@kernel()
+def _dot(x: Array, y: Array) -> Any:
+    """Return the inner product of two rows, in their precision."""
+    total = x.dtype.type(0.0)
+    for s in range(x.size):
+        total += x[s] * y[s]
+    return total
 
 
 @kernel()
@@ -85,17 +93,18 @@ def _chosen_by_weight(
 @kernel(dealt=True)
 def attend_coreset(
     turn: Array, q: Array, tiles: Array, items: Array, factor: float, pivots: Array, sizes: Array,
-    table: Array, whole: Array, kt: Array, starts: Array, wide: Array, kappa: Array, half: Array,
-    rho: Array, frozen: Array, bits: Array, ordered: Array, tau: float, limit: float, small: float,
-    choose: bool, decide: bool, near: Array, top: Array, total: Array, out: Array,
+    masses: Array, table: Array, whole: Array, kt: Array, starts: Array, wide: Array, kappa: Array,
+    half: Array, rho: Array, frozen: Array, bits: Array, ordered: Array, tau: float, limit: float,
+    small: float, choose: bool, decide: bool, near: Array, top: Array, total: Array, out: Array,
 ) -> None:  # fmt: skip
     """``out (n_q, w)``, the largest logit ``top`` that rows refer to, and ``total`` beside it.
 
-    ``ordered (N, w + 1)`` are values by clusters with ones beside them, ``whole (r', w + 1)`` their
-    sums by W, and ``table (R, r', w + 1)`` less those of each cluster; ``sizes (r')`` sums of
-    absolute weights.  ``near`` is written if ``choose``, ``total`` if ``decide``, and they are read
-    otherwise.  A row whose normaliser is at most ``small`` of its absolute terms, or half of what
-    was read exactly, has the total 0, and no use of its output.
+    ``ordered (N, w)`` are values by clusters, ``whole (r', w)`` their sums by W, and
+    ``table (R, r', w)`` less those of each cluster; ``masses (R + 1, r')`` are sums of W in each
+    cluster and in all, ``sizes (r')`` of their absolute values.  ``near`` is written if ``choose``,
+    ``total`` if ``decide``, and they are read otherwise.  A row whose normaliser is at most
+    ``small`` of its absolute terms, or half of what was read exactly, has the total 0, and no use
+    of its output.
     """
     d, width, count = q.shape[1], out.shape[1], starts.size - 1
     most, columns, size = near.shape[1], kappa.shape[1], pivots.shape[1]
@@ -110,7 +119,8 @@ def attend_coreset(
     scale = dtype.type(factor)
     x_buffer = np.empty(tallest * (d + 1), dtype)
     e_buffer = np.empty(tallest * size, dtype)
-    acc_buffer = np.empty(tallest * (width + 1), dtype)
+    acc_buffer = np.empty(tallest * width, dtype)
+    amounts = np.empty(tallest, dtype)
     exact = np.empty(tallest, dtype)
     absolute = np.empty(tallest, dtype)
     squares = np.empty((highest, d), dtype)
@@ -134,7 +144,7 @@ def attend_coreset(
         stop = tiles[items[item + 1] - 1, 1]
         x = x_buffer[: (stop - base) * (d + 1)].reshape((stop - base, d + 1))
         e = e_buffer[: (stop - base) * size].reshape((stop - base, size))
-        acc = acc_buffer[: (stop - base) * (width + 1)].reshape((stop - base, width + 1))
+        acc = acc_buffer[: (stop - base) * width].reshape((stop - base, width))
         offsets[:] = 0
         for tile in range(items[item], items[item + 1]):
             i0, i1 = tiles[tile, 0], tiles[tile, 1]
@@ -149,12 +159,11 @@ def attend_coreset(
             for i in range(i0, i1):
                 top[i] = row_maximum(e[i - base])
             _weigh(e[i0 - base : i1 - base], top[i0:i1])
-            row_products(e, mine, whole, size, width + 1, acc, mine, True)
+            if width > 0:
+                row_products(e, mine, whole, size, width, acc, mine, True)
             for i in range(i0 - base, i1 - base):
-                amount = zero
-                for s in range(size):
-                    amount += e[i, s] * sizes[s]
-                absolute[i] = amount
+                amounts[i] = _dot(e[i], masses[count])
+                absolute[i] = _dot(e[i], sizes)
                 exact[i] = zero
             # The choice.
             if choose and most > 0:
@@ -165,7 +174,7 @@ def attend_coreset(
                 _log_masses(s, u, norms, frozen, rho, bits)
                 for r in range(rows):
                     i = i0 + r - base
-                    normalizer = acc[i, width]
+                    normalizer = amounts[i]
                     normalizer = normalizer if normalizer > zero else absolute[i]
                     _chosen_by_weight(
                         s[r], u[r], bits, top[i0 + r], normalizer, threshold, weight, best, place,
@@ -209,10 +218,11 @@ def attend_coreset(
                             x[i, d] = -top[base + i]
                             exact[i] *= shift
                             absolute[i] *= shift
-                            for t in range(width + 1):
+                            amounts[i] *= shift
+                            for t in range(width):
                                 acc[i, t] *= shift
-                            for s in range(size):
-                                e[i, s] *= shift
+                            for t in range(size):
+                                e[i, t] *= shift
                             for j in range(m):
                                 weights[r, j] -= high
                 for j in range(flat.size):
@@ -222,14 +232,16 @@ def attend_coreset(
                     for j in range(m):
                         part += weights[r, j]
                     exact[mine[r]] += part
-                row_products(e, mine, table[c], size, width + 1, acc, mine, False)
-                row_products(
-                    weights, lines[:rows], ordered[starts[c] : starts[c + 1]], m, width + 1, acc,
-                    mine, False,
-                )  # fmt: skip
+                    amounts[mine[r]] += part - _dot(e[mine[r]], masses[c])
+                if width > 0:
+                    row_products(e, mine, table[c], size, width, acc, mine, False)
+                    row_products(
+                        weights, lines[:rows], ordered[starts[c] : starts[c + 1]], m, width, acc,
+                        mine, False,
+                    )  # fmt: skip
             first = offsets[c]
         for i in range(base, stop):
-            amount = acc[i - base, width]
+            amount = amounts[i - base]
             if decide:
                 least = dtype.type(small) * (absolute[i - base] + exact[i - base])
                 least = max(least, dtype.type(0.5) * exact[i - base])

@@ -3,7 +3,8 @@
 With pivots s and weights W (r, n), ``exp(L_ij)`` is close to ``sum_s exp(L_is) W_sj``.  The near
 clusters of a row are read key by key, and what the pivots say of them is taken out:
 
-    Zhat_i ohat_i = sum_s e_is (W V)_s + sum_{c near} [ sum_{j in c} exp(L_ij) v_j - sum_s e_is (W_c V_c)_s ],
+    Zhat_i ohat_i = sum_s e_is (W V)_s
+        + sum_{c near} [ sum_{j in c} exp(L_ij) v_j - sum_s e_is (W_c V_c)_s ],
 
 and ``Zhat_i`` is the same with V = 1.  Weights may be negative, and so may entries of the matrix;
 where a normaliser is not safely positive, a row has the moments of its far clusters instead.
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.head import Head
-from ..kernels._threads import PRODUCT, deal, product
+from ..kernels._threads import PRODUCT, deal
 from ..kernels.nearfar import values_of
 from ..kernels.nearfar_coreset import (
     attend_coreset,
@@ -29,7 +30,6 @@ from ..kernels.nearfar_coreset import (
 from ..kernels.softmax import LOG2E, WIDEST
 from .base import AttentionOperator, Index, pick
 from .nearfar import (
-    ENTRIES,
     Clusters,
     Moments,
     NearFarAttention,
@@ -60,16 +60,19 @@ class Coreset(NamedTuple):
         Their keys, transposed, and logarithms of weights below them.
     w : array (r' N,)
         Weights of the keys of each cluster, in units of these.
+    masses : array (R + 1, r')
+        Their sums in each cluster, and in all.
     sizes : array (r',)
-        Sums of their absolute sums over clusters.
-    count : int
-        Number of pivots.
+        Sums of the absolute values of those of clusters.
+    number : int
+        Of pivots.
     """
 
     pivots: Array
     w: Array
+    masses: Array
     sizes: Array
-    count: int
+    number: int
 
 
 def coreset_of(k: Array, pivots: Array, weights: Array, m: Moments) -> Coreset:
@@ -79,17 +82,20 @@ def coreset_of(k: Array, pivots: Array, weights: Array, m: Moments) -> Coreset:
     with np.errstate(divide="ignore"):
         largest = np.maximum(np.abs(weights).max(axis=1, initial=0), np.abs(weights.sum(axis=1)))
         logs = np.clip(np.log2(largest), -REACH, REACH)
-    ordered = weights[:, m.members] / np.exp2(logs)[:, None]
+    ordered = (weights / np.exp2(logs)[:, None]).astype(dtype)[:, m.members]
     keys = np.zeros((k.shape[1] + 1, size), dtype)
     keys[:-1, :r] = k[pivots].T
     keys[-1] = -np.inf
     keys[-1, :r] = logs
-    w, sizes = np.zeros(size * n, dtype), np.zeros(size)
-    for low, high in zip(m.starts[:-1].tolist(), m.starts[1:].tolist(), strict=True):
+    bounds = m.starts.tolist()
+    w, masses = np.zeros(size * n, dtype), np.zeros((len(bounds), size))
+    for c, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         block = w[size * low : size * high].reshape(size, high - low)
         block[:r] = ordered[:, low:high]
-        sizes += np.abs(block.sum(axis=1, dtype=np.float64))
-    return Coreset(keys, w, sizes.astype(dtype), r)
+        block.sum(axis=1, dtype=np.float64, out=masses[c])
+    masses[-1] = masses[:-1].sum(axis=0)
+    sizes = np.abs(masses[:-1]).sum(axis=0)
+    return Coreset(keys, w, masses.astype(dtype), sizes.astype(dtype), r)
 
 
 class CoresetNearFarAttention(AttentionOperator):
@@ -172,14 +178,14 @@ class CoresetNearFarAttention(AttentionOperator):
     @property
     def nbytes(self) -> int:
         """Bytes of queries, keys, weights, moments, layout and choice."""
-        parts = (*self.moments, *self.layout, *self.coreset[:3], self.clusters.labels)
+        parts = (*self.moments, *self.layout, *self.coreset[:4], self.clusters.labels)
         held = super().nbytes + self.problem.q.nbytes + sum(x.nbytes for x in parts)
         return held + (0 if self._moments_of_others is None else self._moments_of_others.nbytes)
 
     def reads(self, problem: Head) -> Array:
         """Return pivots and keys of near clusters of each row; of some, clusters for pivots."""
         sizes = np.append(np.diff(self.moments.starts), 0)  # -1 is the last: nothing
-        found = sizes[self.near].sum(axis=1) + float(self.coreset.count)
+        found = sizes[self.near].sum(axis=1) + float(self.coreset.number)
         if self._moments_of_others is not None:
             found[self.others] = self._moments_of_others.reads(problem)
         return np.asarray(found, np.float64)
@@ -252,7 +258,7 @@ class CoresetNearFarAttention(AttentionOperator):
         deal(
             coreset_rows, self.problem.arrays.q, chosen, self._factor, core.pivots, core.w, m.kt,
             m.members, m.starts, m.wide, self.near, self.top, self.total, found,
-            work=found.size * (1 + PRODUCT * core.count),
+            work=found.size * (1 + PRODUCT * core.number),
         )  # fmt: skip
         if self._moments_of_others is not None:
             place = np.searchsorted(self.others, chosen)
@@ -327,30 +333,28 @@ def solve_coreset(
     width = x.shape[1]
     out = np.empty((n_q, width), dtype)
     limit = 60.0 if dtype == np.float32 else 500.0
-    small = max(LIMIT, 4 * (core.count + n / max(r, 1)) * float(np.finfo(dtype).eps))
+    small = max(LIMIT, 4 * (core.number + n / max(r, 1)) * float(np.finfo(dtype).eps))
     no_scores = np.empty((0, n), dtype)
     for start in range(0, max(width, 1), WIDEST):
-        piece = min(width - start, WIDEST)
-        part = np.ones((n, piece + 1), dtype)
-        part[:, :piece] = x[:, start : start + piece]
-        ordered, sums = np.empty((n, piece + 1), dtype), np.empty((r, piece + 1), dtype)
+        part = x if width <= WIDEST else np.ascontiguousarray(x[:, start : start + WIDEST])
+        piece = part.shape[1]
+        ordered, vbar = np.empty((n, piece), dtype), np.empty((r, piece), dtype)
+        no_slopes = np.empty((0, r, piece), dtype)
         deal(
-            values_of, part, m.members, m.starts, no_scores, ordered, sums,
-            np.empty((0, r, piece + 1), dtype), work=n * (piece + 1),
+            values_of, part, m.members, m.starts, no_scores, ordered, vbar, no_slopes,
+            work=n * piece,
         )  # fmt: skip
-        table = np.empty((r, size, piece + 1), dtype)
-        deal(
-            pivot_values, ordered, core.w, m.starts, table,
-            work=n * size * (piece + 1) * PRODUCT,
-        )  # fmt: skip
+        table = np.empty((r, size, piece), dtype)
+        deal(pivot_values, ordered, core.w, m.starts, table, work=n * size * piece * PRODUCT)
         whole = -table.sum(axis=0)
         target = out if width <= WIDEST else np.empty((n_q, piece), dtype)
         decide = total is None
         total = np.empty(n_q, dtype) if total is None else total
         deal(
             attend_coreset, q, rows.tiles, rows.items, float(problem.scale * LOG2E), core.pivots,
-            core.sizes, table, whole, m.kt, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen,
-            m.bits, ordered, tau, limit, small, choose, decide, chosen, top, total, target,
+            core.sizes, core.masses, table, whole, m.kt, m.starts, m.wide, m.kappa, m.half, m.rho,
+            m.frozen, m.bits, ordered, tau, limit, small, choose, decide, chosen, top, total,
+            target,
             work=n_q * (size + r + most * n / max(r, 1)) * (0.5 + PRODUCT * (d + piece)),
         )  # fmt: skip
         if decide:

@@ -14,9 +14,7 @@ from ...errors.certificates import check_confidence, check_kind
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.nearfar import (
-    Clusters,
     NearFarAttention,
-    Rows,
     Solved,
     kept_rows,
     log_sums,
@@ -447,10 +445,10 @@ class NearFar(Method):
 
     def _coreset(self, problem: AttentionProblem, draw: Draw) -> tuple[Any, ...]:
         """Return what an operator with pivots is made of: those, clusters, rows and choices."""
-        (clusters, rows), near, tau = self._plan(problem)
-        assert isinstance(clusters, Clusters) and isinstance(rows, Rows)
+        regions, near, tau = self._plan(problem)
+        assert isinstance(regions, Regions)
         pivots, weights = self._wildcat(problem)._weighted(problem, draw)
-        return pivots, weights, clusters, rows, near, tau
+        return pivots, weights, *regions, near, tau
 
     # --- a tolerance ----------------------------------------------------------------------
 
