@@ -373,8 +373,8 @@ def test_what_has_no_meaning_is_refused(given: dict[str, Any], text: str) -> Non
 def test_other_refusals() -> None:
     problem = make_problem(29, 29, causal=True)
     text = (
-        "causal must be False with far='coreset', whose pivots stand for all keys, got True; take "
-        "far='moments'"
+        "causal must be False for method 'nearfar' with far='coreset', whose pivots stand for all "
+        "keys, got True; take far='moments'"
     )
     for call in (coreset().attend, coreset().approximate, coreset().draw):
         with pytest.raises(ValueError, match=message(text)):

@@ -215,7 +215,7 @@ class NearFar(Method):
     Notes
     -----
     Ours, without a paper; relatives are treecodes, and Combiner with learned regions.  Nothing is
-    drawn without a tolerance.  Blocks are clustered one by one, from the farthest keys and with
+    drawn without a tolerance or a coreset.  Blocks are clustered one by one, from the farthest keys and with
     four steps of Lloyd, so that no causal row depends on later keys; its block is that of the last
     key that it sees.  Rows that are not causal own the block of their position, if there is one
     query for each kept key.
@@ -238,7 +238,8 @@ class NearFar(Method):
     entries may be negative, as those of W.  A row whose Zhat_i would be at most 1e-12 of its
     absolute terms (or their rounding), or half of the mass that it reads key by key, and one whose
     logits are too large for one normaliser in several products, has moments for its far clusters.
-    Exact where all clusters are near, WildCat without any.  A rank is pivots and near keys.
+    Exact where all clusters are near, WildCat without any.  A rank is pivots and near keys.  A draw
+    holds ``pivots``, as that of `WildCat` with as many.
 
     **With a tolerance** the operator of `approximate` has, beside its products, ``certificate``, an
     `ErrorCertificate` of ``Ahat V``; ``setting``, the parameters that make the same bits without
@@ -427,8 +428,8 @@ class NearFar(Method):
     def _check_for(self, problem: AttentionProblem, keys: int) -> None:
         if self.far == "coreset" and problem.causal:
             raise ValueError(
-                "causal must be False with far='coreset', whose pivots stand for all keys, got "
-                f"{problem.causal!r}; take far='moments'"
+                f"causal must be False for method {self.name!r} with far='coreset', whose pivots "
+                f"stand for all keys, got {problem.causal!r}; take far='moments'"
             )
         super()._check_for(problem, keys)
 
