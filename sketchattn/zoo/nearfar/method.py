@@ -215,10 +215,10 @@ class NearFar(Method):
     Notes
     -----
     Ours, without a paper; relatives are treecodes, and Combiner with learned regions.  Nothing is
-    drawn without a tolerance or a coreset.  Blocks are clustered one by one, from the farthest keys and with
-    four steps of Lloyd, so that no causal row depends on later keys; its block is that of the last
-    key that it sees.  Rows that are not causal own the block of their position, if there is one
-    query for each kept key.
+    drawn without a tolerance or a coreset.  Blocks are clustered one by one, from the farthest keys
+    and with four steps of Lloyd, so that no causal row depends on later keys; its block is that of
+    the last key that it sees.  Rows that are not causal own the block of their position, if there
+    is one query for each kept key.
     Exact where rows may choose all that they see and tau is 0, where n_k is at most B with a mask
     of order, and where keys are equal inside each cluster.
 
