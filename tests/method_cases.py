@@ -90,6 +90,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"first_order": 2, "metric": "query", "tau": 0.1},
         {"second_order": "none", "first_order": 0},
         {"levels": 2, "block": 4, "clusters": 2, "tau": 0.0},
+        {"far": "coreset", "block": 4, "clusters": 2},
     ],
     "nystromformer": [
         {"landmarks": "kmeans"},

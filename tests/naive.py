@@ -1073,6 +1073,23 @@ def naive_budget_sample(
     return weights, lse
 
 
+def naive_mass(q: Array, k: Array, *, scale: float, second_order: bool) -> tuple[float, float]:
+    """Return (logarithm of the mass, variance of the logits) of a cluster k of keys for a row q."""
+    m, d = k.shape
+    kappa = [sum(float(x) for x in k[:, t]) / m for t in range(d)]
+    sigma2 = scale**2 * sum(
+        float(q[t]) ** 2 * sum((float(x) - kappa[t]) ** 2 for x in k[:, t]) / m for t in range(d)
+    )
+    radius = max(math.dist([float(x) for x in key], kappa) for key in k)
+    length = math.sqrt(sum(float(x) ** 2 for x in q))
+    s = max(0.0, NormalDist().inv_cdf((m - 3 / 8) / (m + 1 / 4)))
+    sigma = math.sqrt(sigma2)
+    phi = sigma2 / 2 if sigma <= s else s * sigma - s * s / 2
+    phi = min(phi, abs(scale) * length * radius) if second_order else 0.0
+    mean = scale * sum(float(q[t]) * kappa[t] for t in range(d))
+    return math.log(m) + mean + phi, sigma2
+
+
 def naive_nearfar(
     q: Array,
     k: Array,
@@ -1096,7 +1113,6 @@ def naive_nearfar(
     n_q, n_k, d = len(q), len(k), q.shape[1]
     weights = np.zeros((n_q, n_k))
     chosen: list[list[int]] = []
-    normal = NormalDist()
 
     def members(c: int) -> list[int]:
         return [j for j in range(n_k) if labels[j] == c]
@@ -1111,23 +1127,11 @@ def naive_nearfar(
         own = {j: logit(i, k[j]) for j in seen[i]["own"]}
         mass, variance = {}, {}
         for c in seen[i]["clusters"]:
-            m = len(members(c))
-            if m == 0:
+            if not members(c):
                 continue
-            kappa = mean(c)
-            sigma2 = scale**2 * sum(
-                float(q[i, t]) ** 2
-                * sum((float(k[j, t]) - kappa[t]) ** 2 for j in members(c)) / m
-                for t in range(d)
-            )  # fmt: skip
-            radius = max(math.dist([float(x) for x in k[j]], kappa) for j in members(c))
-            length = math.sqrt(sum(float(x) ** 2 for x in q[i]))
-            s = max(0.0, normal.inv_cdf((m - 3 / 8) / (m + 1 / 4)))
-            sigma = math.sqrt(sigma2)
-            phi = sigma2 / 2 if sigma <= s else s * sigma - s * s / 2
-            phi = min(phi, abs(scale) * length * radius) if second_order else 0.0
-            mass[c] = math.log(m) + logit(i, kappa) + phi
-            variance[c] = sigma2
+            mass[c], variance[c] = naive_mass(
+                q[i], k[members(c)], scale=scale, second_order=second_order
+            )
         candidates = sorted(mass, key=lambda c: (-mass[c], c))[:most]
         top = max([*own.values(), *(mass[c] for c in candidates)], default=0.0)
         total = sum(math.exp(x - top) for x in own.values())
@@ -1162,6 +1166,50 @@ def naive_nearfar(
                 tilt = sum(y * z[j] for y, z in zip(slopes, scores or [], strict=True))
                 weights[i, j] = share * max(0.0, 1 + tilt)
     return weights, weights @ v.astype(np.float64), chosen
+
+
+def naive_nearfar_coreset(
+    q: Array,
+    k: Array,
+    labels: list[int],
+    pivots: list[int],
+    w: Array,
+    *,
+    scale: float,
+    most: int,
+    tau: float,
+    second_order: bool = True,
+) -> tuple[Array, list[list[int]], list[float]]:
+    """Return (weights (n_q, n_k), near clusters, normalisers over exact masses) of a coreset.
+
+    ``exp(L_ij)`` is ``sum_s exp(L_is) w_sj`` over the pivots, and itself in near clusters: the
+    ``most`` of largest mean weight, of which those stay whose share of the normaliser of the
+    pivots, times the variance, is at least tau.
+    """
+    weights, chosen, ratios = np.zeros((len(q), len(k))), [], []
+    for i in range(len(q)):
+        logits = [scale * sum(float(x) * float(y) for x, y in zip(q[i], z, strict=True)) for z in k]
+        top = max(logits)
+        e = [math.exp(x - top) for x in logits]
+        for j in range(len(k)):
+            weights[i, j] = sum(e[s] * float(w[t, j]) for t, s in enumerate(pivots))
+        before, found = sum(weights[i].tolist()), {}
+        for c in sorted(set(labels)):
+            inside = [j for j in range(len(k)) if labels[j] == c]
+            mass, variance = naive_mass(q[i], k[inside], scale=scale, second_order=second_order)
+            found[c] = (mass - math.log(len(inside)), mass, variance)
+        candidates = sorted(found, key=lambda c: (-found[c][0], c))[:most]
+        near = [c for c in candidates if math.exp(found[c][1] - top) * found[c][2] >= tau * before]
+        chosen.append(sorted(near))
+        read = 0.0
+        for j in range(len(k)):
+            if labels[j] in near:
+                weights[i, j] = e[j]
+                read += e[j]
+        total = sum(weights[i].tolist())
+        ratios.append(total / read if read else math.inf)
+        weights[i] /= total
+    return weights, chosen, ratios
 
 
 def naive_two_levels(

@@ -26,6 +26,7 @@ import test_kernels
 import test_methods
 import test_metrics
 import test_nearfar
+import test_nearfar_coreset
 import test_nearfar_levels
 import test_operators
 import test_partitions
@@ -64,6 +65,9 @@ KERNELS: dict[str, Check] = {
     "halving": lambda: test_thinformer.test_buckets_are_halved_as_by_loops("simple", np.float32),
     "nearfar": lambda: test_nearfar.test_weights_are_those_of_the_loops(
         test_nearfar.FORMS[3], "causal"
+    ),
+    "nearfar_coreset": lambda: test_nearfar_coreset.test_weights_are_those_of_the_loops(
+        test_nearfar_coreset.FORMS[1], "masked"
     ),
     "nearfar_levels": test_nearfar_levels.test_short_heads_have_no_coarse_cluster,
     "partitioned": test_combiner.test_products_are_those_of_the_formula_for_small_lengths,

@@ -20,12 +20,14 @@ from ...errors.certificates import check_confidence, check_kind
 from ...operators.base import AttentionOperator
 from ...operators.factored import zero_attention
 from ...operators.nearfar import Moments, NearFarAttention, Solved, kept_rows, log_sums, solve
+from ...operators.nearfar_coreset import CoresetNearFarAttention, attend_once
 from ...operators.nearfar_levels import TwoLevelAttention, levels_of, solve_levels
 from ...operators.solve import solution
 from ...operators.steep import is_steep
 from ...problem import AttentionProblem
 from ..base import Method, Traits, check_preset, in_force, register
 from ..decoding import DecodingState
+from ..wildcat import WildCat
 from .levels import (
     LONG,
     TwoLevels,
@@ -61,6 +63,7 @@ Array = NDArray[Any]
 REGIONS = ("auto", "blocks", "all")
 METRICS = ("auto", "key", "query")
 SECOND_ORDERS = ("frozen", "none")
+FARS = ("moments", "coreset")
 # Share of their mass that rows put on their own block, above that of equal weights, from which on
 # blocks are better than clusters of all keys: heads with rotary positions lie above, most others
 # below.
@@ -70,6 +73,8 @@ LEVELS = "2 is for long heads"
 # The same of all keys, and of blocks without a mask of order, which have more far clusters: from
 # so many keys on even more candidates.
 ALL_NEAR, FULL_NEAR, FULL_TAU, MANY, MANY_NEAR = 12, 24, 0.015, 16384, 32
+# Beside a coreset, which has one pivot for so many keys.
+CORESET_NEAR, CORESET_TAU, A_PIVOT = 4, 0.0, 32
 
 
 # Claims about every choice, and about those of phi and of the first order.
@@ -182,6 +187,12 @@ class NearFar(Method):
         Distances of keys in clusters: theirs, or those of ``K M^(1/2)`` with the second moment M
         of the queries.  "auto": "query" for clusters of all keys.  Causal rows take "key", for M
         would look ahead.
+    far : {"moments", "coreset"}
+        What stands for keys that a row does not read: the moments of their clusters; or pivots of
+        WildCat, weighted for all keys, less what these say of the near clusters.  For rows of few
+        reads, below some 5 % of the keys, on diffuse heads.  Not causal.  See Notes.
+    pivots : int, optional
+        Pivots of the coreset, in 1..n_k.  None: ``n_k / 32``; with a rank half of it.
     second_order : {"frozen", "none"}
         phi: ``sigma^2/2``, frozen beyond the expected maximum of m_c normal numbers, and at most
         ``|scale q_i|`` times the radius of the cluster; or 0, with which every ``g_ic`` and the
@@ -212,10 +223,10 @@ class NearFar(Method):
     Notes
     -----
     Ours, without a paper; relatives are treecodes, and Combiner with learned regions.  Nothing is
-    drawn without a tolerance.  Blocks are clustered one by one, from the farthest keys and with
-    four steps of Lloyd, so that no causal row depends on later keys; its block is that of the last
-    key that it sees.  Rows that are not causal own the block of their position, if there is one
-    query for each kept key.
+    drawn without a tolerance or a coreset.  Blocks are clustered one by one, from the farthest keys
+    and with four steps of Lloyd, so that no causal row depends on later keys; its block is that of
+    the last key that it sees.  Rows that are not causal own the block of their position, if there
+    is one query for each kept key.
     Exact where rows may choose all that they see and tau is 0, where n_k is at most B with a mask
     of order, and where keys are equal inside each cluster.
 
@@ -226,6 +237,17 @@ class NearFar(Method):
     its rows are those of a causal problem with the same parameters.  With ``block=None`` it is
     ``B = default_block(length)``, and what else is None is chosen for single rows, which cost what
     they read: 16 clusters, ``near = B / 8``, ``tau = 0.003``.
+
+    **With a coreset** of r pivots s and weights W (`WildCat` with its defaults, and its draw),
+    ``Zhat_i ohat_i = sum_s e_is (W V)_s + sum_{c near} [sum_{j in c} exp(L_ij) v_j - sum_s e_is
+    (W_c V_c)_s]``, ``e_is = exp(L_is)``, and Zhat_i is the same with V = 1.  Near clusters, of all
+    keys, are the p of largest mean weight ``exp(g_ic) / m_c``, by moments, of which tau keeps those
+    whose share of Zhat_i before asks for it; near is 4 by default and tau 0.  Rows sum to one;
+    entries may be negative, as those of W.  A row whose Zhat_i would be at most 1e-12 of its
+    absolute terms (or their rounding), or half of the mass that it reads key by key, and one whose
+    logits are too large for one normaliser in several products, has moments for its far clusters.
+    Exact where all clusters are near, WildCat without any.  A rank is pivots and near keys.  A draw
+    holds ``pivots``, as that of `WildCat` with as many.
 
     **With a tolerance** the operator of `approximate` has, beside its products, ``certificate``, an
     `ErrorCertificate` of ``Ahat V``; ``setting``, the parameters that make the same bits without
@@ -278,6 +300,8 @@ class NearFar(Method):
         first_order: int | None = None,
         regions: str = "auto",
         metric: str = "auto",
+        far: str = "moments",
+        pivots: int | None = None,
         second_order: str = "frozen",
         levels: int | None = None,
         tolerance: float | None = None,
@@ -293,6 +317,8 @@ class NearFar(Method):
         self.first_order = first_order
         self.regions = regions
         self.metric = metric
+        self.far = far
+        self.pivots = pivots
         self.second_order = second_order
         self.levels = levels
         self.tolerance = tolerance
@@ -310,7 +336,10 @@ class NearFar(Method):
         """Every shape and mask; rows sum to one, entries are not negative.
 
         With a tolerance rows are drawn, and the setting that all rows have looks at later ones.
+        With a coreset pivots are drawn, rows are not causal, and entries may be negative.
         """
+        if self.far == "coreset":
+            return Traits(key_mask=True, row_stochastic=True, logsumexp=True)
         return Traits(
             causal=True,
             key_mask=True,
@@ -326,6 +355,8 @@ class NearFar(Method):
     @property
     def draw_names(self) -> tuple[str, ...]:  # type: ignore[override]  # they depend on parameters
         """Names of the arrays of a draw."""
+        if self.far == "coreset":
+            return WildCat.draw_names
         return () if self.tolerance is None else NAMES
 
     def _claims(self) -> tuple[str, ...]:
@@ -352,6 +383,7 @@ class NearFar(Method):
         check_choice(self.regions, "regions", REGIONS)
         check_choice(self.metric, "metric", METRICS)
         check_choice(self.second_order, "second_order", SECOND_ORDERS)
+        check_choice(self.far, "far", FARS)
         if self.levels is not None and check_count(self.levels, "levels", LEVELS) > 2:
             raise ValueError(f"levels must be None, 1 or 2, got {self.levels}; {LEVELS}")
         check_confidence(self.confidence)
@@ -370,12 +402,73 @@ class NearFar(Method):
                     "2; drop one of them"
                 )
 
+        if self.far == "coreset":
+            self._check_coreset()
+        elif self.pivots is not None:
+            raise ValueError(
+                f"pivots must be None with far='moments', which has none, got {self.pivots}; pass "
+                "far='coreset'"
+            )
+
+    def _check_coreset(self) -> None:
+        """Refuse what has no meaning beside pivots that stand for all keys."""
+        if self.pivots is not None:
+            count = check_count(self.pivots, "pivots", "they stand for all keys")
+            if self.rank is not None and count > int(self.rank):
+                raise ValueError(
+                    f"pivots must be at most rank = {self.rank}, the budget of pivots and near "
+                    f"keys, got {count}; raise rank or lower pivots"
+                )
+        for name, known, why in (
+            ("levels", (None, 1), "which has one level"),
+            ("first_order", (None, 0), "which has no mean values to correct"),
+            ("regions", ("auto", "all"), "whose clusters are those of all keys"),
+            ("tolerance", (None,), "for which no setting is found"),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                wanted = " or ".join(repr(x) for x in known)
+                raise ValueError(
+                    f"{name} must be {wanted} with far='coreset', {why}, got {value!r}; drop one "
+                    "of them"
+                )
+
+    def _check_for(self, problem: AttentionProblem, keys: int) -> None:
+        if self.far == "coreset" and problem.causal:
+            raise ValueError(
+                f"causal must be False for method {self.name!r} with far='coreset', whose pivots "
+                f"stand for all keys, got {problem.causal!r}; take far='moments'"
+            )
+        super()._check_for(problem, keys)
+
+    # --- a coreset ------------------------------------------------------------------------
+
+    def _pivots(self, n: int) -> int:
+        """Return how many of n kept keys are pivots at most."""
+        count = max(1, n // A_PIVOT if self.rank is None else (int(self.rank) + 1) // 2)
+        return max(1, min(count if self.pivots is None else int(self.pivots), n))
+
+    def _wildcat(self, problem: AttentionProblem) -> WildCat:
+        """Return the method that draws the pivots and weighs them."""
+        return WildCat(rank=self._pivots(len(problem.kept_keys)))
+
+    def _coreset(self, problem: AttentionProblem, draw: Draw) -> tuple[Any, ...]:
+        """Return what an operator with pivots is made of: those, clusters, rows and choices."""
+        regions, near, tau = self._plan(problem)
+        assert isinstance(regions, Regions)
+        pivots, weights = self._wildcat(problem)._weighted(problem, draw)
+        return pivots, weights, *regions, near, tau
+
     # --- a tolerance ----------------------------------------------------------------------
 
     def _draw(self, problem: AttentionProblem, rng: np.random.Generator) -> Draw:
+        if self.far == "coreset":
+            return self._wildcat(problem)._draw(problem, rng)
         return Draw() if self.tolerance is None else draw_rows(problem, rng)
 
     def _check_draw(self, problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
+        if self.far == "coreset":
+            return self._wildcat(problem)._check_draw(problem, draw)
         if self.tolerance is None:
             return super()._check_draw(problem, draw)
         return check_rows(problem, draw)
@@ -434,18 +527,23 @@ class NearFar(Method):
         c, n = self.choices, len(problem.kept_keys)
         # Settings for a tolerance are compared on one level.
         free = self.levels is None and self.rank is None and self.tolerance is None
-        two = self.levels == 2 or (free and n >= LONG)
+        coreset = self.far == "coreset"
+        two = self.levels == 2 or (free and n >= LONG and not coreset)
         if two:
             block, clusters = default_sizes(n, self.block, c.clusters)
         else:
             block = min(default_block(n) if self.block is None else int(self.block), n)
             clusters = min(CLUSTERS if c.clusters is None else int(c.clusters), block)
         sizes = Sizes(block, clusters, NEAR if c.near is None else int(c.near))
-        if self.rank is not None:
+        if coreset:
+            sizes = self._sizes_beside(n, sizes)
+        elif self.rank is not None:
             fixed = self.block is not None or c.clusters is not None
             sizes = within_rank(n, int(self.rank), sizes, fixed, c.near)
-        blocks = self._in_blocks(problem, sizes.block)
+        blocks = not coreset and self._in_blocks(problem, sizes.block)
         near, tau = default_choice(problem, blocks, two)
+        if coreset:
+            near, tau = CORESET_NEAR, CORESET_TAU
         if c.near is None and self.rank is None:
             sizes = sizes._replace(near=near)
         tau = tau if c.tau is None else float(c.tau)
@@ -455,7 +553,7 @@ class NearFar(Method):
         if problem.causal:
             metric = "key"
         order = self.first_order
-        directions = int(not blocks) if order is None else int(order)
+        directions = int(not blocks and not coreset) if order is None else int(order)
         return Layout(sizes, tau, blocks, metric, min(directions, problem.d), two)
 
     def _regions(self, problem: AttentionProblem, layout: Layout) -> Regions | TwoLevels:
@@ -472,6 +570,14 @@ class NearFar(Method):
         if layout.blocks:
             return in_blocks(problem, sizes, root, layout.directions, second)
         return of_all_keys(problem, count, root, layout.directions, second)
+
+    def _sizes_beside(self, n: int, sizes: Sizes) -> Sizes:
+        """Return sizes with near clusters of mean size within what the pivots leave of a rank."""
+        if self.rank is None:
+            return sizes
+        room = int((int(self.rank) - self._pivots(n)) * sizes.clusters / sizes.block)
+        given = self.choices.near
+        return sizes._replace(near=room if given is None else min(int(given), room))
 
     def _in_blocks(self, problem: AttentionProblem, block: int) -> bool:
         """Say whether clusters are those of blocks, for which a causal row has no choice."""
@@ -516,8 +622,11 @@ class NearFar(Method):
         if len(problem.kept_keys) == 0:
             out = np.zeros((problem.n_q, values.shape[1]), problem.dtype)
             return out, np.full(problem.n_q, -np.inf, problem.dtype)
+        if self.far == "coreset":
+            kept = kept_rows(problem, values)
+            return attend_once(problem, kept, *self._coreset(problem, draw))
         if is_steep(problem):
-            ahat = self._matrix(problem)
+            ahat = self._matrix(problem, draw)
             return np.asarray(ahat @ values), ahat.log_normalizer
         made = solved(problem, kept_rows(problem, values), self._table(problem))
         return made.out, log_sums(made.top, made.total)
@@ -549,10 +658,14 @@ class NearFar(Method):
             return self._certified(problem, draw)
         if len(problem.kept_keys) == 0:
             return zero_attention(problem)
-        return self._matrix(problem)
+        return self._matrix(problem, draw)
 
-    def _matrix(self, problem: AttentionProblem) -> NearFarAttention:
+    def _matrix(
+        self, problem: AttentionProblem, draw: Draw
+    ) -> NearFarAttention | CoresetNearFarAttention:
         """Return the matrix of a problem with a key that is kept."""
+        if self.far == "coreset":
+            return CoresetNearFarAttention(problem, *self._coreset(problem, draw))
         regions, near, tau = self._plan(problem)
         if isinstance(regions, TwoLevels):
             return TwoLevelAttention(problem, *regions, near, tau)

@@ -330,6 +330,12 @@ class WildCat(Method):
 
     # --- the approximation ------------------------------------------------------------------
 
+    def _weighted(self, problem: AttentionProblem, draw: Draw) -> tuple[Array, Array]:
+        """Return pivots, positions among the kept keys, and W (r, kept keys), with one bin."""
+        parts = self._parts(problem)
+        ((_, coreset),) = self._coresets(parts, draw)
+        return coreset.chosen, coreset.weights()
+
     def _exact(self, problem: AttentionProblem) -> bool:
         """Say whether the released code would return exact attention."""
         return self.preset == "released" and len(problem.kept_keys) <= int(self.rank)
