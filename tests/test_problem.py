@@ -910,6 +910,7 @@ def test_files_mapped_for_reading_are_not_copied(tmp_path: Path, mode: str) -> N
         path.unlink()
     problem = sa.AttentionProblem(stack[0, 8:], np.asarray(stack[1, 8:]), stack[2, 8:])
     for own, given, right in zip(problem.arrays, stack, wanted, strict=True):
+        assert own is not None
         assert np.array_equal(own, right[8:])
         assert own.flags.writeable
         assert not np.shares_memory(own, given)
