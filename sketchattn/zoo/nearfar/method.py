@@ -187,12 +187,6 @@ class NearFar(Method):
         Distances of keys in clusters: theirs, or those of ``K M^(1/2)`` with the second moment M
         of the queries.  "auto": "query" for clusters of all keys.  Causal rows take "key", for M
         would look ahead.
-    far : {"moments", "coreset"}
-        What stands for keys that a row does not read: the moments of their clusters; or pivots of
-        WildCat, weighted for all keys, less what these say of the near clusters.  For rows of few
-        reads, below some 5 % of the keys, on diffuse heads.  Not causal.  See Notes.
-    pivots : int, optional
-        Pivots of the coreset, in 1..n_k.  None: ``n_k / 32``; with a rank half of it.
     second_order : {"frozen", "none"}
         phi: ``sigma^2/2``, frozen beyond the expected maximum of m_c normal numbers, and at most
         ``|scale q_i|`` times the radius of the cluster; or 0, with which every ``g_ic`` and the
@@ -212,6 +206,12 @@ class NearFar(Method):
     kind : {"finite-sample", "approximate"}
         Of the certificate, as for `certify`: always true, but from some of the rows never small; or
         tight, and silent about few rows that are wrong where others are right.
+    far : {"moments", "coreset"}
+        What stands for keys that a row does not read: the moments of their clusters; or pivots of
+        WildCat, weighted for all keys, less what these say of the near clusters.  For rows of few
+        reads, below some 5 % of the keys, on diffuse heads.  Not causal.  See Notes.
+    pivots : int, optional
+        Pivots of the coreset, in 1..n_k.  None: ``n_k / 32``; with a rank half of it.
     preset : {None, "accurate", "fast"}
         ``clusters=8, near=16, tau=0.01``; ``clusters=8, tau=0.04``.
 
@@ -300,13 +300,13 @@ class NearFar(Method):
         first_order: int | None = None,
         regions: str = "auto",
         metric: str = "auto",
-        far: str = "moments",
-        pivots: int | None = None,
         second_order: str = "frozen",
         levels: int | None = None,
         tolerance: float | None = None,
         confidence: float = 0.95,
         kind: str = "finite-sample",
+        far: str = "moments",
+        pivots: int | None = None,
         preset: str | None = None,
     ) -> None:
         self.rank = rank
@@ -317,13 +317,13 @@ class NearFar(Method):
         self.first_order = first_order
         self.regions = regions
         self.metric = metric
-        self.far = far
-        self.pivots = pivots
         self.second_order = second_order
         self.levels = levels
         self.tolerance = tolerance
         self.confidence = confidence
         self.kind = kind
+        self.far = far
+        self.pivots = pivots
         self.preset = preset
 
     @property
