@@ -192,7 +192,7 @@ def merged_moments(parts: Iterable[ClusterMoments]) -> ClusterMoments:
     --------
     >>> k = np.array([[0.0], [2.0], [7.0]])
     >>> merged = merged_moments([cluster_moments(x, x) for x in (k[:2], k[2:])])
-    >>> merged.size, merged.key.tolist(), merged.radius
+    >>> merged.size, merged.key.round(6).tolist(), round(float(merged.radius), 6)
     (3, [3.0], 4.0)
     """
     found = list(parts)
