@@ -11,7 +11,8 @@ from ...base.head import Head
 from ...kernels._threads import deal, product
 from ...kernels.clustering import nearest_centers
 from ...kernels.nearfar import cluster
-from ...operators.nearfar import Clusters, Rows, kept_rows, rows_in_tiles
+from ...operators.nearfar import ENTRIES, Clusters, Rows, kept_rows, rows_in_tiles
+from ...operators.solve import row_softmax
 
 Array = NDArray[Any]
 
@@ -80,11 +81,14 @@ def own_share(problem: Head, block: int) -> float:
     # Steps of the golden ratio: even ones would stand at the same place in all blocks.
     rows = (np.arange(min(RULE_ROWS, n)) * GOLDEN % 1.0 * n).astype(np.int64)
     q = problem.dtype.type(problem.scale) * problem.q[rows]
-    logits = product(q, kept_rows(problem, problem.arrays.k).T)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    starts = (rows // block * block).tolist()
-    own = [float(x[a : a + block].sum()) for x, a in zip(weights, starts, strict=True)]
-    return float((np.array(own) / weights.sum(axis=1)).mean())
+    k = kept_rows(problem, problem.arrays.k)
+    share, step = 0.0, max(1, ENTRIES // n)
+    for i in range(0, len(rows), step):
+        weights = row_softmax(product(q[i : i + step], k.T))
+        own = (rows[i : i + step] // block * block)[:, None] + np.arange(block)
+        inside = np.take_along_axis(weights, np.minimum(own, n - 1), axis=1)
+        share += float(inside.sum(where=own < n))
+    return share / len(rows)
 
 
 class Regions(NamedTuple):
