@@ -6,6 +6,7 @@ First names and numbers, then arrays, then what a head is made of.
 from __future__ import annotations
 
 import math
+import mmap
 import numbers
 import os
 import sys
@@ -245,7 +246,12 @@ def _mapped_again(x: Array) -> Array | None:
     # Another file may have its name by now.
     old, new = (y.reshape(-1).view(np.uint8) for y in (x, again))
     pieces = (slice(i, i + _PIECE) for i in range(0, old.size, _PIECE))
-    return again if all(np.array_equal(old[i], new[i]) for i in pieces) else None
+    same = all(np.array_equal(old[i], new[i]) for i in pieces)
+    # Both maps show the same pages, which would count twice as memory of this process.
+    pages = getattr(whole, "_mmap", None)
+    if same and isinstance(pages, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
+    return again if same else None
 
 
 def largest(x: Array) -> float:
@@ -303,7 +309,8 @@ def check_width(q: Array, k: Array, v: Array | None) -> None:
         raise ValueError(
             f"k must have the head width d = {q.shape[-1]} of q, got {k.shape[-1]}; project q and "
             f"k to one width"
-            + ", or make heads of grouped queries with Heads.from_projections" * several
+            + ", or make heads of grouped queries with Heads.from_projections"
+            * several
         )
     if v is not None and v.shape[-2] != k.shape[-2]:
         raise ValueError(
