@@ -186,11 +186,7 @@ def rows_in_tiles(
         Rows of a tile at most.
     """
     n = len(stops)
-    change = np.flatnonzero((np.diff(own) != 0) | (np.diff(ends) != 0)) + 1
-    runs = np.concatenate([[0], change, [n]]).tolist() if n else [0, 0]
-    cuts = [i for a, b in zip(runs[:-1], runs[1:], strict=True) for i in range(a, b, height)]
-    low = np.array(cuts, np.int64)
-    high = np.append(low[1:], n).astype(np.int64)[: len(low)]
+    low, high = cut_into_tiles((np.diff(own) != 0) | (np.diff(ends) != 0), n, height)
     tiles = np.zeros((len(low), 7), np.int64)
     tiles[:, 0], tiles[:, 1] = low, high
     tiles[:, 2], tiles[:, 4] = own[low], ends[low]
@@ -198,14 +194,28 @@ def rows_in_tiles(
     if skip is not None:
         tiles[:, 5:] = skip[low]
     size = min(max(n // 8, LEAST), MOST)
+    return Rows(stops.astype(np.int64), tiles, items_of(high, size))
+
+
+def cut_into_tiles(changes: Array, n: int, height: int) -> tuple[Array, Array]:
+    """Return first rows of tiles, and last + 1; ``changes (n - 1,)`` says where one has to end."""
+    change = np.flatnonzero(changes) + 1
+    runs = np.concatenate([[0], change, [n]]).tolist() if n else [0, 0]
+    cuts = [i for a, b in zip(runs[:-1], runs[1:], strict=True) for i in range(a, b, height)]
+    low = np.array(cuts, np.int64)
+    return low, np.append(low[1:], n).astype(np.int64)[: len(low)]
+
+
+def items_of(high: Array, size: int) -> Array:
+    """Return where items of ``size`` rows or more begin among the tiles, and their number."""
     items, start = [0], 0
     for t, stop in enumerate(high.tolist()):
         if stop - start >= size:
             items.append(t + 1)
             start = stop
-    if items[-1] < len(low):
-        items.append(len(low))
-    return Rows(stops.astype(np.int64), tiles, np.array(items, np.int64))
+    if items[-1] < len(high):
+        items.append(len(high))
+    return np.array(items, np.int64)
 
 
 class NearFarAttention(AttentionOperator):
@@ -262,10 +272,15 @@ class NearFarAttention(AttentionOperator):
         self.moments = clusters.moments(self.k)
         nothing = np.empty((len(self.k), 0), self.dtype)
         made = solve(problem, self.k, nothing, self.moments, rows, most, tau, near)
-        self.near, self.top, self.total = made.near, made.top, made.total
-        steep = steep_rows(problem)
+        self.near = made.near
+        self._settle(made)
+
+    def _settle(self, made: Solved) -> None:
+        """Keep what is known of the rows once they have chosen."""
+        self.top, self.total = made.top, made.total
+        steep = steep_rows(self.problem)
         self.steep = steep if len(steep) else None
-        read = self.reads(problem) - self._own()
+        read = self.reads(self.problem) - self._own()
         mean = float(read.mean()) if len(read) else 0.0
         self.effective_rank = min(len(self.kept), int(np.ceil(mean)))
 
@@ -432,11 +447,7 @@ class NearFarAttention(AttentionOperator):
             m.z, m.p, m.bound, self.near, found,
             work=found.size,
         )  # fmt: skip
-        if self.problem.key_mask is None:
-            return found
-        out = np.zeros((len(chosen), self.shape[1]), self.dtype)
-        out[:, self.kept] = found
-        return out
+        return over_all_keys(self.problem, found)
 
     @property
     def _factor(self) -> float:
@@ -455,6 +466,15 @@ class Solved(NamedTuple):
 def kept_rows(problem: Head, x: Array) -> Array:
     """Return the rows of kept keys, contiguous; all of them are not copied."""
     return x if problem.key_mask is None else np.ascontiguousarray(x[problem.key_mask])
+
+
+def over_all_keys(problem: Head, found: Array) -> Array:
+    """Return rows over kept keys (t, N) as rows over all keys (t, n_k), zero for the others."""
+    if problem.key_mask is None:
+        return found
+    out = np.zeros((len(found), problem.n_k), found.dtype)
+    out[:, problem.key_mask] = found
+    return out
 
 
 def log_sums(top: Array, total: Array) -> Array:

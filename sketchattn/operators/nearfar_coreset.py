@@ -38,6 +38,7 @@ from .nearfar import (
     in_registers,
     kept_rows,
     log_sums,
+    over_all_keys,
 )
 from .steep import steep_rows
 
@@ -264,11 +265,7 @@ class CoresetNearFarAttention(AttentionOperator):
             place = np.searchsorted(self.others, chosen)
             held = np.append(self.others, -1)[place] == chosen
             found[held] = self._moments_of_others.rows(place[held])
-        if self.problem.key_mask is None:
-            return found
-        out = np.zeros((len(chosen), self.shape[1]), self.dtype)
-        out[:, self.kept] = found
-        return out
+        return over_all_keys(self.problem, found)
 
     @property
     def _factor(self) -> float:

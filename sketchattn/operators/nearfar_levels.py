@@ -34,11 +34,13 @@ from .nearfar import (
     NearFarAttention,
     Rows,
     Solved,
+    cut_into_tiles,
     frozen_from,
     in_registers,
+    items_of,
     kept_rows,
+    over_all_keys,
 )
-from .steep import steep_rows
 
 Array = NDArray[Any]
 
@@ -156,24 +158,13 @@ def rows_in_levels(stops: Array, kind: Array, seen: Array, least: int = LEAST) -
         Rows of an item at least.
     """
     n = len(stops)
-    change = np.flatnonzero(np.diff(kind)) + 1
-    runs = np.concatenate([[0], change, [n]]).tolist() if n else [0, 0]
-    cuts = [i for a, b in zip(runs[:-1], runs[1:], strict=True) for i in range(a, b, TILE)]
-    low = np.array(cuts, np.int64)
-    high = np.append(low[1:], n).astype(np.int64)[: len(low)]
+    low, high = cut_into_tiles(np.diff(kind), n, TILE)
     tiles = np.zeros((len(low), 11), np.int64)
     tiles[:, 0], tiles[:, 1] = low, high
     tiles[:, 2:] = seen[kind[low]]
     tiles[:, 3] = stops[high - 1]
     size = min(max(n // SHARE, least), MOST)
-    items, start = [0], 0
-    for t, stop in enumerate(high.tolist()):
-        if stop - start >= size:
-            items.append(t + 1)
-            start = stop
-    if items[-1] < len(low):
-        items.append(len(low))
-    return Rows(stops.astype(np.int64), tiles, np.array(items, np.int64))
+    return Rows(stops.astype(np.int64), tiles, items_of(high, size))
 
 
 class TwoLevelAttention(NearFarAttention):
@@ -239,13 +230,7 @@ class TwoLevelAttention(NearFarAttention):
             chosen = _room(problem.n_q, groups.most), _room(problem.n_q, most)
         self.refined, self.near = chosen
         nothing = np.empty((len(self.k), 0), self.dtype)
-        made = self._solve(nothing, choose)
-        self.top, self.total = made.top, made.total
-        steep = steep_rows(problem)
-        self.steep = steep if len(steep) else None
-        read = self.reads(problem) - self._own()
-        mean = float(read.mean()) if len(read) else 0.0
-        self.effective_rank = min(len(self.kept), int(np.ceil(mean)))
+        self._settle(self._solve(nothing, choose))
 
     def _solve(self, x: Array, choose: bool) -> Solved:
         return solve_levels(
@@ -346,11 +331,7 @@ class TwoLevelAttention(NearFarAttention):
         chosen = pick(self.shape[0], index)
         found = np.zeros((len(chosen), len(self.kept)), self.dtype)
         self._visit(chosen, dense=found)
-        if self.problem.key_mask is None:
-            return found
-        out = np.zeros((len(chosen), self.shape[1]), self.dtype)
-        out[:, self.kept] = found
-        return out
+        return over_all_keys(self.problem, found)
 
     def _visit(self, rows: Array, **asked: Array) -> None:
         """Form rows one by one for what is asked for; see `visit_levels`."""
