@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,12 +28,42 @@ def pytest_xdist_auto_num_workers() -> int:
     return cores if cores > 1 else 0
 
 
+class Registered:
+    """Takes away the methods, sketches and claims that a test or a docstring's example registers.
+
+    A plugin, since a hook or a fixture of this file would not reach examples in ``sketchattn/``.
+    """
+
+    known: tuple[dict[str, Any], ...] = ()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        """Compare after the fixtures of the item have put back what they replaced."""
+        if not self.known:
+            import sketchattn as sa
+            from sketchattn.sketches import base as sketches
+            from sketchattn.theory.engine import registry as claims
+            from sketchattn.zoo import base as methods
+
+            for everything in (sa.methods, sa.sketches.sketches, sa.theory.claims):
+                everything()  # imports what registers itself
+            self.known = (methods._REGISTRY, sketches._REGISTRY, claims._ENTRIES)
+        before = [dict(names) for names in self.known]
+        result = yield
+        for names, earlier in zip(self.known, before, strict=True):
+            if names != earlier:
+                names.clear()
+                names.update(earlier)
+        return result
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the threads of this process and its children, and fill the cache for the workers.
 
     Tests marked ``threads`` need two threads or more, also where there is one core; more than four
     would make processes of many cores for every worker.  Neither library is loaded by now.
     """
+    config.pluginmanager.register(Registered())
     threads = str(min(4, max(2, cpu_count())))
     os.environ.setdefault("NUMBA_NUM_THREADS", threads)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", threads)

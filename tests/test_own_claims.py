@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,6 @@ HEAD = sa.make_heads("clustered", n=48, d=8, rng=0)[0]
 PAIR = (np.full((4, 40), 1 / 40), np.random.default_rng(0).standard_normal((40, 3)))
 
 Say = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """Leave no claim and no method behind."""
-    from sketchattn.zoo import base
-
-    theory.claims()
-    claims, methods = dict(registry._ENTRIES), dict(base._REGISTRY)
-    yield
-    tables: Any = ((registry._ENTRIES, claims), (base._REGISTRY, methods))
-    for known, before in tables:
-        known.clear()
-        known.update(before)
 
 
 @pytest.fixture

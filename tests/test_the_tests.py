@@ -213,3 +213,28 @@ def test_zero_and_the_mean_of_v_fail_every_bound_on_accuracy() -> None:
             assert report.output_fro_rel > 1e3 * rounding(problem)
             assert report.matrix_fro_rel > 1e3 * rounding(problem) / 10
             assert report.skill < 1e-12
+
+
+# --- what tests leave behind ----------------------------------------------------------------------
+
+
+def test_what_an_item_registers_is_gone_after_it(request: pytest.FixtureRequest) -> None:
+    plugins = request.config.pluginmanager.get_plugins()
+    (plugin,) = (p for p in plugins if type(p).__name__ == "Registered")
+    item: Any = plugin
+    around = item.pytest_runtest_protocol()
+    next(around)
+
+    @sa.register("left_behind")
+    def first_key(q: Array, k: Array, v: Array) -> Array:
+        return np.repeat(v[:1], len(q), axis=0)
+
+    sa.theory.bound_claim(
+        "mine.left", bound=lambda problem, r: 1.0, error="output_fro_rel", method=sa.JL
+    )
+    assert "left_behind" in sa.methods()
+    assert "mine.left" in sa.theory.claims()
+    with pytest.raises(StopIteration):
+        around.send(None)
+    assert "left_behind" not in sa.methods()
+    assert "mine.left" not in sa.theory.claims()

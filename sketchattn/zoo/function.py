@@ -178,7 +178,7 @@ def register(name: str) -> Callable[[F], F]:
     >>> q, k, v = np.ones((3, 4, 2))
     >>> float(sa.attention(q, k, v, "first_key")[0, 0])
     1.0
-    >>> sa.methods().pop("first_key").title
+    >>> sa.methods()["first_key"]().title
     'first_key'
     """
 
