@@ -4,19 +4,55 @@ Built from the root of the repository by ``./run docs``, so that the links betwe
 are the same here and where the files are read as they are.
 """
 
-import sketchattn
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import sketchattn  # noqa: E402
 
 project = "sketchattn"
 author = "The sketchattn developers"
+copyright = "2026, the sketchattn developers"
 release = version = sketchattn.__version__
 
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "theory/*.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-exclude_patterns = [".venv*", "build"]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
+include_patterns = ["docs/**/*.md", "docs/generated/*.rst", "theory/*.md", "*.md"]
+exclude_patterns = [".venv*", "build", "README.md"]
+templates_path = ["_templates"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx_design",
+    "numpydoc",
+    "building.extension",
+]
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+html_math_renderer = "mathml"
 # Described without being installed.
 autodoc_mock_imports = ["jax", "onnx", "torch", "transformers"]
+autodoc_typehints = "none"  # numpydoc's sections have them in words
 numpydoc_show_class_members = False  # autodoc shows them
-html_theme = "alabaster"
+autosummary_generate = True
+autosummary_imported_members = True
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"sketchattn {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_theme_options = {
+    "header_links_before_dropdown": 7,
+    "navigation_with_keys": False,
+    "show_toc_level": 2,
+    "secondary_sidebar_items": ["page-toc"],
+    "navbar_align": "left",
+    "footer_start": ["copyright"],
+    "footer_end": ["theme-version"],
+}
+# The front page leads to everything itself.
+html_sidebars = {"docs/index": []}

@@ -377,12 +377,12 @@ def large_files(paths: Iterable[Path], limit: int = 2_000_000) -> list[str]:
 
 
 def version_problems(version: str, citation: str, changelog: str) -> list[str]:
-    """CITATION.cff and the top entry of CHANGELOG.md name the version of the package."""
+    """CITATION.cff and the newest release of CHANGELOG.md name the version of the package."""
     problems = []
     cited = re.findall(r"^version: *[\"']?([^\"'\s]+)", citation, flags=re.MULTILINE)
     if cited != [version]:
         problems.append(f"CITATION.cff says {cited}, the package says {version}")
-    entries = re.findall(r"^## +(\S+)", changelog, flags=re.MULTILINE)
+    entries = re.findall(r"^## \[(\d\S*)\] - \d{4}-\d\d-\d\d$", changelog, flags=re.MULTILINE)
     if entries[:1] != [version]:
         problems.append(f"CHANGELOG.md starts with {entries[:1]}, the package says {version}")
     return problems

@@ -108,9 +108,10 @@ def test_citation_and_changelog_have_the_version_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("citation", "changelog"),
     [
-        ("version: 0.1.1\n", "## 0.1.0\n"),
-        ("cff-version: 0.1.0\n", "## 0.1.0\n"),
-        ("version: 0.1.0\n", "## 0.2.0\n\n## 0.1.0\n"),
+        ("version: 0.1.1\n", "## [0.1.0] - 2026-11-24\n"),
+        ("cff-version: 0.1.0\n", "## [0.1.0] - 2026-11-24\n"),
+        ("version: 0.1.0\n", "## [0.2.0] - 2026-11-30\n\n## [0.1.0] - 2026-11-24\n"),
+        ("version: 0.1.0\n", "## [Unreleased]\n\n## [0.1.0]\n"),
         ("version: 0.1.0\n", ""),
     ],
 )

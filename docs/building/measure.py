@@ -1,0 +1,237 @@
+"""Measure what the pages show: a study, times, and verdicts; each is one JSON file in docs/data."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import sketchattn as sa
+from sketchattn.base.files import write_text
+from sketchattn.base.machine import machine
+from sketchattn.bench.harness import library_threads, time_both
+from sketchattn.studies.columns import REFERENCES
+from sketchattn.studies.grid import default_ranks
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+Data = dict[str, Any]
+ERROR = "output_fro_rel"
+# The budget of the tables: keys, landmarks, features or regions a row, of 512.
+RANK = 64
+SEEDS = 4
+# A made head that is long enough for approximations to pay, and rounds of every call on it.
+LONG = {"family": "clustered", "n": 4096, "d": 64, "rng": 0}
+ROUNDS = 5
+
+
+def write(name: str, found: dict[str, Any]) -> Path:
+    """Write what was measured, with the machine, in a form whose changes can be read."""
+    DATA.mkdir(exist_ok=True)
+    path = DATA / f"{name}.json"
+    text = json.dumps({**found, "machine": machine()}, indent=1, allow_nan=False, sort_keys=True)
+    write_text(path, text + "\n")
+    return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return what was measured."""
+    found: dict[str, Any] = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def known(value: float, digits: int = 4) -> float | None:
+    """Return a number in so many significant digits, None for what is not finite."""
+    value = float(value)
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+# --- the study ----------------------------------------------------------------------------------
+
+
+def study() -> Path:
+    """Measure every method on the bundled heads: error against rank, and against time."""
+    heads = sa.load_heads("minilm")
+    plain = {name: cls for name, cls in sa.methods().items() if name not in REFERENCES}
+    # `compressed` is left out of studies by default: from rank d on it is exact.  Here it has a page.
+    result = sa.study(heads, None, seeds=SEEDS, jobs=1, pictures=False, report=False)
+    more = sa.study(
+        heads,
+        "compressed",
+        ranks=[r for r in default_ranks(heads[0].n_k) if r <= heads[0].d],
+        seeds=1,
+        jobs=1,
+        pictures=False,
+        report=False,
+        floors=False,
+    )
+    references = result.references
+    exact = references[references["method"] == "exact"].groupby("head")["seconds"].median()
+    frame = pd.concat([result.frame, more.frame], ignore_index=True)
+    return write(
+        "study",
+        {
+            "command": "python docs/refresh.py study",
+            "heads": {str(problem.name): hardness(problem) for problem in heads},
+            "n": heads[0].n_k,
+            "d": heads[0].d,
+            "seeds": SEEDS,
+            "rank": RANK,
+            "methods": curves(frame, exact),
+            "references": curves(references, exact),
+            "left_out": {
+                name: result.left_out.get(name, "not for heads without a mask")
+                for name in plain
+                if name not in set(frame["method"])
+            },
+        },
+    )
+
+
+def hardness(problem: sa.AttentionProblem) -> dict[str, float | None]:
+    """Return what the picture of failures puts errors against."""
+    found = sa.describe(problem)
+    return {
+        "perplexity": known(found.perplexity_median),
+        "rank_90": known(found.rank_90 or math.nan),
+    }
+
+
+def curves(frame: pd.DataFrame, exact: pd.Series[float]) -> dict[str, Any]:
+    """Return by method and rank the median over heads, its spread, the worst head, and the cost."""
+    made: dict[str, Any] = {}
+    for method, rows in frame.groupby("method"):
+        points = []
+        for rank, group in rows.groupby("rank"):
+            # Of a head the median over seeds counts.
+            by_head = group.groupby("head")[[ERROR, "skill", "seconds", "work"]].median()
+            errors = by_head[ERROR]
+            low, middle, high = np.quantile(errors, [0.25, 0.5, 0.75])
+            points.append(
+                {
+                    "rank": int(str(rank)),
+                    "median": known(middle),
+                    "low": known(low),
+                    "high": known(high),
+                    "worst": known(errors.max()),
+                    "worst_head": str(errors.idxmax()),
+                    "skill": known(by_head["skill"].median()),
+                    "time": known(float((by_head["seconds"] / exact).median())),
+                    "work": known(by_head["work"].median()),
+                    "heads": {str(head): known(error) for head, error in errors.items()},
+                }
+            )
+        made[str(method)] = points
+    return made
+
+
+# --- times --------------------------------------------------------------------------------------
+
+
+def times() -> Path:
+    """Measure the time of every method on a long head, in turn with exact attention."""
+    family = str(LONG["family"])
+    head = sa.make_heads(family, n=LONG["n"], d=LONG["d"], rng=LONG["rng"])[0]
+    head = head.astype(np.float32)
+    exact: Callable[[], object] = lambda: sa.Exact().attend(head)  # noqa: E731
+    found: dict[str, Any] = {}
+    for name, cls in sa.methods().items():
+        method = made(cls, RANK)
+        if name == "exact" or method.traits.oracle:
+            continue
+        try:
+            output = method.attend(head, rng=0)
+        except ValueError as refused:
+            found[name] = {"refused": str(refused).splitlines()[0]}
+            continue
+        seconds = time_both({name: lambda m=method: m.attend(head, rng=0), "exact": exact}, ROUNDS)
+        share = [a / b for a, b in zip(seconds[name], seconds["exact"], strict=True)]
+        one = seconds.one_thread
+        found[name] = {
+            "all": known(statistics.median(share), 3),
+            "spread": [known(min(share), 3), known(max(share), 3)],
+            "one": known(
+                statistics.median(a / b for a, b in zip(one[name], one["exact"], strict=True)), 3
+            ),
+            "error": known(
+                float(np.linalg.norm(output - head.output) / np.linalg.norm(head.output)), 3
+            ),
+        }
+    return write(
+        "times",
+        {
+            "command": "python docs/refresh.py times",
+            "head": LONG,
+            "rank": RANK,
+            "rounds": ROUNDS,
+            "threads": library_threads(),
+            "methods": found,
+        },
+    )
+
+
+def made(cls: type[sa.Method], rank: int) -> sa.Method:
+    """Return a method with the rank, if it has one."""
+    takes = "rank" in cls._get_param_names()
+    method: sa.Method = cls(**({"rank": rank} if takes else {}))
+    return method
+
+
+# --- verdicts -----------------------------------------------------------------------------------
+
+
+def claims() -> Path:
+    """Check every claim on the bundled heads and on the instances, with the seed of the record."""
+    result = sa.theory.validate(None, progress=False)
+    by_claim: dict[str, list[Any]] = {name: [] for name in sa.theory.claims()}
+    names = {str(problem.name) for problem in sa.load_heads("minilm")}
+    for row in result.rows:
+        by_claim[row.claim.id].append(row.verdict)
+    found = {}
+    for name, verdicts in by_claim.items():
+        heads = [x for x in verdicts if x.instance in names]
+        found[name] = {
+            "heads": dict(Counter(x.status for x in heads)),
+            "slack": slack_of(heads),
+            "instances": [brief(x) for x in verdicts if x.instance not in names],
+            "violated": [brief(x) for x in heads if x.status == "violated"][:3],
+        }
+    return write(
+        "claims",
+        {
+            "command": "python docs/refresh.py claims",
+            "unexpected": [f"{x.claim.id} on {x.verdict.instance}" for x in result.unexpected],
+            "claims": found,
+        },
+    )
+
+
+def slack_of(verdicts: Iterable[Any]) -> float | None:
+    """Return the median of bound over observed, of the heads where both are known."""
+    known_ones = [x.slack for x in verdicts if x.slack is not None and math.isfinite(x.slack)]
+    return known(statistics.median(known_ones), 3) if known_ones else None
+
+
+def brief(verdict: Any) -> dict[str, Any]:
+    """Return what a page says of a verdict."""
+    return {
+        "on": verdict.instance,
+        "verdict": verdict.status,
+        "observed": text(verdict.observed),
+        "bound": text(verdict.bound),
+        "trials": verdict.trials,
+        "failures": verdict.failures,
+    }
+
+
+def text(value: float | None) -> str:
+    """Return a number as a page has it."""
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.3g}"

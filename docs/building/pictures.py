@@ -1,0 +1,157 @@
+"""The pictures that the site draws from `docs/data`: one of all methods, and one a method."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import sketchattn as sa
+from sketchattn.base.drawing import make_figure, plain_style
+from sketchattn.studies.palette import DASHES, style_of
+from sketchattn.studies.pictures.places import Label, place_labels
+
+Data = dict[str, Any]
+
+FLOOR, FLAT = "#51606e", "#9aa5b1"
+# How far a line may be above the mean of V before it leaves the picture.
+TOP = 3.0
+# Text of a picture, in points.
+SMALL, PLAIN = 8.0, 9.0
+
+
+def as_svg(figure: Any) -> bytes:
+    """Return a figure as SVG whose bytes depend on what is drawn alone."""
+    from matplotlib import rc_context
+
+    out = BytesIO()
+    with rc_context({"svg.hashsalt": "sketchattn", "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return b"\n".join(line.rstrip() for line in out.getvalue().splitlines()) + b"\n"
+
+
+def series(points: list[Data], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Return two columns of the points where both are known and can stand on a log axis."""
+    pairs = [(p[x], p[y]) for p in points if p[x] and p[y]]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def overview(data: Data, times: Data) -> bytes:
+    """Draw the error of every method against rank, and error against time on a long head."""
+    names = sorted(data["methods"])
+    with plain_style():
+        figure = make_figure(figsize=(9.6, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for name in names:
+            style = style_of(name, list(sa.methods()))
+            points = [p for p in data["methods"][name] if p["median"] and p["median"] > 1e-6]
+            x, y = series(points, "rank", "median")
+            left.plot(
+                x, y, color=style.colour, linestyle=DASHES[style.dash], marker=style.marker,
+                markersize=4, linewidth=1.2, label=name,
+            )  # fmt: skip
+        references(left, data)
+        left.set(xscale="log", yscale="log", ylim=(2e-3, TOP))
+        left.set_xlabel(f"rank r, of n = {data['n']} keys")
+        left.set_ylabel(r"relative error of the output, $\|\hat{O} - O\|_F / \|O\|_F$")
+        left.set_title(f"Bundled heads: median of {len(data['heads'])}", fontsize=PLAIN)
+        spots: list[tuple[float, float]] = []
+        names_right: list[Label] = []
+        for name, found in sorted(times["methods"].items()):
+            if not found.get("error") or found["error"] < 1e-6 or name == "zero":
+                continue
+            style = style_of(name, list(sa.methods()))
+            right.plot(
+                found["one"], found["error"], color=style.colour, marker=style.marker,
+                markersize=6, linestyle="none",
+            )  # fmt: skip
+            spots.append((found["one"], found["error"]))
+            names_right.append((name, [spots[-1]], {"color": style.colour, "fontsize": 7.0}))
+        right.axvline(1, color=FLAT, linewidth=1, linestyle=":")
+        right.set(xscale="log", yscale="log")
+        right.set_xlabel("time on one thread, as a share of exact attention")
+        made = times["head"]
+        right.set_title(
+            f"A made head, {made['family']}, n = {made['n']}, r = {times['rank']}", fontsize=PLAIN
+        )
+        figure.draw_without_rendering()
+        place_labels(right, names_right, spots)
+        figure.legend(
+            *left.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=SMALL,
+            frameon=False,
+        )  # fmt: skip
+        return as_svg(figure)
+
+
+def references(ax: Any, data: Data) -> None:
+    """Draw the floors and the mean of V."""
+    for name, text, dash in (
+        ("svd", "floor: SVD", "--"),
+        ("topk", "floor: top keys", "-."),
+        ("vmean", "mean of V", ":"),
+    ):
+        x, y = series(data["references"].get(name, []), "rank", "median")
+        if x:
+            ax.plot(x, y, color=FLOOR, linestyle=dash, linewidth=1.6, label=text, zorder=1)
+
+
+def method(name: str, data: Data) -> bytes | None:
+    """Draw a method: error against rank, against time, and head by head; None without numbers."""
+    points = data["methods"].get(name) or data["references"].get(name)
+    if not points or len(points) < 2:
+        return None
+    style = style_of(name, list(sa.methods()))
+    look = {"color": style.colour, "marker": style.marker, "markersize": 5, "linewidth": 1.6}
+    with plain_style():
+        figure = make_figure(figsize=(9.6, 3.3), layout="constrained")
+        by_rank, by_time, by_head = figure.subplots(1, 3)
+        for ax, x in ((by_rank, "rank"), (by_time, "time")):
+            shown = [p for p in points if p["median"] and p[x] and p["median"] > 1e-7]
+            xs = [p[x] for p in shown]
+            ax.fill_between(
+                xs, [p["low"] for p in shown], [p["high"] for p in shown], color=style.colour,
+                alpha=0.15, linewidth=0,
+            )  # fmt: skip
+            ax.plot(xs, [p["median"] for p in shown], **look, label="median, quartiles")
+            ax.plot(
+                xs, [p["worst"] for p in shown], color=style.colour, linewidth=1, linestyle=":",
+                marker="v", markersize=3, label="worst head",
+            )  # fmt: skip
+            ax.set(xscale="log", yscale="log")
+        references(by_rank, data)
+        by_rank.set_xlabel(f"rank r, of n = {data['n']} keys")
+        by_rank.set_ylabel("relative error of the output")
+        by_rank.legend(fontsize=6.5, frameon=False)
+        by_time.axvline(1, color=FLAT, linewidth=1, linestyle=":")
+        by_time.set_xlabel("time, as a share of exact attention")
+        budget = at_budget(points, data["rank"])
+        heads(by_head, budget, data, style)
+        return as_svg(figure)
+
+
+def at_budget(points: list[Data], rank: int) -> Data:
+    """Return the point whose rank comes nearest to the budget from below."""
+    return max((p for p in points if p["rank"] <= rank), key=lambda p: float(p["rank"]))
+
+
+def heads(ax: Any, point: Data, data: Data, style: Any) -> None:
+    """Put the error of every head against the number of keys that its rows use."""
+    xs, ys, names = [], [], []
+    for head, error in point["heads"].items():
+        if error:
+            xs.append(data["heads"][head]["perplexity"])
+            ys.append(error)
+            names.append(head)
+    ax.plot(xs, ys, color=style.colour, marker="o", linestyle="none", markersize=5)
+    worst = max(range(len(ys)), key=ys.__getitem__)
+    ax.plot(xs[worst], ys[worst], marker="o", markersize=11, markerfacecolor="none",
+            markeredgecolor="#b3261e", linestyle="none")  # fmt: skip
+    ax.set_title(f"worst: {names[worst].split('/')[-1]}", fontsize=SMALL, color="#b3261e")
+    mean = data["references"]["vmean"][0]["heads"]
+    ax.plot(
+        [data["heads"][head]["perplexity"] for head in names], [mean[head] for head in names],
+        color=FLAT, marker="_", linestyle="none", markersize=9, label="mean of V",
+    )  # fmt: skip
+    ax.set(xscale="log", yscale="log")
+    ax.set_xlabel("keys that a row uses (perplexity, median)")
+    ax.set_ylabel(f"error of each head at r = {point['rank']}")
+    ax.legend(fontsize=6.5, frameon=False)
