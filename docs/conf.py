@@ -18,9 +18,9 @@ copyright = "2026, the sketchattn developers"
 release = version = sketchattn.__version__
 
 root_doc = "docs/index"
-include_patterns = ["docs/**/*.md", "docs/generated/*.rst", "theory/*.md", "*.md"]
-exclude_patterns = [".venv*", "build", "README.md"]
-templates_path = ["_templates"]
+include_patterns = ["docs/*.md", "docs/*/*.md", "docs/generated/*.rst", "theory/*.md", "C*.md"]
+exclude_patterns = [".venv*", "build"]
+templates_path = [str(HERE / "_templates")]
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from docutils import nodes
@@ -17,6 +18,7 @@ from .claims import anchor
 ROOMS = ("sketchattn", "sketchattn.theory", "sketchattn.testing", "sketchattn.sketches")
 
 
+@cache
 def public_names() -> dict[str, str]:
     """Return what a word in code may be, with the full name that the API documents it by."""
     found: dict[str, str] = {}
