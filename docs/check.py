@@ -57,7 +57,11 @@ class Page(HTMLParser):
 
 def dead_links(site: Path) -> list[str]:
     """Return the links inside the site whose file or anchor is missing."""
-    pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
+    pages = {
+        path: Page(path.read_text(encoding="utf-8"))
+        for path in sorted(site.rglob("*.html"))
+        if "_static" not in path.parts  # templates of the theme
+    }
     found = []
     for path, page in pages.items():
         for link in dict.fromkeys(page.links):

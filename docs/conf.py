@@ -54,5 +54,6 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],
 }
+html_context = {"default_mode": "auto"}
 # The front page leads to everything itself.
 html_sidebars = {"docs/index": []}

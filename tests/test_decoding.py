@@ -409,6 +409,23 @@ def test_wrong_rows_are_refused_and_nothing_is_added(
         assert np.array_equal(state.attend(problem.q), before)
 
 
+def test_every_method_holds_keys_where_its_traits_say_so() -> None:
+    problem = make_problem(6, 6, causal=True)
+    names = []
+    for name, cls in sa.methods().items():
+        method = cls(**({"rank": 3} if "rank" in cls._get_param_names() else {}))
+        if method.traits.decoding:
+            assert len(method.state(problem)) == 6
+            names.append(name)
+        else:
+            with pytest.raises(ValueError, match=r"^method must hold keys of a decoder, got"):
+                method.state(problem)
+        # What holds another method inside has no state of its own.
+        if "inner" in cls._get_param_names():
+            assert not cls(rank=3, inner=sa.NearFar()).traits.decoding
+    assert {"exact", "nearfar"} <= set(names)
+
+
 def test_prompts_that_are_none_are_refused() -> None:
     problem = make_problem(5, 5, causal=True)
 

@@ -682,7 +682,7 @@ def quantization_eta(
     """Bound the half-range of the logit error of queries and keys that are rounded.
 
     With ``|q_ic - fl(q_ic)| <= e_ic``, ``|k_jc - fl(k_jc)| <= e'_jc`` and the half-ranges
-    ``h_c = (max_j k_jc - min_j k_jc)/2``
+    ``h_c = (max_j k_jc - min_j k_jc)/2``::
 
         eta_i <= |scale| sum_c (e_ic h_c + (|q_ic| + e_ic) max_j e'_jc).
 

@@ -150,6 +150,7 @@ class CausalTree(Method):
             differentiable=False,
             logsumexp=True,
             causal_form=True,
+            decoding=False,
         )
 
     # --- arguments --------------------------------------------------------------------------

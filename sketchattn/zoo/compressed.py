@@ -171,6 +171,7 @@ class Compressed(Method):
         return replace(
             inner,
             logsumexp=False,
+            decoding=False,
             randomized=inner.randomized or self._random,
             claims=CLAIMS + KIND_CLAIMS.get(str(self.kind), ()) if method.name == "exact" else (),
             uses_rank=True,

@@ -112,7 +112,7 @@ def frozen_window(sigma: float, m: int) -> tuple[float, float]:
 def tilted_remainder(reach: ArrayLike) -> Float:
     """Return how far tilted weights are from their second-order polynomial.
 
-    For centred numbers with ``|a_j| <= r`` and ``s^2`` the mean of their squares
+    For centred numbers with ``|a_j| <= r`` and ``s^2`` the mean of their squares::
 
         |e^(a_j)/mean(e^a) - 1 - a_j - (a_j^2 - s^2)/2| <= kappa (2 + r + r^2/2) + r^3/2 + r^4/4,
 

@@ -69,8 +69,8 @@ def amm_fro_sampling_tail(
     With probability at least 1 - delta ``|A S^T S V - A V|_F <= factor X`` for probabilities
     ``p_j >= beta |A_:j| |V_j| / T``, ``T = sum_j |A_:j| |V_j|``:
 
-    - published: ``factor = (1 + sqrt((8/beta) ln(1/delta))) / sqrt(beta r)``, X = |A|_F |V|_F;
-    - sharp: ``factor = (1 + sqrt((2/beta) ln(1/delta))) / sqrt(beta r)``, X = T, which is less.
+    - published: ``factor = (1 + sqrt((8/beta) ln(1/delta))) / sqrt(beta r)``, ``X = |A|_F |V|_F``;
+    - sharp: ``factor = (1 + sqrt((2/beta) ln(1/delta))) / sqrt(beta r)``, ``X = T``, which is less.
 
     Parameters
     ----------
