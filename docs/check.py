@@ -74,9 +74,12 @@ def dead_links(site: Path) -> list[str]:
             where = path.relative_to(site)
             if not target.exists():
                 found.append(f"{where}: {link} leads to no file")
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors:
-                    found.append(f"{where}: {link} leads to no place")
+            elif (
+                parts.fragment
+                and target in pages
+                and unquote(parts.fragment) not in pages[target].anchors
+            ):
+                found.append(f"{where}: {link} leads to no place")
     return found
 
 

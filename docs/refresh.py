@@ -1,12 +1,13 @@
 """Measure again what the pages show, and draw their pictures.
 
     python docs/refresh.py                  # everything but the long ones: minutes
-    python docs/refresh.py study times      # some of it
+    python docs/refresh.py times --heads heads.safetensors   # some of it
 
-``study`` (a minute) and ``times`` (two minutes) are the numbers of the pages of methods, ``claims``
-(ten minutes) the verdicts; ``readme`` writes tables and picture of the README from these, and
-``layers`` the picture of the rooms.  ``examples`` runs every example in full, and ``frontier``
-compares all methods by error against time; both take long and want a quiet machine.
+``study`` (minutes) and ``times`` are the numbers of the pages of methods, ``claims`` (a quarter of
+an hour) the verdicts; ``readme`` writes tables and picture of the README from these, and ``layers``
+the picture of the rooms.  ``times`` takes a file of real heads, such as ``sketchattn capture``
+writes; without one a made head stands in, which is easier than real ones.  Both want a quiet
+machine.  Examples, chapters and the page of the frontier have commands of their own.
 """
 
 from __future__ import annotations
@@ -29,24 +30,30 @@ def script(*arguments: str) -> None:
     subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT)
 
 
-STEPS: dict[str, Callable[[], object]] = {
-    "study": measure.study,
+STEPS: dict[str, Callable[[str | None], object]] = {
+    "study": lambda heads: measure.study(),
     "times": measure.times,
-    "claims": measure.claims,
-    "readme": readme.write,
-    "layers": lambda: script("docs/draw_layers.py"),
+    "claims": lambda heads: measure.claims(),
+    "readme": lambda heads: readme.write(),
+    "layers": lambda heads: script("docs/draw_layers.py"),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the steps that are asked for, in their order."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help="by default all")
-    asked = parser.parse_args(arguments).steps or list(STEPS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; by default all")
+    parser.add_argument("--heads", help="a file of long heads for the times")
+    given = parser.parse_args(arguments)
+    unknown = [name for name in given.steps if name not in STEPS]
+    if unknown:
+        parser.error(f"steps must be among {', '.join(STEPS)}, got {', '.join(unknown)}")
     for name, step in STEPS.items():
-        if name in asked:
+        if name in (given.steps or STEPS):
             print(f"{name} ...", flush=True)
-            step()
+            step(given.heads)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,11 @@ class Names(SphinxTransform):
                 full = names[text.removesuffix("()").split("(")[0]]
                 target = {"refdomain": "py", "reftype": "obj", "reftarget": full}
             elif text in methods and not here.endswith(f"/{text}"):
-                target = {"refdomain": "std", "reftype": "doc", "reftarget": f"/docs/methods/{text}"}
+                target = {
+                    "refdomain": "std",
+                    "reftype": "doc",
+                    "reftarget": f"/docs/methods/{text}",
+                }
             else:
                 continue
             reference = pending_xref("", refdoc=here, refexplicit=True, refwarn=False, **target)

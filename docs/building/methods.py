@@ -150,7 +150,7 @@ def glance(name: str, cls: type[sa.Method], method: sa.Method) -> str:
     ]
     call = f"sa.{cls.__name__}({'rank=64' if 'rank' in cls._get_param_names() else ''})"
     rows = [
-        ["call", f"`{call}`, or `sa.attention(q, k, v, \"{name}\", ...)`"],
+        ["call", f'`{call}`, or `sa.attention(q, k, v, "{name}", ...)`'],
         ["has", "; ".join(yes)],
         ["has not", "; ".join(no) or "-"],
         ["approximates", f"{traits['target']} attention"],
@@ -224,15 +224,22 @@ def numbers(name: str, study: Data, times: Data) -> str:
         parts.append(f"Not in the study of the bundled heads: {why}.")
     long = times["methods"].get(name, {})
     if "one" in long:
-        made = times["head"]
         parts.append(
-            f"On a made head ({made['family']}, n = {made['n']}, d = {made['d']}, r = "
-            f"{times['rank']}, float32) it takes {short(long['one'])} of the time of exact "
-            f"attention on one thread and {short(long['all'])} on {times['threads']}, at an error "
-            f"of {short(long['error'])} (`{times['command']}`, same machine). Real heads of 4096 "
-            f"and more are on the page of the [frontier](../frontier.md)."
+            f"On {long_heads(times)}, float32, at r = {times['rank']} it takes "
+            f"{short(long['one'])} of the time of exact attention on one thread "
+            f"[{short(long['one_range'][0])} to {short(long['one_range'][1])}] and "
+            f"{short(long['all'])} on {times['threads']}, at an error of {short(long['error'])} "
+            f"[worst {short(long['worst'])}] (`{times['command']}`, same machine). More settings "
+            f"and causal heads are on the page of the [frontier](../frontier.md)."
         )
     return "\n\n".join(parts)
+
+
+def long_heads(times: Data) -> str:
+    """Return which heads times are of, in words."""
+    heads = times["heads"]
+    count = f"{heads['count']} heads" if heads["count"] > 1 else "one head"
+    return f"{count} of n = {heads['n']}, d = {heads['d']} (`{heads['of']}`)"
 
 
 def pictured(study: Data) -> set[str]:
@@ -295,15 +302,15 @@ def index(study: Data, times: Data, folder: str = "methods/") -> str:
                 short(long.get("error")),
             ]
         )
-    n, made = study["n"], times["head"]
+    n, long_n = study["n"], times["heads"]["n"]
     return table(
         [
             "method",
             "promised of the matrix",
             f"error, n = {n}",
             "worst head",
-            f"time, n = {made['n']}",
-            f"error, n = {made['n']}",
+            f"time, n = {long_n}",
+            f"error, n = {long_n}",
         ],
         rows,
     )

@@ -69,9 +69,10 @@ def overview(data: Data, times: Data) -> bytes:
         right.axvline(1, color=FLAT, linewidth=1, linestyle=":")
         right.set(xscale="log", yscale="log")
         right.set_xlabel("time on one thread, as a share of exact attention")
-        made = times["head"]
+        heads = times["heads"]
         right.set_title(
-            f"A made head, {made['family']}, n = {made['n']}, r = {times['rank']}", fontsize=PLAIN
+            f"Longer heads: median of {heads['count']}, n = {heads['n']}, r = {times['rank']}",
+            fontsize=PLAIN,
         )
         figure.draw_without_rendering()
         place_labels(right, names_right, spots)

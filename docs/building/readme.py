@@ -46,16 +46,18 @@ def rows(study: measure.Data, times: measure.Data) -> str:
                 f"[{name}](docs/methods/{name}.md)",
                 methods.promise(methods.example(cls)),
                 f"{short(point['median'])} [{short(point['worst'])}]" if point else "-",
-                f"{short(long['error'])} at {short(long['one'])}" if "one" in long else "-",
+                f"{short(long['error'])} [{short(long['worst'])}]" if "one" in long else "-",
+                short(long["one"]) if "one" in long else "-",
             ]
         )
-    n, made = study["n"], times["head"]["n"]
+    n, made = study["n"], times["heads"]["n"]
     return table(
         [
             "method",
             "promised of Ahat",
             f"error [worst head] at r = {study['rank']}, n = {n}",
-            f"error at time, n = {made}",
+            f"error, n = {made}",
+            "time",
         ],
         lines,
     )
