@@ -8,7 +8,7 @@ from typing import Any
 import sketchattn as sa
 from sketchattn.base.drawing import make_figure, plain_style
 from sketchattn.studies.palette import DASHES, style_of
-from sketchattn.studies.pictures.places import Label, place_labels
+from sketchattn.studies.pictures.places import Label, end_labels, place_labels
 
 Data = dict[str, Any]
 
@@ -16,7 +16,9 @@ FLOOR, FLAT = "#51606e", "#9aa5b1"
 # How far a line may be above the mean of V before it leaves the picture.
 TOP = 3.0
 # Text of a picture, in points.
-SMALL, PLAIN = 8.0, 9.0
+LETTERS, SMALL, PLAIN = 7.0, 8.0, 10.0
+# What rounding leaves: such points stand on no picture.
+EXACT = 1e-6
 
 
 def as_svg(figure: Any) -> bytes:
@@ -36,55 +38,70 @@ def series(points: list[Data], x: str, y: str) -> tuple[list[float], list[float]
 
 
 def overview(data: Data, times: Data) -> bytes:
-    """Draw the error of every method against rank, and error against time on a long head."""
-    names = sorted(data["methods"])
+    """Draw the error of every method against rank, and error against time on long heads."""
+    every = list(sa.methods())
     with plain_style():
-        figure = make_figure(figsize=(9.6, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for name in names:
-            style = style_of(name, list(sa.methods()))
-            points = [p for p in data["methods"][name] if p["median"] and p["median"] > 1e-6]
+        figure = make_figure(figsize=(10.4, 5.0))
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+        figure.subplots_adjust(left=0.065, right=0.985, bottom=0.1, top=0.93, wspace=0.5)
+        ranks = [p["rank"] for p in data["references"]["svd"]]
+        left.set(xscale="log", yscale="log", ylim=(3e-3, TOP))
+        left.set(xlim=(ranks[0] / 1.2, ranks[-1] * 1.2))
+        left.set_xticks(ranks, [str(r) for r in ranks])
+        left.minorticks_off()
+        names: list[Label] = []
+        for name in sorted(data["methods"]):
+            style = style_of(name, every)
+            look: dict[str, Any] = {
+                "color": style.colour, "linestyle": DASHES[style.dash], "marker": style.marker,
+                "markersize": 4, "linewidth": 1.2,
+            }  # fmt: skip
+            points = [p for p in data["methods"][name] if p["median"] and p["median"] > EXACT]
             x, y = series(points, "rank", "median")
-            left.plot(
-                x, y, color=style.colour, linestyle=DASHES[style.dash], marker=style.marker,
-                markersize=4, linewidth=1.2, label=name,
-            )  # fmt: skip
-        references(left, data)
-        left.set(xscale="log", yscale="log", ylim=(2e-3, TOP))
+            left.plot(x, y, **look)
+            # A line that ends before the others is named where it ends.
+            if points[-1]["rank"] < data["methods"]["uniform"][-1]["rank"]:
+                left.annotate(
+                    name, (x[-1], y[-1]), xytext=(5, -3), textcoords="offset points",
+                    color=style.colour, fontsize=LETTERS,
+                )  # fmt: skip
+            else:
+                names.append((name, [(x[-1], min(y[-1], TOP))], look))
+        references(left, data, names)
         left.set_xlabel(f"rank r, of n = {data['n']} keys")
         left.set_ylabel(r"relative error of the output, $\|\hat{O} - O\|_F / \|O\|_F$")
-        left.set_title(f"Bundled heads: median of {len(data['heads'])}", fontsize=PLAIN)
+        left.set_title(f"Real heads: median of {len(data['heads'])}", fontsize=PLAIN)
+        figure.draw_without_rendering()
+        end_labels(left, names, LETTERS, 5)
+
         spots: list[tuple[float, float]] = []
-        names_right: list[Label] = []
+        beside: list[Label] = []
         for name, found in sorted(times["methods"].items()):
-            if not found.get("error") or found["error"] < 1e-6 or name == "zero":
+            if not found.get("error") or found["error"] < EXACT or name == "zero":
                 continue
-            style = style_of(name, list(sa.methods()))
-            right.plot(
-                found["one"], found["error"], color=style.colour, marker=style.marker,
-                markersize=6, linestyle="none",
-            )  # fmt: skip
+            style = style_of(name, every)
             spots.append((found["one"], found["error"]))
-            names_right.append((name, [spots[-1]], {"color": style.colour, "fontsize": 7.0}))
+            right.plot(
+                *spots[-1], color=style.colour, marker=style.marker or "_", markersize=7,
+                linestyle="none",
+            )  # fmt: skip
+            beside.append((name, [spots[-1]], {"color": style.colour, "fontsize": LETTERS}))
         right.axvline(1, color=FLAT, linewidth=1, linestyle=":")
         right.set(xscale="log", yscale="log")
         right.set_xlabel("time on one thread, as a share of exact attention")
+        right.set_ylabel("relative error of the output")
         heads = times["heads"]
         right.set_title(
             f"Longer heads: median of {heads['count']}, n = {heads['n']}, r = {times['rank']}",
             fontsize=PLAIN,
         )
         figure.draw_without_rendering()
-        place_labels(right, names_right, spots)
-        figure.legend(
-            *left.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=SMALL,
-            frameon=False,
-        )  # fmt: skip
+        place_labels(right, beside, spots)
         return as_svg(figure)
 
 
-def references(ax: Any, data: Data) -> None:
-    """Draw the floors and the mean of V."""
+def references(ax: Any, data: Data, names: list[Label] | None = None) -> None:
+    """Draw the floors and the mean of V, and add what they are called."""
     for name, text, dash in (
         ("svd", "floor: SVD", "--"),
         ("topk", "floor: top keys", "-."),
@@ -92,7 +109,10 @@ def references(ax: Any, data: Data) -> None:
     ):
         x, y = series(data["references"].get(name, []), "rank", "median")
         if x:
-            ax.plot(x, y, color=FLOOR, linestyle=dash, linewidth=1.6, label=text, zorder=1)
+            look = {"color": FLOOR, "linestyle": dash, "linewidth": 1.8}
+            ax.plot(x, y, label=text, zorder=1, **look)
+            if names is not None:
+                names.append((text, [(x[-1], y[-1])], look))
 
 
 def method(name: str, data: Data) -> bytes | None:
