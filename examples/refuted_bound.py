@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def draw(parts: tuple[list[Any], list[Any], list[Any]], path: Path) -> None:
     with plain_style():
         matplotlib.rcParams["svg.hashsalt"] = "refuted_bound"  # the same bytes every time
         figure = make_figure(figsize=(10, 4), layout="constrained")
-        for axes, rows, title in zip(figure.subplots(1, 3), parts, titles, strict=True):
+        panels = figure.subplots(1, 3, sharey=True)
+        for axes, rows, title in zip(panels, parts, titles, strict=True):
             groups: dict[str, list[Any]] = {}
             for x in rows:
                 if "corrected" in x:
@@ -157,8 +159,8 @@ def draw(parts: tuple[list[Any], list[Any], list[Any]], path: Path) -> None:
             if title is titles[1]:
                 for x in rows:
                     axes.annotate(
-                        f"n = {x['n']}", (x["r"], x["quantile"]), (0, -12),
-                        textcoords="offset points", fontsize=7, ha="center",
+                        f"n = {x['n']}", (x["r"], x["eps"]), (0, -6), rotation=90,
+                        textcoords="offset points", fontsize=8, ha="center", va="top",
                     )  # fmt: skip
             axes.axhline(1, color="0.6", linewidth=1, linestyle=":", label="zeros")
             first = rows[0]
@@ -166,6 +168,10 @@ def draw(parts: tuple[list[Any], list[Any], list[Any]], path: Path) -> None:
                 title.format(n=first["n"], eps=first["eps"], count=len(groups)), fontsize=9
             )
             axes.set(yscale="log", xlabel="rank r that Theorem 1 asks for")
+            ticks = (0.25, 0.5, 1, 2, 4, 8)
+            axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
+            axes.set_yticks([], minor=True)
+            axes.set_ylim(bottom=0.19)
         handles, labels = axes.get_legend_handles_labels()
         figure.axes[0].set_ylabel("error relative to |A w|")
         figure.legend(
@@ -236,9 +242,10 @@ def said_of(parts: tuple[list[Any], list[Any], list[Any]], eps: float) -> str:
     if one:
         cost = sorted(x["rank_for_eps"] for x in one)
         best = [x["failures_of_best"] for x in parts[2] if "failures_of_best" in x]
+        middle = statistics.median(cost)
         lines.append(
             f"heads at eps = {eps:g}: the theorem asks for {one[0]['r']} rows of {one[0]['n']}, "
-            f"the corrected one for {cost[0]} to {cost[-1]} (median {cost[len(cost) // 2]})\n"
+            f"the corrected one for {cost[0]} to {cost[-1]} (median {middle:.0f})\n"
             f"with the column of largest |A w| / |w|: {min(best)} to {max(best)} of "
             f"{one[0]['trials']} trials are above the bound"
         )
