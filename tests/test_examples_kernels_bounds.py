@@ -34,10 +34,11 @@ def plain(q: Any, k: Any, v: Any, causal: bool = False, first: int = 0) -> Any:
     return np.einsum("bhij,bjhd->bihd", weights, v)
 
 
-def arrays(n_q: int, n_k: int, h: int = 2, h_kv: int = 2, d_v: int = 16) -> list[Any]:
+def arrays(n_q: int, n_k: int, h: int = 2, h_kv: int = 2, d_v: int = 16) -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(0)
     shapes = ((2, n_q, h, 16), (2, n_k, h_kv, 16), (2, n_k, h_kv, d_v))
-    return [1.5 * rng.standard_normal(x).astype(np.float32) for x in shapes]
+    q, k, v = (1.5 * rng.standard_normal(x).astype(np.float32) for x in shapes)
+    return q, k, v
 
 
 # --- check_kernel ---------------------------------------------------------------------------------
@@ -77,8 +78,8 @@ def test_each_bug_is_where_it_is_said_to_be() -> None:
     assert np.abs(wrong - plain(*given, causal=True)).max() <= 1e-5
     # The tail keys are zeros, with the value zero.
     given = arrays(40, 127)
-    longer = [given[0], *(np.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in given[1:])]
-    assert np.abs(make("tail")(*given) - plain(*longer)).max() <= 1e-5
+    k, v = (np.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in given[1:])
+    assert np.abs(make("tail")(*given) - plain(given[0], k, v)).max() <= 1e-5
 
 
 def test_a_usual_test_passes_the_bugs_and_the_check_does_not(run: Run) -> None:
@@ -106,7 +107,7 @@ def test_the_usual_test_has_its_error_by_the_formula() -> None:
     q, k, v = (0.25 * rng.standard_normal((1, 64, 2, 64)).astype(np.float32) for _ in range(3))
     gap = v.mean(axis=1, keepdims=True) - plain(q, k, v, causal=True)
     assert found["error"] == pytest.approx(np.abs(gap).max(), rel=1e-5)
-    assert found["passes"] is (np.abs(gap).max() <= 1e-2)
+    assert found["passes"] == (np.abs(gap).max() <= 1e-2)
 
 
 # --- refuted_bound --------------------------------------------------------------------------------
@@ -192,9 +193,11 @@ def test_long_heads_in_files_are_certified(run: Run, causal: str) -> None:
     assert (run.folder / "o" / "million_tokens.svg").stat().st_size > 10_000
 
 
-def test_pieces_of_a_text_are_heads_in_a_row(tmp_path: Path) -> None:
+def test_pieces_of_a_text_are_heads_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = load("million_tokens")
-    module.PIECE = 64
+    monkeypatch.setattr(module, "PIECE", 64)
     module.write_text_head(tmp_path, 150, 8)
     q, _, v = module.head(tmp_path, 150, 8)
     pieces = [sa.make_heads("clustered", n=64, d=8, rng=i)[0] for i in range(3)]
@@ -203,7 +206,9 @@ def test_pieces_of_a_text_are_heads_in_a_row(tmp_path: Path) -> None:
     assert (tmp_path / "k").stat().st_size == 4 * 150 * 8
 
 
-def test_the_time_of_exact_attention_is_that_of_all_rows(tmp_path: Path) -> None:
+def test_the_time_of_exact_attention_is_that_of_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = load("million_tokens")
     module.write_text_head(tmp_path, 64, 4)
     calls: list[tuple[int, int]] = []
@@ -215,8 +220,8 @@ def test_the_time_of_exact_attention_is_that_of_all_rows(tmp_path: Path) -> None
     class Fake:
         AttentionProblem, Exact = sa.AttentionProblem, Counted
 
-    module.sa = Fake
-    module.GROUP = 4
+    monkeypatch.setattr(module, "sa", Fake)
+    monkeypatch.setattr(module, "GROUP", 4)
     module.exact_seconds(tmp_path, 64, 4, causal=True)
     # Rows in the middle of four quarters, the last key of each group being its own.
     assert calls == [(4, 10), (4, 26), (4, 42), (4, 58)]
