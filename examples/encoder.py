@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import sketchattn as sa
+from sketchattn.base.drawing import make_figure, plain_style
 
 # Written for this file: four subjects, three texts each, of three or four sentences.
 TEXTS = (
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="seeds of random methods")
     parser.add_argument("--texts", type=int, default=len(TEXTS), help="how many texts to encode")
     parser.add_argument("--out", type=Path, default=Path("encoder"))
+    parser.add_argument("--picture", type=Path, help="similarities.png in the output folder")
     options = parser.parse_args()
     ranks = sorted({int(r) for r in options.ranks.split(",")})
     methods = options.methods.split(",") if options.methods else list(sa.methods())
@@ -171,7 +173,7 @@ def main() -> None:
         print(table[column].loc[order].map(lambda x: f"{x:.3f}").to_string(), "\n")
     for name, reason in refused.items():
         print(f"left out: {name}, {reason}")
-    picture = options.out / "similarities.png"
+    picture = options.picture or options.out / "similarities.png"
     draw(table, list(order), picture)
     written = f"{picture}, {options.out / 'similarities.csv'}"
     print(f"{written}; {time.perf_counter() - start:.0f} s")
@@ -179,25 +181,31 @@ def main() -> None:
 
 def draw(table: Any, order: list[str], path: Path) -> None:
     """Draw both measures against rank, a line a method."""
-    from matplotlib.figure import Figure
+    import matplotlib
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, name in enumerate(order):
-        # Grey: what everybody must beat, and what sees the exact matrix.
-        style: dict[str, Any] = {"color": f"C{i % 10}", "marker": "os^vDP*X"[i % 8]}
-        if name in ("vmean", "svd", "topk"):
-            style |= {"color": "0.5", "linestyle": ":" if name == "vmean" else "--"}
-        for axes, column in ((left, "spearman"), (right, "change")):
-            line = table[column].loc[name]
-            axes.plot(line.index, line, label=name, linewidth=1, markersize=4, **style)
-    left.set(xlabel="rank", ylabel="rank correlation with exact similarities", xscale="log")
-    right.set(xlabel="rank", ylabel="mean absolute change of a similarity", xscale="log")
-    for axes in (left, right):
-        axes.set_xticks(list(table["spearman"].columns), map(str, table["spearman"].columns))
-        axes.minorticks_off()
-    right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
+    with plain_style():
+        matplotlib.rcParams["svg.hashsalt"] = "encoder"  # the same bytes every time
+        figure = make_figure(figsize=(10, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for i, name in enumerate(order):
+            # Grey: what everybody must beat, and what sees the exact matrix.
+            colour = f"C{'012345689'[i % 9]}"  # C7 is grey
+            style: dict[str, Any] = {"color": colour, "marker": "os^vDP*X"[i % 8]}
+            if name in ("vmean", "svd", "topk"):
+                style |= {"color": "0.5", "linestyle": ":" if name == "vmean" else "--"}
+            for axes, column in ((left, "spearman"), (right, "change")):
+                line = table[column].loc[name]
+                axes.plot(line.index, line, label=name, linewidth=1, markersize=4, **style)
+        left.set(xlabel="rank", ylabel="rank correlation with exact similarities", xscale="log")
+        right.set(xlabel="rank", ylabel="mean absolute change of a similarity", xscale="log")
+        for axes in (left, right):
+            ranks = list(table["spearman"].columns)
+            axes.set_xticks(ranks, map(str, ranks))
+            axes.minorticks_off()
+        right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plain = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=150, metadata=plain)
 
 
 if __name__ == "__main__":
