@@ -18,7 +18,7 @@ from packaging_checks import ROOT
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "theory/*.md")
+    for pattern in ("*.md", "docs/*.md", "docs/*/*.md", "theory/*.md")
     for path in ROOT.glob(pattern)
 )
 # A word inside backquotes is a path if it starts in one of these.
