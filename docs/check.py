@@ -91,7 +91,7 @@ def missing_names(site: Path) -> list[str]:
 
     sys.path.insert(0, str(ROOT / "docs"))
     from building.claims import anchor
-    from building.links import public_names
+    from building.names import public_names
 
     with (site / "objects.inv").open("rb") as file:
         inventory = InventoryFile.loads(file.read(), uri="")

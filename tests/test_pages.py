@@ -180,9 +180,8 @@ def wrong_commands(text: str) -> list[str]:
         program, rest = words[0], [x for x in words[1:] if not x.startswith("-")]
         verb = rest[0].strip("'\"") if rest else ""
         if program == "sketchattn":
-            if verb and verb not in known and re.fullmatch(r"[a-z]+", verb):
-                wrong.append(" ".join(words))
-            elif verb in known and not given <= known[verb]:
+            unknown = verb not in known and re.fullmatch(r"[a-z]+", verb)
+            if unknown or not given <= known.get(verb, given):
                 wrong.append(" ".join(words))
         elif program == "./run":
             if verb not in scripts and re.fullmatch(r"[a-z]+", verb):
