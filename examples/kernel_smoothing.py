@@ -79,7 +79,7 @@ def methods_for(rank: int) -> dict[str, sa.Method]:
     """Return what is compared, exact attention first."""
     return {
         "exact": sa.Exact(),
-        "nearfar": sa.NearFar(second_order="none"),
+        "nearfar, no second order": sa.NearFar(second_order="none"),
         "nearfar, defaults": sa.NearFar(),
         "nystromformer": sa.Nystromformer(rank=rank),
         "wildcat": sa.WildCat(rank=rank),
@@ -181,12 +181,12 @@ def draw(points: Any, values: Any, images: dict[str, Any], frame: Any, path: Pat
         if i:
             change = image - exact
             low = axes[1, i].imshow(change, vmin=-limit / 10, vmax=limit / 10, **options)
-            axes[1, i].set_title(f"less exact: {errors[name]:.2g}")
+            axes[1, i].set_title(f"error {errors[name]:.2g}")
     figure.colorbar(top, ax=axes[0], shrink=0.8)
     figure.colorbar(low, ax=axes[1], shrink=0.8)
     for one in axes.ravel():
         one.set(xticks=[], yticks=[])
-        one.title.set_fontsize(8)
+        one.title.set_fontsize(7)
     canvas.draw()
     # 255 colours are enough to see it, in a third of the bytes.
     drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
