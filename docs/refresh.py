@@ -5,7 +5,7 @@
 
 ``study`` (minutes) and ``times`` are the numbers of the pages of methods, ``claims`` (a quarter of
 an hour) the verdicts; ``readme`` writes tables and picture of the README from these, and ``layers``
-the picture of the rooms.  ``times`` takes a file of real heads, such as ``sketchattn capture``
+the picture of the rooms; ``notebooks`` runs those of examples again.  ``times`` takes a file of real heads, such as ``sketchattn capture``
 writes; without one a made head stands in, which is easier than real ones.  Both want a quiet
 machine.  Examples, chapters and the page of the frontier have commands of their own.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-from building import measure, readme  # noqa: E402
+from building import measure, notebooks, readme  # noqa: E402
 
 
 def script(*arguments: str) -> None:
@@ -36,6 +36,7 @@ STEPS: dict[str, Callable[[str | None], object]] = {
     "claims": lambda heads: measure.claims(),
     "readme": lambda heads: readme.write(),
     "layers": lambda heads: script("docs/draw_layers.py"),
+    "notebooks": lambda heads: notebooks.run(),
 }
 
 
