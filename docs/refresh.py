@@ -1,13 +1,16 @@
 """Measure again what the pages show, and draw their pictures.
 
-    python docs/refresh.py                  # everything but the long ones: minutes
-    python docs/refresh.py times --heads heads.safetensors   # some of it
+    python docs/refresh.py                                   # everything: an hour
+    python docs/refresh.py study times readme --heads FILE   # some of it
 
-``study`` (minutes) and ``times`` are the numbers of the pages of methods, ``claims`` (a quarter of
-an hour) the verdicts; ``readme`` writes tables and picture of the README from these, and ``layers``
-the picture of the rooms; ``notebooks`` runs those of examples again.  ``times`` takes a file of real heads, such as ``sketchattn capture``
-writes; without one a made head stands in, which is easier than real ones.  Both want a quiet
-machine.  Examples, chapters and the page of the frontier have commands of their own.
+``study`` (minutes) and ``times`` are the numbers of the pages of methods, ``speed`` exact attention
+beside PyTorch's, and ``claims`` (a quarter of an hour) the verdicts; ``readme`` writes tables and
+picture of the README from these.  ``layers`` draws the rooms, ``notebooks`` and ``examples`` run
+those of ``examples/`` again, and ``theory`` the scripts of the chapters.
+
+``times`` takes a file of real heads, such as ``sketchattn capture`` writes; without one a made head
+stands in, which is easier than real ones.  Times want a quiet machine.  The page of the frontier is
+made by the command that stands on it.
 """
 
 from __future__ import annotations
@@ -30,13 +33,31 @@ def script(*arguments: str) -> None:
     subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT)
 
 
+def examples() -> None:
+    """Run the examples that have a page, and keep their pictures.  Numbers on pages are edited."""
+    for picture in sorted((ROOT / "docs" / "pictures").iterdir()):
+        example = f"examples/{picture.stem}.py"
+        if (ROOT / example).exists():
+            out = str(ROOT / "build" / "examples" / picture.stem)
+            script(example, "--out", out, "--picture", str(picture))
+
+
+def chapters() -> None:
+    """Write the tables and figures of the chapters."""
+    for path in sorted((ROOT / "theory").glob("verify_*.py")):
+        script(str(path.relative_to(ROOT)))
+
+
 STEPS: dict[str, Callable[[str | None], object]] = {
     "study": lambda heads: measure.study(),
     "times": measure.times,
+    "speed": lambda heads: measure.speed(),
     "claims": lambda heads: measure.claims(),
     "readme": lambda heads: readme.write(),
     "layers": lambda heads: script("docs/draw_layers.py"),
     "notebooks": lambda heads: notebooks.run(),
+    "examples": lambda heads: examples(),
+    "theory": lambda heads: chapters(),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -465,6 +466,22 @@ def tree_problems(names: Iterable[str], package: Path = PACKAGE) -> list[str]:
     return [f"{name} is missing" for name in sorted(missing)]
 
 
+def sdist_problems(names: Iterable[str], folder: str, root: Path = ROOT) -> list[str]:
+    """A source distribution holds all that the checks of a checkout read."""
+    found = {name.removeprefix(f"{folder}/") for name in names}
+    patterns = ("*.md", "*.cff", "pyproject.toml", "run", "LICENSE", ".gitignore", ".ci/run")
+    folders = ("sketchattn", "tests", "theory", "examples", "docs")
+    wanted = {
+        path.relative_to(root).as_posix()
+        for pattern in (*patterns, *(f"{name}/**/*" for name in folders))
+        for path in root.glob(pattern)
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and path.parent not in (root / "docs" / "generated", root / "docs" / "pictures" / "methods")
+    }
+    return [f"{name} is missing" for name in sorted(wanted - found)]
+
+
 def floors(pyproject: str) -> list[str]:
     """Return constraints that pin what the library itself requires to its lowest releases."""
     required: list[str] = tomllib.loads(pyproject)["project"]["dependencies"]
@@ -472,18 +489,22 @@ def floors(pyproject: str) -> list[str]:
 
 
 def main(task: str, *arguments: str) -> int:
-    """``wheel FILE`` prints the problems of a wheel, ``floors`` prints the constraints."""
+    """``wheel FILE`` and ``sdist FILE`` print problems, ``floors`` prints the constraints."""
     if task == "floors":
         print(*floors((ROOT / "pyproject.toml").read_text(encoding="utf-8")), sep="\n")
         return 0
     import sketchattn
 
-    (wheel,) = arguments
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    problems = wheel_problems(names, sketchattn.__version__) + tree_problems(names)
+    (path,) = arguments
+    if task == "sdist":
+        with tarfile.open(path) as packed:
+            problems = sdist_problems(packed.getnames(), f"sketchattn-{sketchattn.__version__}")
+    else:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        problems = wheel_problems(names, sketchattn.__version__) + tree_problems(names)
     for problem in problems:
-        print(f"{Path(wheel).name}: {problem}")
+        print(f"{Path(path).name}: {problem}")
     return 1 if problems else 0
 
 

@@ -34,6 +34,7 @@ from packaging_checks import (
     requirements,
     run_commands,
     script_commands,
+    sdist_problems,
     stub_names,
     stub_problems,
     tree_problems,
@@ -508,6 +509,16 @@ def test_a_wheel_that_lacks_a_module_is_reported() -> None:
     assert tree_problems(names) == []
     assert tree_problems(names[1:]) == [f"{names[0]} is missing"]
     assert tree_problems(names[:-1]) == [f"{names[-1]} is missing"]
+
+
+def test_a_source_distribution_that_lacks_a_file_is_reported() -> None:
+    files = [path for path in ROOT.rglob("*") if path.is_file() and ".git" not in path.parts]
+    names = [f"x-1/{path.relative_to(ROOT).as_posix()}" for path in files]
+    assert sdist_problems(names, "x-1") == []
+    for lost in ("tests/naive.py", "docs/data/claims.json", "run", "theory/linformer.md"):
+        assert sdist_problems([x for x in names if x != f"x-1/{lost}"], "x-1") == [
+            f"{lost} is missing"
+        ]
 
 
 # --- source rules ---------------------------------------------------------------------------------

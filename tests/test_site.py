@@ -119,9 +119,9 @@ def test_every_public_name_is_in_the_list_of_the_api() -> None:
 
 def test_the_readme_has_the_table_of_the_data() -> None:
     text = read("README.md")
-    assert readme.with_table(text, readme.rows(STUDY, TIMES)) == text
+    assert readme.filled(text) == text
     with pytest.raises(ValueError, match="one pair of marks"):
-        readme.with_table("x", "y")
+        readme.filled("x")
 
 
 def test_pictures_are_the_same_bytes_each_time() -> None:

@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,34 @@ def made(cls: type[sa.Method], rank: int) -> sa.Method:
     takes = "rank" in cls._get_param_names()
     method: sa.Method = cls(**({"rank": rank} if takes else {}))
     return method
+
+
+def speed() -> Path | None:
+    """Measure exact attention beside PyTorch's; nothing without PyTorch."""
+    if find_spec("torch") is None:
+        print("left as it is: PyTorch is not installed here; .venv-tests has it")
+        return None
+    from sketchattn.bench.runner import run
+
+    rows = [
+        x for x in run(["exact"], rounds=7) if x["against"] == "torch SDPA" and x["unit"] == "s"
+    ]
+    return write(
+        "speed",
+        {
+            "command": "python docs/refresh.py speed",
+            "rows": [
+                {
+                    "case": x["case"],
+                    "milliseconds": known(1e3 * x["ours"], 3),
+                    "all": known(x["ratio"], 3),
+                    "spread": [known(y, 3) for y in x["ratio_quartiles"]],
+                    "one": known(x["one_thread"]["ratio"], 3),
+                }
+                for x in rows
+            ],
+        },
+    )
 
 
 # --- verdicts -----------------------------------------------------------------------------------

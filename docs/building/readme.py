@@ -13,24 +13,60 @@ from .tables import short, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = "docs/pictures/study.svg"
-START, END = "<!-- methods -->", "<!-- end methods -->"
 
 
 def write() -> None:
-    """Draw the picture and put the table into the README."""
+    """Draw the picture and put tables into the README."""
     study, times = measure.read("study"), measure.read("times")
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     write_bytes(ROOT / PICTURE, pictures.overview(study, times))
     path = ROOT / "README.md"
-    write_text(path, with_table(path.read_text(encoding="utf-8"), rows(study, times)))
+    write_text(path, filled(path.read_text(encoding="utf-8")))
 
 
-def with_table(text: str, made: str) -> str:
-    """Return the README with another table."""
-    pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(f"README.md must have one pair of marks {START} and {END}")
-    return pattern.sub(lambda _: f"{START}\n{made}\n{END}", text)
+def filled(text: str) -> str:
+    """Return the README with the tables and the machine of the data."""
+    study, times, speed = map(measure.read, ("study", "times", "speed"))
+    for name, made in (
+        ("methods", rows(study, times)),
+        ("machine", machines(study, times)),
+        ("speed", seconds(speed)),
+    ):
+        pattern = re.compile(f"(<!-- {name} -->).*?(<!-- end {name} -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"README.md must have one pair of marks <!-- {name} -->")
+        text = pattern.sub(lambda found, made=made: f"{found[1]}\n{made}\n{found[2]}", text)
+    return text
+
+
+def machines(study: measure.Data, times: measure.Data) -> str:
+    """Return where the table of methods was measured."""
+    return (
+        f"Left: {study['seeds']} seeds, d = {study['d']}. Right: {methods.long_heads(times)}, "
+        f"{times['rounds']} rounds in turn with exact attention. {methods.machine(times)}."
+    )
+
+
+def seconds(speed: measure.Data) -> str:
+    """Return the table of exact attention beside PyTorch's."""
+    lines = [
+        [
+            row["case"],
+            f"{row['milliseconds']:g} ms",
+            f"{short(row['all'])} [{short(row['spread'][0])}, {short(row['spread'][1])}]",
+            short(row["one"]),
+        ]
+        for row in speed["rows"]
+    ]
+    threads = speed["machine"]["threads"]
+    made = table(
+        ["exact attention, float32 unless said", "time", "of PyTorch's [quartiles]", "one thread"],
+        lines,
+    )
+    return (
+        f"{made}\n\nPyTorch {speed['machine']['torch']} on the CPU, {threads} threads, in the same "
+        f"rounds; `{speed['command']}`, {methods.machine(speed)}."
+    )
 
 
 def rows(study: measure.Data, times: measure.Data) -> str:
