@@ -56,4 +56,4 @@ html_theme_options = {
 }
 html_context = {"default_mode": "auto"}
 # The front page leads to everything itself.
-html_sidebars = {"docs/index": []}
+html_sidebars: dict[str, list[str]] = {"docs/index": []}

@@ -162,7 +162,7 @@ def options() -> dict[str, set[str]]:
     """Return the options of every verb of the command line."""
     import typer.main
 
-    from sketchattn.cli import app
+    from sketchattn.cli.application import app
 
     group: Any = typer.main.get_command(app)
     return {

@@ -15,7 +15,7 @@ from .claims import anchor
 from .names import public_names
 
 
-class Names(SphinxTransform):
+class Names(SphinxTransform):  # type: ignore[misc,unused-ignore]  # typed where Sphinx is there
     """Make references of code that is a name, outside of headings and of other references."""
 
     default_priority = 500

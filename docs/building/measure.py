@@ -29,7 +29,7 @@ ERROR = "output_fro_rel"
 RANK = 64
 SEEDS = 4
 # Heads that are long enough for approximations to pay, where no file of real ones is given.
-MADE = {"family": "clustered", "n": 4096, "d": 64, "rng": 0}
+MADE, MADE_N, MADE_D = "clustered", 4096, 64
 # Rounds of every call on each of them.
 ROUNDS = 3
 
@@ -174,7 +174,7 @@ def times(path: str | None = None) -> Path:
             "error": known(statistics.median(errors), 3),
             "worst": known(max(errors), 3),
         }
-    said = "made, clustered" if path is None else Path(path).name
+    said = f"made, {MADE}" if path is None else Path(path).name
     return write(
         "times",
         {
@@ -190,9 +190,8 @@ def times(path: str | None = None) -> Path:
 
 def long_heads(path: str | None) -> Iterator[sa.AttentionProblem]:
     """Return the heads of a file, or a made one, in float32 and without a mask of order."""
-    family = str(MADE["family"])
-    rest = {name: value for name, value in MADE.items() if name != "family"}
-    heads: Iterable[Any] = sa.make_heads(family, **rest) if path is None else sa.read_heads(path)
+    made = sa.make_heads(MADE, n=MADE_N, d=MADE_D, rng=0)
+    heads: Iterable[Any] = made if path is None else sa.read_heads(path)
     for x in heads:
         arrays = (np.asarray(y, np.float32) for y in (x.q, x.k, x.values))
         yield sa.AttentionProblem(*arrays, scale=x.scale, name=x.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from typing import Any
 
 import sketchattn as sa
@@ -296,6 +297,7 @@ def index(study: Data, times: Data, folder: str = "methods/") -> str:
             [
                 f"[{name}]({folder}{name}.md)",
                 promise(example(cls)),
+                statuses(example(cls)),
                 short(point["median"]) if point else "-",
                 short(point["worst"]) if point else "-",
                 short(long.get("one")),
@@ -306,7 +308,8 @@ def index(study: Data, times: Data, folder: str = "methods/") -> str:
     return table(
         [
             "method",
-            "promised of the matrix",
+            "promised of Ahat",
+            "claims",
             f"error, n = {n}",
             "worst head",
             f"time, n = {long_n}",
@@ -314,6 +317,13 @@ def index(study: Data, times: Data, folder: str = "methods/") -> str:
         ],
         rows,
     )
+
+
+def statuses(method: sa.Method) -> str:
+    """Return how many claims are about a method at its defaults, by status."""
+    known = sa.theory.claims()
+    counts = Counter(known[name].status for name in method.traits.claims)
+    return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "none"
 
 
 def promise(method: sa.Method) -> str:

@@ -9,7 +9,7 @@ import sketchattn as sa
 from sketchattn.base.files import write_bytes, write_text
 
 from . import measure, methods, pictures
-from .tables import short, table
+from .tables import percent, short, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = "docs/pictures/study.svg"
@@ -32,10 +32,11 @@ def filled(text: str) -> str:
         ("machine", machines(study, times)),
         ("speed", seconds(speed)),
     ):
-        pattern = re.compile(f"(<!-- {name} -->).*?(<!-- end {name} -->)", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
+        parts = re.split(f"(<!-- (?:end )?{name} -->)", text)
+        if len(parts) != 5:
             raise ValueError(f"README.md must have one pair of marks <!-- {name} -->")
-        text = pattern.sub(lambda found, made=made: f"{found[1]}\n{made}\n{found[2]}", text)
+        parts[2] = f"\n{made}\n"
+        text = "".join(parts)
     return text
 
 
@@ -81,6 +82,8 @@ def rows(study: measure.Data, times: measure.Data) -> str:
             [
                 f"[{name}](docs/methods/{name}.md)",
                 methods.promise(methods.example(cls)),
+                methods.statuses(methods.example(cls)),
+                percent(point["work"]) if point else "-",
                 f"{short(point['median'])} [{short(point['worst'])}]" if point else "-",
                 f"{short(long['error'])} [{short(long['worst'])}]" if "one" in long else "-",
                 short(long["one"]) if "one" in long else "-",
@@ -91,6 +94,8 @@ def rows(study: measure.Data, times: measure.Data) -> str:
         [
             "method",
             "promised of Ahat",
+            "claims",
+            "keys read",
             f"error [worst head] at r = {study['rank']}, n = {n}",
             f"error, n = {made}",
             "time",
