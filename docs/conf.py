@@ -40,16 +40,23 @@ numpydoc_show_class_members = False  # autodoc shows them
 autosummary_generate = True
 autosummary_imported_members = True
 
+WIDE = [f"docs/{page}" for page in ("methods", "claims-table", "frontier", "compared-with")]
+WIDE += [f"docs/claims/{path.stem}" for path in (HERE / "claims").glob("*.md")]
+
 html_theme = "pydata_sphinx_theme"
 html_title = f"sketchattn {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_theme_options = {
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 9,
     "navigation_with_keys": False,
     "show_toc_level": 2,
-    "secondary_sidebar_items": ["page-toc"],
+    # Wide tables need the room.
+    "secondary_sidebar_items": {
+        "**": ["page-toc"],
+        **dict.fromkeys(WIDE, []),
+    },
     "navbar_align": "left",
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],

@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 def formula(text: str, block: bool) -> str:
     """Return MathML of a formula in LaTeX."""
-    return "".join(line.strip() for line in tex2mathml(text, as_block=block).splitlines())
+    made = "".join(line.strip() for line in tex2mathml(text, as_block=block).splitlines())
+    # Browsers set this sign high above a letter, and stretch bars around what is below them.
+    made = made.replace("<mi>\u22a4</mi>", '<mi mathvariant="normal">T</mi>')
+    return made.replace("<mo>\u2016</mo>", '<mo stretchy="false">\u2016</mo>')
 
 
 def visit(translator: Any, node: nodes.Element) -> None:

@@ -89,6 +89,17 @@ WORDS = {
     "causal_form": "makes another method causal",
 }
 
+# What it means that one is missing.
+LIMITS = {
+    "causal": "refuses causal problems",
+    "key_mask": "refuses masked keys",
+    "rectangular": "needs as many queries as keys",
+    "row_stochastic": "rows need not sum to one",
+    "nonnegative": "weights can be negative",
+    "autoregressive": "which keys a row reads can depend on later ones",
+    "matrix": "there is no matrix, only an output",
+}
+
 
 def parse(text: str) -> tuple[str, str, dict[str, str]]:
     """Return title, idea and sections of a hand-written page."""
@@ -144,16 +155,12 @@ def glance(name: str, cls: type[sa.Method], method: sa.Method) -> str:
     """Return the table of traits, and how to call it."""
     traits = dataclasses.asdict(method.traits)
     yes = [text for trait, text in WORDS.items() if traits[trait]]
-    no = [
-        WORDS[trait]
-        for trait in ("causal", "key_mask", "rectangular", "row_stochastic", "nonnegative")
-        if not traits[trait]
-    ]
+    no = [text for trait, text in LIMITS.items() if not traits[trait]]
     call = f"sa.{cls.__name__}({'rank=64' if 'rank' in cls._get_param_names() else ''})"
     rows = [
         ["call", f'`{call}`, or `sa.attention(q, k, v, "{name}", ...)`'],
-        ["has", "; ".join(yes)],
-        ["has not", "; ".join(no) or "-"],
+        ["can and promises", "; ".join(yes)],
+        ["limits", "; ".join(no) or "-"],
         ["approximates", f"{traits['target']} attention"],
     ]
     named = presets(cls)
