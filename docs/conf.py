@@ -62,5 +62,5 @@ html_theme_options = {
     "footer_end": ["theme-version"],
 }
 html_context = {"default_mode": "auto"}
-# The front page leads to everything itself.
-html_sidebars: dict[str, list[str]] = {"docs/index": []}
+# They lead to everything themselves, and have no pages below them.
+html_sidebars: dict[str, list[str]] = {"docs/index": [], "docs/start": []}

@@ -61,7 +61,9 @@ class AttentionProblem(Head):
     Notes
     -----
     Unpacks like the triple that it holds: ``q, k, v = problem``.  Exact quantities are computed
-    on first use and kept; pickling leaves them behind.
+    on first use and kept; pickling leaves them behind.  They have the precision of the problem: as
+    the truth for another program take ``problem.astype(np.float64).output``, which widens the
+    inputs exactly.
 
     Examples
     --------

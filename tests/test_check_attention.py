@@ -435,6 +435,32 @@ def test_uniform_inputs_and_a_loose_tolerance_are_not_certified() -> None:
     assert lenient.passed
 
 
+def test_given_inputs_say_nothing_of_options() -> None:
+    rng = np.random.default_rng(0)
+    x = tuple(rng.standard_normal((1, 2, 40, 8)) for _ in range(3))
+
+    def blind(q: Any, k: Any, v: Any, causal: bool = False, scale: Any = None) -> Any:
+        return sa.attention(q, k, v)
+
+    options = {"convention": "sketchattn", "supports": {"causal", "scale"}, "inputs": [x]}
+    report = check(blind, **options)
+    assert_passed(report)
+    assert report.supports == ()
+    assert set(report.skipped) == {"causal", "scale"}
+    assert "not checked: causal (given inputs make plain calls alone)" in str(report)
+    # Gradients of given inputs are judged where they are asked for.
+    right = check(blind, backward=sa.attention_vjp, **options)
+    assert_passed(right)
+    assert any("given/0" in x.id and "dq" in x.id for x in right.cases)
+
+    def halved(q: Any, k: Any, v: Any, g: Any, **more: Any) -> Any:
+        return tuple(x / 2 for x in sa.attention_vjp(q, k, v, g, **more))
+
+    assert check(blind, backward=halved, **options).verdict == "FAIL"
+    with pytest.raises(ValueError, match="contract must be None beside inputs"):
+        check(blind, contract={"P1": "tol"}, **options)
+
+
 def test_usual_inputs_are_certified_at_a_usual_tolerance() -> None:
     report = check(
         sa.attention, convention="sketchattn", tolerance=1e-2, supports={"causal"}, seeds=(0,)

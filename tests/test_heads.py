@@ -1625,26 +1625,3 @@ def test_a_study_is_silent_under_any_settings() -> None:
     with np.errstate(all="raise"):
         again = sa.study(sa.make_heads("peaked", n=24, d=4, rng=0), **options).frame
     assert again.drop(columns="seconds").equals(plain)
-
-
-# --- the first example --------------------------------------------------------------------------
-
-
-def test_the_readme_says_what_its_example_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = Path(__file__).parents[1] / "README.md"
-    if not readme.exists():
-        pytest.skip("tests without their checkout")
-    text = readme.read_text(encoding="utf-8")
-    code = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
-    exec(compile(code, "README.md", "exec"), {})
-    printed = [float(x) for x in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
-    uniform = sa.UniformColumns(rank=64).approximate(sa.load_heads("minilm")[5], rng=0)
-    skill = sa.error_report(sa.load_heads("minilm")[5], uniform).skill
-    (line,) = (x for x in text.splitlines() if x.startswith("It prints a relative error of"))
-    error, own, theirs, confidence, low, high = map(float, re.findall(r"-?\d+\.\d+", line))
-    # Three digits are shown, of which the last may be rounded either way.
-    assert printed == pytest.approx([error, own, low, high], abs=2e-3)
-    assert skill == pytest.approx(theirs, abs=2e-3)
-    assert confidence == 0.95
-    assert low < error < high
-    assert own > 0.5

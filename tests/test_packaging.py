@@ -425,24 +425,6 @@ def test_without_other_packages_the_tests_run_but_not_in_ci(checkout: Checkout) 
     assert done.returncode == 0
     assert "run: other packages of attention cannot be had here" in done.stdout
     assert done.stdout.endswith(f"{WHOLE}\n")
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_examples_of_the_readme_run(tmp_path: Path, number: int) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", read("README.md"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
-    assert len(blocks[number].splitlines()) <= 10
-    if "import torch" in blocks[number]:
-        pytest.importorskip("torch")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", blocks[number]],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
     assert done.stdout != ""
 
 

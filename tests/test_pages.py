@@ -128,6 +128,12 @@ def test_pages_have_code() -> None:
     assert sum(len(blocks(read(page))) for page in WITH_CODE) > 30
 
 
+def test_the_readme_has_ten_lines_of_code() -> None:
+    (first,) = blocks(read("README.md"))
+    assert len(first.source.splitlines()) <= 10
+    assert first.printed is not None
+
+
 def test_few_blocks_are_not_run() -> None:
     assert sum(read(page).count("<!-- not run") for page in PAGES) <= 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -37,13 +38,21 @@ def on_heads(found: Data) -> str:
 
 def slack(found: Data) -> str:
     """Return how loose the bound is on the heads."""
-    return "-" if found["slack"] is None else f"{found['slack']:.3g}"
+    return f"{found['slack']:.3g}" if found["slack"] else "-"  # an equality has none
 
 
 def counterexample(found: Data) -> Data | None:
-    """Return the first violation, on an instance if there is one."""
+    """Return the violation that is the farthest beyond its bound, the first of equal ones."""
     every = [x for x in found["instances"] if x["verdict"] == "violated"] + found["violated"]
-    return every[0] if every else None
+    return max(every, key=beyond) if every else None
+
+
+def beyond(case: Data) -> float:
+    """Return how many times its bound an observation is; more than a bound of zero is infinite."""
+    if not case["observed"] or not case["bound"]:
+        return 0.0
+    observed, bound = abs(float(case["observed"])), abs(float(case["bound"]))
+    return observed / bound if bound else math.inf
 
 
 def summary(verdicts: Data) -> str:
@@ -79,7 +88,15 @@ def refuted(verdicts: Data) -> str:
             if case is not None and case["bound"]:
                 seen += f", bound {case['bound']}"
             rows.append([f"`{name}`", plain(claim.title), plain(source(claim.source)), plain(seen)])
-    return table(["claim", "what was said", "source", "counterexample"], rows)
+    return table(["claim", "about", "source", "counterexample"], rows)
+
+
+def instances() -> str:
+    """Return the table of the named instances."""
+    rows = []
+    for name, made in sa.theory.instances().items():
+        rows.append([f"`{name}`", f"{made.m} x {made.n}", plain(made.note)])
+    return table(["instance", "A", "what it is"], rows)
 
 
 def source(text: str) -> str:
@@ -114,7 +131,8 @@ def one(name: str, claim: Any, found: Data) -> str:
         "",
         f"`{code(claim.statement)}`",
         "",
-        f"Source: {plain(source(claim.source))}. Observed: {plain(claim.observes)}.",
+        f"Source: {plain(source(claim.source))}. Observed: {plain(claim.observes)}. "
+        f"Kind: {claim.kind}.",
     ]
     if claim.assumptions:
         lines.append(f"Assumed: {plain('; '.join(claim.assumptions))}.")
@@ -133,7 +151,8 @@ def one(name: str, claim: Any, found: Data) -> str:
         cells = [
             [x["on"], x["verdict"], x["observed"], x["bound"], fails(x)] for x in found["instances"]
         ]
-        lines += ["", table(["instance", "verdict", "observed", "bound", "failures"], cells)]
+        names = ["instance", "verdict", "observed", "bound or value", "failures"]
+        lines += ["", table(names, cells)]
     return "\n".join(lines)
 
 

@@ -38,6 +38,8 @@ class Pages:
             return claims.topic_page(about, self.verdicts)
         if what == "summary":
             return claims.summary(self.verdicts)
+        if what == "instances":
+            return claims.instances()
         if what == "refuted":
             return claims.refuted(self.verdicts)
         if what == "machine":

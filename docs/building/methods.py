@@ -173,7 +173,7 @@ def claims_of(method: sa.Method, verdicts: Data) -> str:
     """Return the table of the claims that are about a method, with what became of them."""
     names = method.traits.claims
     if not names:
-        return "No claim of the library is about this method at its defaults."
+        return "No claim is about what it approximates at its defaults."
     known = sa.theory.claims()
     rows = [
         [
@@ -185,9 +185,12 @@ def claims_of(method: sa.Method, verdicts: Data) -> str:
         ]
         for name in names
     ]
-    return "At its defaults these claims are about it:\n\n" + table(
-        ["claim", "says", "status", "on the bundled heads", "slack"], rows
-    )
+    return (
+        "At its defaults these claims are about it. *derived*: proved in the book; *published*: "
+        "stated by a source and not refuted; *refuted*: there is a counterexample; *vacuous*: not "
+        "violated, and no better than a trivial predictor; *slack*: bound over observation "
+        "([how claims are checked](../validate.md)).\n\n"
+    ) + table(["claim", "says", "status", "on the bundled heads", "slack"], rows)
 
 
 def numbers(name: str, study: Data, times: Data) -> str:
@@ -225,7 +228,8 @@ def numbers(name: str, study: Data, times: Data) -> str:
         parts.append(
             f"{len(study['heads'])} bundled heads, n = {study['n']}, d = {study['d']}, no mask, "
             f"median over {study['seeds']} seeds; time as a share of exact attention, all threads; "
-            f"`{study['command']}`, {machine(study)}."
+            f"`{study['command']}`, {machine(study)}. Keys read are keys, clusters, features "
+            f"or regions that a row reads; what a rank stands for differs between methods."
         )
     else:
         why = study["left_out"].get(name, "it is exact")
@@ -237,8 +241,9 @@ def numbers(name: str, study: Data, times: Data) -> str:
             f"{short(long['one'])} of the time of exact attention on one thread "
             f"[{short(long['one_range'][0])} to {short(long['one_range'][1])}] and "
             f"{short(long['all'])} on {times['threads']}, at an error of {short(long['error'])} "
-            f"[worst {short(long['worst'])}] (`{times['command']}`, same machine). More settings "
-            f"and causal heads are on the page of the [frontier](../frontier.md)."
+            f"[worst {short(long['worst'])}] (`{times['command']}`, same machine; the file is "
+            f"not in the repository: [limitations](../limitations.md)). More settings and causal "
+            f"heads are on the page of the [frontier](../frontier.md)."
         )
     return "\n\n".join(parts)
 

@@ -102,8 +102,9 @@ def check_attention(
     supports : iterable of str, optional
         Of "dv" (d_v != d), "cross" (n_q != n_k), "scale", "causal", "bool_mask", "empty_row",
         "additive_mask", "key_mask", "window", "softcap", "gqa", "sink" and "lse".  None tries all
-        that the convention offers and skips what raises.  Given ones must work, and the others
-        must raise: an option that is taken and ignored is a failure.
+        that the convention offers and skips what raises.  Given ones must work; of the others one
+        that raises is not checked, one that works is noted, and one that is taken and ignored is a
+        failure.
     kind : {"exact", "approx"}
         Outputs of an approximation are reported and not judged; see ``contract``.
     contract : mapping, optional
@@ -124,7 +125,9 @@ def check_attention(
     device : str, optional
         Where tensors of torch are made, "cpu" by default.
     inputs : sequence of (q, k, v), optional
-        Arrays (batch, heads, n, d) that take the place of all cases.
+        Arrays (batch, heads, n, d), whatever the layout of the convention, that take the place of
+        all cases.  They make plain calls: no option, property or matrix is judged, and the report
+        lists the options among those that were not checked.
 
     Returns
     -------
@@ -166,6 +169,11 @@ def check_attention(
             )
     number = _check_tolerance(tolerance)
     if contract is not None:
+        if inputs is not None:
+            raise ValueError(
+                f"contract must be None beside inputs, on which no property is tried, got "
+                f"{contract!r}; leave one out"
+            )
         for probe, claim in contract.items():
             check_choice(probe, "contract", sorted({x.id for x in PROBES}))
             check_choice(claim, "contract", CONTRACTS)
@@ -178,9 +186,16 @@ def check_attention(
     )
     for dtype in names:
         run.candidate.to.floats(np.zeros(1), dtype)  # says what is not installed
+    if inputs is not None:
+        # Given arrays make the plain call, and nothing else is known of the options.
+        options = sorted(wanted - {"lse"})
+        run.skipped |= dict.fromkeys(options, "given inputs make plain calls alone")
     for dtype in names:
         if inputs is not None:
-            run.cases(dtype, list(given_cases(dtype, library.setting, inputs)))
+            given = list(given_cases(dtype, library.setting, inputs))
+            run.cases(dtype, given)
+            if backward is not False:
+                run.gradients(dtype, given)
         else:
             run.cases(dtype, list(make_cases(dtype, library.setting, wanted, seeds)))
             if backward is not False:

@@ -411,7 +411,7 @@ def _pooling(context: Context, *, rank: int = 8) -> Observations:
 
 @claim(
     "linformer.constant_values",
-    title="Constant values come out unchanged if and only if rows of F sum to one",
+    title="Constant values come out unchanged where rows of F sum to one",
     statement="""For V = 1 g^T: Ohat = W (F 1) g^T, so that means of blocks leave it unchanged.""",
     source=DERIVED,
     status="derived",
