@@ -154,7 +154,13 @@ def presets(cls: type[sa.Method]) -> list[str]:
 def glance(name: str, cls: type[sa.Method], method: sa.Method) -> str:
     """Return the table of traits, and how to call it."""
     traits = dataclasses.asdict(method.traits)
-    yes = [text for trait, text in WORDS.items() if traits[trait]]
+    # Without a causal form there are no later keys.
+    traits["autoregressive"] = traits["autoregressive"] or not traits["causal"]
+    yes = [
+        text
+        for trait, text in WORDS.items()
+        if traits[trait] and (trait != "autoregressive" or traits["causal"])
+    ]
     no = [text for trait, text in LIMITS.items() if not traits[trait]]
     call = f"sa.{cls.__name__}({'rank=64' if 'rank' in cls._get_param_names() else ''})"
     rows = [
