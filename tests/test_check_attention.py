@@ -442,7 +442,11 @@ def test_given_inputs_say_nothing_of_options() -> None:
     def blind(q: Any, k: Any, v: Any, causal: bool = False, scale: Any = None) -> Any:
         return sa.attention(q, k, v)
 
-    options = {"convention": "sketchattn", "supports": {"causal", "scale"}, "inputs": [x]}
+    options: dict[str, Any] = {
+        "convention": "sketchattn",
+        "supports": {"causal", "scale"},
+        "inputs": [x],
+    }
     report = check(blind, **options)
     assert_passed(report)
     assert report.supports == ()

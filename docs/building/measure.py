@@ -55,6 +55,13 @@ def known(value: float, digits: int = 4) -> float | None:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
+def at_budget(study: Data, method: str) -> Data | None:
+    """Return the errors of a method at the largest rank of the budget, if there are any."""
+    points: list[Data] = study["methods"].get(method) or study["references"].get(method) or []
+    allowed = [point for point in points if point["rank"] <= study["rank"]]
+    return max(allowed, key=lambda point: float(point["rank"])) if allowed else None
+
+
 # --- the study ----------------------------------------------------------------------------------
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from typing import Any
 
 import sketchattn as sa
 
 from . import claims
+from .measure import Data, at_budget
 from .tables import percent, short, table
-
-Data = dict[str, Any]
 
 # The headings of the hand-written part, in order; the first stands under the title.
 SECTIONS = (
@@ -269,11 +267,9 @@ def pictured(study: Data) -> set[str]:
 
 def failures(name: str, study: Data) -> str:
     """Return which heads are worst, in words, from the study."""
-    points = study["methods"].get(name)
-    if not points:
+    point = at_budget(study, name) if name in study["methods"] else None
+    if point is None:
         return ""
-    ranked = [p for p in points if p["rank"] <= study["rank"]]
-    point = max(ranked, key=lambda p: float(p["rank"]))
     head = point["worst_head"]
     perplexity = study["heads"][head]["perplexity"]
     mean = study["references"]["vmean"][0]["heads"][head]
@@ -307,9 +303,7 @@ def index(study: Data, times: Data, folder: str = "methods/") -> str:
     """Return the table of all methods."""
     rows = []
     for name, cls in sa.methods().items():
-        points = study["methods"].get(name) or study["references"].get(name) or []
-        at = [p for p in points if p["rank"] <= study["rank"]]
-        point = max(at, key=lambda p: float(p["rank"])) if at else None
+        point = at_budget(study, name)
         long = times["methods"].get(name, {})
         rows.append(
             [

@@ -10,7 +10,7 @@ from sketchattn.base.drawing import make_figure, plain_style
 from sketchattn.studies.palette import DASHES, style_of
 from sketchattn.studies.pictures.places import Label, end_labels, place_labels
 
-Data = dict[str, Any]
+from .measure import Data, at_budget
 
 FLOOR, FLAT = "#51606e", "#9aa5b1"
 # How far a line may be above the mean of V before it leaves the picture.
@@ -144,14 +144,10 @@ def method(name: str, data: Data) -> bytes | None:
         by_rank.legend(fontsize=6.5, frameon=False)
         by_time.axvline(1, color=FLAT, linewidth=1, linestyle=":")
         by_time.set_xlabel("time, as a share of exact attention")
-        budget = at_budget(points, data["rank"])
+        budget = at_budget(data, name)
+        assert budget is not None  # ranks begin below it
         heads(by_head, budget, data, style)
         return as_svg(figure)
-
-
-def at_budget(points: list[Data], rank: int) -> Data:
-    """Return the point whose rank comes nearest to the budget from below."""
-    return max((p for p in points if p["rank"] <= rank), key=lambda p: float(p["rank"]))
 
 
 def heads(ax: Any, point: Data, data: Data, style: Any) -> None:

@@ -74,9 +74,7 @@ def rows(study: measure.Data, times: measure.Data) -> str:
     """Return a line a method: what is promised, the cost, errors at one budget, and the time."""
     lines = []
     for name, cls in sa.methods().items():
-        points = study["methods"].get(name) or study["references"].get(name) or []
-        at = [p for p in points if p["rank"] <= study["rank"]]
-        point = max(at, key=lambda p: float(p["rank"])) if at else None
+        point = measure.at_budget(study, name)
         long = times["methods"].get(name, {})
         lines.append(
             [
