@@ -42,11 +42,9 @@ class Pages:
             return claims.instances()
         if what == "refuted":
             return claims.refuted(self.verdicts)
-        if what == "machine":
-            return methods.machine(getattr(self, about))
         if what == "toctree":
-            names = "\n".join(sorted(x.stem for x in (DOCS / about).glob("*.md")))
-            listed = "\n".join(f"{about}/{x}" for x in names.splitlines())
+            names = sorted(path.stem for path in (DOCS / about).glob("*.md"))
+            listed = "\n".join(f"{about}/{name}" for name in names)
             return f"```{{toctree}}\n:maxdepth: 1\n:hidden:\n{listed}\n```"
         raise ValueError(f"a mark of a page must be known, got {name!r}")
 

@@ -152,14 +152,10 @@ def presets(cls: type[sa.Method]) -> list[str]:
 def glance(name: str, cls: type[sa.Method], method: sa.Method) -> str:
     """Return the table of traits, and how to call it."""
     traits = dataclasses.asdict(method.traits)
-    # Without a causal form there are no later keys.
-    traits["autoregressive"] = traits["autoregressive"] or not traits["causal"]
-    yes = [
-        text
-        for trait, text in WORDS.items()
-        if traits[trait] and (trait != "autoregressive" or traits["causal"])
-    ]
-    no = [text for trait, text in LIMITS.items() if not traits[trait]]
+    # Without a causal form there are no later keys to depend on.
+    left = () if traits["causal"] else ("autoregressive",)
+    yes = [text for trait, text in WORDS.items() if traits[trait] and trait not in left]
+    no = [text for trait, text in LIMITS.items() if not traits[trait] and trait not in left]
     call = f"sa.{cls.__name__}({'rank=64' if 'rank' in cls._get_param_names() else ''})"
     rows = [
         ["call", f'`{call}`, or `sa.attention(q, k, v, "{name}", ...)`'],
@@ -240,14 +236,16 @@ def numbers(name: str, study: Data, times: Data) -> str:
         parts.append(f"Not in the study of the bundled heads: {why}.")
     long = times["methods"].get(name, {})
     if "one" in long:
+        given = times["heads"]["of"].endswith((".safetensors", ".npz"))
+        where = "; the file is not in the repository: [limitations](../limitations.md)"
         parts.append(
             f"On {long_heads(times)}, float32, at r = {times['rank']} it takes "
             f"{short(long['one'])} of the time of exact attention on one thread "
             f"[{short(long['one_range'][0])} to {short(long['one_range'][1])}] and "
             f"{short(long['all'])} on {times['threads']}, at an error of {short(long['error'])} "
-            f"[worst {short(long['worst'])}] (`{times['command']}`, same machine; the file is "
-            f"not in the repository: [limitations](../limitations.md)). More settings and causal "
-            f"heads are on the page of the [frontier](../frontier.md)."
+            f"[worst {short(long['worst'])}] (`{times['command']}`, same machine"
+            f"{where if given else ''}). More settings and causal heads are on the page of the "
+            f"[frontier](../frontier.md)."
         )
     return "\n\n".join(parts)
 
@@ -299,7 +297,7 @@ def machine(data: Data) -> str:
     )
 
 
-def index(study: Data, times: Data, folder: str = "methods/") -> str:
+def index(study: Data, times: Data) -> str:
     """Return the table of all methods."""
     rows = []
     for name, cls in sa.methods().items():
@@ -307,7 +305,7 @@ def index(study: Data, times: Data, folder: str = "methods/") -> str:
         long = times["methods"].get(name, {})
         rows.append(
             [
-                f"[{name}]({folder}{name}.md)",
+                f"[{name}](methods/{name}.md)",
                 promise(example(cls)),
                 statuses(example(cls)),
                 short(point["median"]) if point else "-",
