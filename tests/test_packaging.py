@@ -269,7 +269,7 @@ def fake_python(folder: Path) -> Path:
         f'*peers,models]*) [ ! -e "{folder}/no-peers" ] ;;\n'
         f'*"pip install"*) [ ! -e "{folder}/no-index" ] ;;\n'
         f'"-m ruff"*) echo "ran: $*"; [ ! -e "{folder}/no-style" ] ;;\n'
-        '"-m pytest"*|"-m mypy"*|"-m sphinx"*) echo "ran: $*" ;;\n'
+        '"-m pytest"*|"-m mypy"*|"-m sphinx"*|docs/*) echo "ran: $*" ;;\n'
         "esac\n",
         encoding="utf-8",
     )
@@ -377,9 +377,12 @@ def test_docs_are_built_strictly_in_an_environment_of_their_own(checkout: Checko
     done = checkout.run("docs")
     assert done.returncode == 0, done.stderr
     assert checkout.installs() == ["pip>=21.3", "out[docs]"]
-    called = done.stdout.splitlines()[-1]
-    assert called.startswith("ran: -m sphinx --fresh-env --fail-on-warning ")
-    assert called.endswith(" . build/docs")
+    built, looked = done.stdout.splitlines()[-2:]
+    assert built.startswith("ran: -m sphinx --fresh-env --fail-on-warning ")
+    assert built.endswith(" . build/docs")
+    assert looked == "ran: docs/check.py build/docs"
+    again = checkout.run("docs", "--refresh", "study", "readme")
+    assert again.stdout == "ran: docs/refresh.py study readme\n"
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "sketchattn/__init__.py"])
