@@ -203,7 +203,7 @@ def wrong_commands(text: str) -> list[str]:
             source = path.read_text(encoding="utf-8") if path.exists() else ""
             if "_chapter" in source:
                 source += read("theory/_chapter.py")
-            negated = {option.replace("--no-", "--") for option in given}
+            negated = {option.replace("--no-", "--") for option in given - {"--help"}}
             if not path.exists() or not all(f'"{option}"' in source for option in negated):
                 wrong.append(" ".join(words))
     return wrong
