@@ -85,13 +85,11 @@ def dead_links(site: Path) -> list[str]:
 
 def missing_names(site: Path) -> list[str]:
     """Return the public names, methods and claims that the site does not describe."""
+    from building.claims import anchor
+    from building.names import public_names
     from sphinx.util.inventory import InventoryFile
 
     import sketchattn as sa
-
-    sys.path.insert(0, str(ROOT / "docs"))
-    from building.claims import anchor
-    from building.names import public_names
 
     with (site / "objects.inv").open("rb") as file:
         inventory = InventoryFile.loads(file.read(), uri="")

@@ -7,10 +7,10 @@ are the same here and where the files are read as they are.
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+import sketchattn
 
-import sketchattn  # noqa: E402
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # the extension stands beside this file
 
 project = "sketchattn"
 author = "The sketchattn developers"

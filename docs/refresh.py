@@ -21,10 +21,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
+from building import measure, notebooks, readme
 
-from building import measure, notebooks, readme  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def script(*arguments: str) -> None:

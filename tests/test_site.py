@@ -38,7 +38,7 @@ def read(name: str) -> str:
 def test_the_data_has_every_method_and_claim() -> None:
     every = set(sa.methods())
     assert every == {*STUDY["methods"], *STUDY["references"], *STUDY["left_out"]}
-    oracles = {name for name in every if methods.example(sa.methods()[name]).traits.oracle}
+    oracles = {name for name in every if measure.made(sa.methods()[name]).traits.oracle}
     assert set(TIMES["methods"]) == every - oracles - {"exact"}
     assert set(VERDICTS["claims"]) == set(sa.theory.claims())
     assert VERDICTS["unexpected"] == []
@@ -64,7 +64,7 @@ def test_every_method_has_its_page(name: str) -> None:
     page = methods.page(name, text, STUDY, TIMES, VERDICTS)
     assert f"sketchattn.{sa.methods()[name].__name__}" in page
     assert "None" not in re.sub(r"`[^`]*`", "", page.partition("## Parameters")[0])
-    for claim in methods.example(sa.methods()[name]).traits.claims:
+    for claim in measure.made(sa.methods()[name]).traits.claims:
         assert f"`{claim}`" in page
 
 

@@ -10,19 +10,9 @@ from pathlib import Path
 import pytest
 
 import sketchattn as sa
-from sketchattn.theory.engine import registry
-from sketchattn.zoo import base
 
 PAGE = Path(__file__).parent.parent / "docs" / "your-own.md"
 BLOCKS = re.findall(r"```(python|cpp)\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-
-
-@pytest.fixture
-def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the method and the claim of the page afterwards, and nothing that is loaded by it."""
-    registry.claims()
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
 
 
 def test_blocks_are_short() -> None:
@@ -30,7 +20,6 @@ def test_blocks_are_short() -> None:
     assert all(sum(map(bool, text.split("\n"))) <= 15 for _, text in BLOCKS)
 
 
-@pytest.mark.usefixtures("_forgotten")
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

@@ -55,10 +55,15 @@ def known(value: float, digits: int = 4) -> float | None:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
+def points_of(study: Data, method: str) -> list[Data]:
+    """Return the errors of a method or reference by rank, none where it is not in the study."""
+    points: list[Data] = study["methods"].get(method) or study["references"].get(method) or []
+    return points
+
+
 def at_budget(study: Data, method: str) -> Data | None:
     """Return the errors of a method at the largest rank of the budget, if there are any."""
-    points: list[Data] = study["methods"].get(method) or study["references"].get(method) or []
-    allowed = [point for point in points if point["rank"] <= study["rank"]]
+    allowed = [point for point in points_of(study, method) if point["rank"] <= study["rank"]]
     return max(allowed, key=lambda point: float(point["rank"])) if allowed else None
 
 
@@ -149,7 +154,7 @@ def times(path: str | None = None) -> Path:
     heads = list(long_heads(path))
     found: dict[str, Any] = {}
     for name, cls in sa.methods().items():
-        method = made(cls, RANK)
+        method = made(cls)
         if name == "exact" or method.traits.oracle:
             continue
         try:
@@ -204,10 +209,10 @@ def long_heads(path: str | None) -> Iterator[sa.AttentionProblem]:
         yield sa.AttentionProblem(*arrays, scale=x.scale, name=x.name)
 
 
-def made(cls: type[sa.Method], rank: int) -> sa.Method:
-    """Return a method with the rank, if it has one."""
+def made(cls: type[sa.Method]) -> sa.Method:
+    """Return a method at the rank of the budget, if it has one."""
     takes = "rank" in cls._get_param_names()
-    method: sa.Method = cls(**({"rank": rank} if takes else {}))
+    method: sa.Method = cls(**({"rank": RANK} if takes else {}))
     return method
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 import sketchattn as sa
 
 from . import claims
-from .measure import Data, at_budget
+from .measure import Data, at_budget, made, points_of
 from .tables import percent, short, table
 
 # The headings of the hand-written part, in order; the first stands under the title.
@@ -123,7 +123,7 @@ def page(name: str, text: str, study: Data, times: Data, verdicts: Data) -> str:
     """Return the whole page of a method."""
     title, idea, sections = parse(text)
     cls = sa.methods()[name]
-    method = example(cls)
+    method = made(cls)
     return TEMPLATE.format(
         **sections,
         title=title,
@@ -134,13 +134,6 @@ def page(name: str, text: str, study: Data, times: Data, verdicts: Data) -> str:
         failures=failures(name, study),
         parameters=f"```{{eval-rst}}\n.. autoclass:: sketchattn.{cls.__name__}\n   :no-index:\n```",
     )
-
-
-def example(cls: type[sa.Method]) -> sa.Method:
-    """Return a method with a rank, if it has one, for what depends on its parameters."""
-    takes = "rank" in cls._get_param_names()
-    method: sa.Method = cls(**({"rank": 16} if takes else {}))
-    return method
 
 
 def presets(cls: type[sa.Method]) -> list[str]:
@@ -195,7 +188,7 @@ def claims_of(method: sa.Method, verdicts: Data) -> str:
 
 def numbers(name: str, study: Data, times: Data) -> str:
     """Return the picture with its caption, and the table of errors at every rank."""
-    points = study["methods"].get(name) or study["references"].get(name)
+    points = points_of(study, name)
     parts = []
     if name in pictured(study):
         parts.append(
@@ -306,8 +299,8 @@ def index(study: Data, times: Data) -> str:
         rows.append(
             [
                 f"[{name}](methods/{name}.md)",
-                promise(example(cls)),
-                statuses(example(cls)),
+                promise(made(cls)),
+                statuses(made(cls)),
                 short(point["median"]) if point else "-",
                 short(point["worst"]) if point else "-",
                 short(long.get("one")),

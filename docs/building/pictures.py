@@ -10,7 +10,7 @@ from sketchattn.base.drawing import make_figure, plain_style
 from sketchattn.studies.palette import DASHES, style_of
 from sketchattn.studies.pictures.places import Label, end_labels, place_labels
 
-from .measure import Data, at_budget
+from .measure import Data, at_budget, points_of
 
 FLOOR, FLAT = "#51606e", "#9aa5b1"
 # How far a line may be above the mean of V before it leaves the picture.
@@ -117,8 +117,8 @@ def references(ax: Any, data: Data, names: list[Label] | None = None) -> None:
 
 def method(name: str, data: Data) -> bytes | None:
     """Draw a method: error against rank, against time, and head by head; None without numbers."""
-    points = data["methods"].get(name) or data["references"].get(name)
-    if not points or len(points) < 2:
+    points = points_of(data, name)
+    if len(points) < 2:
         return None
     style = style_of(name, list(sa.methods()))
     look = {"color": style.colour, "marker": style.marker, "markersize": 5, "linewidth": 1.6}

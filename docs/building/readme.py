@@ -75,12 +75,13 @@ def rows(study: measure.Data, times: measure.Data) -> str:
     lines = []
     for name, cls in sa.methods().items():
         point = measure.at_budget(study, name)
+        method = measure.made(cls)
         long = times["methods"].get(name, {})
         lines.append(
             [
                 f"[{name}](docs/methods/{name}.md)",
-                methods.promise(methods.example(cls)),
-                methods.statuses(methods.example(cls)),
+                methods.promise(method),
+                methods.statuses(method),
                 percent(point["work"]) if point else "-",
                 f"{short(point['median'])} [{short(point['worst'])}]" if point else "-",
                 f"{short(long['error'])} [{short(long['worst'])}]" if "one" in long else "-",
