@@ -34,7 +34,8 @@ class Registered:
     A plugin, since a hook or a fixture of this file would not reach examples in ``sketchattn/``.
     """
 
-    known: tuple[dict[str, Any], ...] = ()
+    def __init__(self) -> None:
+        self.known: list[dict[str, Any]] = []
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self) -> Iterator[None]:
@@ -47,7 +48,7 @@ class Registered:
 
             for everything in (sa.methods, sa.sketches.sketches, sa.theory.claims):
                 everything()  # imports what registers itself
-            self.known = (methods._REGISTRY, sketches._REGISTRY, claims._ENTRIES)
+            self.known = [methods._REGISTRY, sketches._REGISTRY, claims._ENTRIES]
         before = [dict(names) for names in self.known]
         result = yield
         for names, earlier in zip(self.known, before, strict=True):
