@@ -598,7 +598,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 row |= {f"rival_{x}": best[x] for x in ("share", "share_one", "error", "worst")}
                 row |= {"least_worst": worst["worst"], "least_worst_rival": named(worst)}
                 middle, last = word(row["ratio"]), word(row["ratio_worst"])
-                row["verdict"] = middle if middle == last else f"{middle}, worst head {last}"
+                row["verdict"] = middle if middle == last else f"{middle} (worst head {last})"
                 if any(x["role"] == "exact" for x in rivals):
                     row["verdict"] = "loses"  # to what has no error, in no more time
                 factor = TARGETS[bool(own["rotary"] or own["causal"])]

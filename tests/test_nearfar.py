@@ -91,11 +91,12 @@ def sight(problem: sa.AttentionProblem, form: dict[str, Any]) -> list[dict[str, 
     if form.get("regions") == "all":
         return [{"own": [], "clusters": list(range(-(-n * C // B)))}] * problem.n_q
     count = n // B * C + rest
-    if n != problem.n_q:
+    if problem.n_q != problem.n_k:
         return [{"own": [], "clusters": list(range(count))}] * problem.n_q
     found = []
-    for i in range(n):
-        b = i // B
+    for i in range(problem.n_q):
+        # The last kept key up to its own, or the first.
+        b = max(int((problem.kept_keys <= i).sum()) - 1, 0) // B
         mine = range(b * C, min(b * C + C, count))
         own = list(range(b * B, min(b * B + B, n)))
         found.append({"own": own, "clusters": [c for c in range(count) if c not in mine]})
@@ -583,22 +584,114 @@ def test_heads_with_mass_near_their_own_position_have_blocks() -> None:
         assert bool(ahat._own().any()) == own
 
 
+GIVEN: list[dict[str, Any]] = [
+    {"tau": 0}, {"preset": "fast"}, {"tau": 0, "levels": 2}, {"tau": 0, "near": 2},
+]  # fmt: skip
+
+
 def test_the_rank_bounds_clusters_and_near_keys() -> None:
     problem = make_problem(512, 512, d=4)
     for causal in (False, True):
         head = changed(problem) if not causal else sa.AttentionProblem(
             problem.q, problem.k, problem.values, causal=True
         )  # fmt: skip
-        for rank in (8, 32, 64, 128, 256):
-            method = sa.NearFar(rank=rank, tau=0)
-            ahat = matrix(method, head)
-            assert ahat.clusters.count <= rank
-            sizes = np.diff(ahat.moments.starts)
-            # Clusters differ in size: what a budget holds is their mean.
-            assert ahat.clusters.count + ahat.most * sizes.mean() <= rank + sizes.mean()
-            assert ahat.effective_rank is not None
-    assert regions.within_rank(4096, 256, regions.Sizes(256, 8, 16), False, None) == (256, 8, 4)
-    assert regions.within_rank(64, 4, regions.Sizes(32, 8, 16), False, None) == (32, 1, 0)
+        for rank in (1, 8, 32, 40, 64, 126, 128, 256, 512):
+            for given in GIVEN:
+                ahat = matrix(sa.NearFar(rank=rank, **given), head)
+                # Clusters differ in size: of each row what it reads counts.
+                sizes = np.append(np.diff(ahat.moments.starts), 0)
+                near = sizes[ahat.near].sum(axis=1)
+                assert ahat.clusters.count + near.max(initial=0) <= rank
+                assert ahat.effective_rank is not None
+                assert ahat.effective_rank <= rank
+                if given == {"tau": 0} and not causal:
+                    assert ahat.effective_rank >= 0.7 * min(rank, 256)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_near_keys_within_a_rank_are_those_of_the_largest_clusters_that_fit(causal: bool) -> None:
+    problem = make_problem(256, 256, causal=causal)
+    ahat = matrix(sa.NearFar(rank=64, block=64, clusters=4, tau=0), problem)
+    free = matrix(sa.NearFar(block=64, clusters=4, near=99, tau=0), problem)
+    sizes = np.diff(ahat.moments.starts)
+    # Masses of clusters, as a matrix without near keys has them.
+    alone = NearFarAttention(problem, ahat.clusters, ahat.layout, 0, 0.0).to_dense()
+    masses = np.stack([alone[:, ahat.clusters.labels == c].sum(axis=1) for c in range(16)], axis=1)
+    fewer = 0
+    for i in range(256):
+        # All candidates, by the mass that the matrix gives a cluster beside others.
+        left, wanted = 64 - 16, set()
+        seen = [int(c) for c in free.near[i] if c >= 0]
+        for c in sorted(seen, key=lambda c: -masses[i, c])[: ahat.most]:
+            if sizes[c] <= left:
+                wanted.add(int(c))
+                left -= sizes[c]
+        assert {int(c) for c in ahat.near[i] if c >= 0} == wanted
+        fewer += len(wanted) < min(ahat.most, len(seen))
+    assert fewer > 50  # the budget did decide
+
+
+def test_what_a_rank_is_spent_on() -> None:
+    def spent(n: int, rank: int, near: int | None = None, blocks: bool = True) -> Any:
+        sizes = regions.Sizes(min(256, n), 8, 16)
+        return tuple(regions.within_rank(n, rank, sizes, (False, False), near, blocks))
+
+    # Half for clusters where the other half holds two of them.
+    assert spent(4096, 256) == (256, 8, 8, 128)
+    assert spent(4096, 128) == (256, 8, 0, 0)
+    assert spent(4096, 128, near=0) == (256, 8, 0, 0)
+    assert spent(4096, 40) == (256, 2, 2, 8)
+    assert spent(4096, 10) == (410, 1, 0, 0)
+    assert spent(4096, 40, blocks=False) == (4096, 40, 0, 0)
+
+
+@pytest.mark.parametrize("given", [{"block": 16}, {"block": 64, "clusters": 8}])
+def test_clusters_that_do_not_fit_into_a_rank_are_refused(given: dict[str, Any]) -> None:
+    problem = make_problem(256, 256)
+    least = 16 if given == {"block": 16} else 32
+    sa.NearFar(rank=least, **given).approximate(problem)
+    with pytest.raises(ValueError, match=f"rank must be at least {least}, the number of clusters"):
+        sa.NearFar(rank=least - 1, **given).approximate(problem)
+
+
+@pytest.mark.parametrize("options", [{"regions": "blocks"}, {}, {"levels": 2}])
+def test_a_row_owns_the_block_of_its_own_key_where_others_are_hidden(
+    options: dict[str, Any],
+) -> None:
+    rng = np.random.default_rng(0)
+    n, d = 256, 8
+    angle = 0.3 * np.arange(n)[:, None] * 10.0 ** -np.arange(4)
+    near = 4 * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    v = rng.standard_normal((n, d))
+    mask = rng.random(n) < 0.8
+    mask[[0, 1, n - 1]] = False
+    problem = sa.AttentionProblem(near, near, v, scale=1.0, key_mask=mask)
+    ahat = matrix(sa.NearFar(block=32, clusters=4, near=0, **options), problem)
+    place = np.maximum(np.cumsum(mask) - 1, 0)
+    kept = np.flatnonzero(mask)
+    dense = ahat.to_dense()
+    true = problem.exact.to_dense()
+    for i in range(n):
+        own = kept[place[i] // 32 * 32 : place[i] // 32 * 32 + 32]
+        # Own keys are read one by one: their weights differ as the exact ones do.
+        shares = dense[i, own] / true[i, own]
+        assert np.allclose(shares, shares[0], rtol=1e-6, atol=0)
+    error = np.linalg.norm(ahat @ v - problem.output) / np.linalg.norm(problem.output)
+    whole = sa.AttentionProblem(near, near, v, scale=1.0)
+    other = matrix(sa.NearFar(block=32, clusters=4, near=0, **options), whole)
+    assert error < 2 * np.linalg.norm(other @ v - whole.output) / np.linalg.norm(whole.output)
+
+
+def test_rows_of_long_heads_sum_to_one_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    n = 200_000
+    q, k = (rng.standard_normal((m, 2)).astype(np.float32) for m in (3, n))
+    problem = sa.AttentionProblem(q, k, np.ones((n, 1), np.float32))
+    for levels in (1, 2):
+        ahat = matrix(sa.NearFar(near=n, tau=0, block=4096, levels=levels), problem)
+        # Every weight has a rounding or two, and the sum is formed in float64.
+        sums = ahat.rows(np.arange(3)).sum(axis=1, dtype=np.float64)
+        assert np.abs(sums - 1).max() < 4 * np.finfo(np.float32).eps
 
 
 @pytest.mark.parametrize("preset", ["accurate", "fast"])

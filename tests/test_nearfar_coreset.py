@@ -275,13 +275,15 @@ def test_draws_are_replayed() -> None:
 def test_a_rank_is_pivots_and_near_keys() -> None:
     problem = make_problem(512, 512)
     cases: list[tuple[int, dict[str, Any], int, int]] = [
-        (64, {}, 32, 2), (65, {}, 33, 2), (1, {}, 1, 0), (64, {"pivots": 10}, 10, 3),
-        (64, {"near": 1}, 32, 1), (64, {"near": 99}, 32, 2), (512, {}, 256, 16),
+        (64, {}, 32, 4), (65, {}, 33, 4), (1, {}, 1, 0), (64, {"pivots": 10}, 10, 8),
+        (64, {"near": 1}, 32, 1), (64, {"near": 99}, 32, 4), (512, {}, 256, 32),
     ]  # fmt: skip
     for rank, given, pivots, near in cases:
         method = sa.NearFar(rank, far="coreset", block=64, clusters=4, **given)
         ahat = matrix(method, problem)
         assert (len(ahat.pivots), ahat.most) == (pivots, near)
+        sizes = np.append(np.diff(ahat.moments.starts), 0)
+        assert pivots + sizes[ahat.near].sum(axis=1).max(initial=0) <= rank
     ahat = matrix(sa.NearFar(far="coreset"), problem)
     assert len(ahat.pivots) == 512 // nearfar.A_PIVOT
     assert ahat.most == nearfar.CORESET_NEAR

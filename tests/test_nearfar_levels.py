@@ -89,10 +89,11 @@ def sight(ahat: TwoLevelAttention, all_keys: bool) -> list[dict[str, Any]]:
                 "own": list(range(block * B, stop)), "clusters": clusters(start, block),
                 "coarse": coarse(0, start),
             })  # fmt: skip
-        elif all_keys or problem.n_q != n:
+        elif all_keys or problem.n_q != problem.n_k:
             found.append({"own": [], "clusters": [], "coarse": every})
         else:
-            block = i // B
+            # The last kept key up to its own, or the first.
+            block = max(int((problem.kept_keys <= i).sum()) - 1, 0) // B
             start = block // F * F
             beside = [c for c in clusters(start, start + F) if c not in clusters(block, block + 1)]
             mine = coarse(start, start + F)

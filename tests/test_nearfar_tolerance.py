@@ -406,10 +406,12 @@ WRONG_DRAWS: list[tuple[dict[str, Any], type[Exception], str]] = [
      "3; use method.draw(problem, rng)"),
     ({"rows": np.arange(12) + 1}, ValueError, "rows must be 12 different queries that see a key, "
      "got 12; use method.draw(problem, rng)"),
-    ({"times": np.zeros((2, 12))}, ValueError, "times must be positive numbers of shape (2, 12), "
-     "got float64 of shape (2, 12); use method.draw(problem, rng)"),
-    ({"times": np.ones(12)}, ValueError, "times must be positive numbers of shape (2, 12), got "
-     "float64 of shape (12,); use method.draw(problem, rng)"),
+    ({"times": np.zeros((2, 12))}, ValueError, "times must be positive, finite numbers of shape "
+     "(2, 12), got float64 of shape (2, 12); use method.draw(problem, rng)"),
+    ({"times": np.full((2, 12), np.inf)}, ValueError, "times must be positive, finite numbers of "
+     "shape (2, 12), got float64 of shape (2, 12); use method.draw(problem, rng)"),
+    ({"times": np.ones(12)}, ValueError, "times must be positive, finite numbers of shape (2, 12), "
+     "got float64 of shape (12,); use method.draw(problem, rng)"),
 ]  # fmt: skip
 
 
@@ -526,7 +528,7 @@ def test_some_rows_are_those_of_all(
     index = np.sort(index)
     for mode in ("blocks", "all"):
         method = sa.NearFar(block=16, clusters=4, regions=mode)
-        made, near, tau = method._plan(problem)
+        made, near, tau, _ = method._plan(problem)
         assert isinstance(made, Regions)
         clusters, rows = made
         k, v = (kept_rows(problem, x) for x in (problem.k, problem.values))

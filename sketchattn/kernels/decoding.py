@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import LANES, kernel, row_products, take
-from .nearfar import _choose, _log_masses, _scaled
+from .nearfar import _choose, _log_masses, _scaled, _within
 from .softmax import exp2, row_maximum
 
 Array = NDArray[Any]
@@ -114,13 +114,14 @@ def exact_rows(
 def nearfar_rows(
     turn: Array, q: Array, stops: Array, keys: Array, values: Array, place: Array, held: int,
     starts: Array, far: Array, terms: Array, means: Array, block: int, per: int, factor: float,
-    most: int, tau: float, out: Array,
+    most: int, tau: float, room: int, out: Array,
 ) -> None:  # fmt: skip
     """``out_i (w,)``: rows that see the keys with ``place < stops[i]`` of ``held`` ones.
 
     ``block`` keys have ``per`` clusters, cluster c the keys ``starts[c] : starts[c + 1]``;
     ``terms (3 + h, .)`` are radius, frozen, bits and bounds of slopes, ``means (1 + h, ., w)`` mean
-    values and their slopes.  All are 0, and bits -inf, beyond the clusters.
+    values and their slopes.  All are 0, and bits -inf, beyond the clusters.  A row reads ``most``
+    clusters at most, of ``room`` keys together.
     """
     d, h = q.shape[1], far.shape[1] - 2
     dtype = q.dtype
@@ -137,6 +138,7 @@ def nearfar_rows(
     best = np.empty(most, dtype)
     order = np.empty(most, np.int64)
     chosen = np.empty(most, np.int32)
+    taken = np.empty(most, np.int64)
     own_buffer = np.empty(min(block, held), dtype)
     for _ in range(q.shape[0]):
         i = take(turn)
@@ -174,6 +176,9 @@ def nearfar_rows(
             near, members = 0, 0
             if most > 0:
                 near = _choose(g, u[0], top, total, threshold, best, order, chosen)
+                if room < held:
+                    order[:] = chosen
+                    near = _within(g, starts, room, order, chosen, taken)
             for a in range(near):
                 c = chosen[a]
                 g[c] = lowest

@@ -557,6 +557,38 @@ def _choose(
 
 
 @kernel()
+def _within(
+    g: Array, starts: Array, room: int, place: Array, chosen: Array, taken: Array
+) -> int:
+    """Leave in ``chosen`` what a budget of ``room`` keys allows, and return how many clusters.
+
+    Those of largest mass ``g[place]`` come first; one that has more keys than are left is skipped.
+    ``place`` and ``taken`` are of the length of ``chosen``, whose order is kept.
+    """
+    found = 0
+    while found < chosen.size and chosen[found] >= 0:
+        taken[found] = 0
+        found += 1
+    for _ in range(found):
+        best = -1
+        for y in range(found):
+            if taken[y] == 0 and (best < 0 or g[place[y]] > g[place[best]]):
+                best = y
+        m = starts[chosen[best] + 1] - starts[chosen[best]]
+        taken[best] = 1 if m <= room else -1
+        room -= m if m <= room else 0
+    kept = 0
+    for y in range(found):
+        if taken[y] > 0:
+            chosen[kept] = chosen[y]
+            place[kept] = place[y]
+            kept += 1
+    for y in range(kept, found):
+        chosen[y] = -1
+    return kept
+
+
+@kernel()
 def _scaled(q: Array, factor: Any, x: Array, squares: Array, norms: Array) -> None:
     """``x = factor q``, its squares and its norms, of a tile; x may have more columns."""
     for i in range(q.shape[0]):
@@ -640,12 +672,13 @@ def attend(
     turn: Array, q: Array, k: Array, v: Array, stops: Array, tiles: Array, items: Array,
     factor: float, kt: Array, starts: Array, wide: Array, kappa: Array, half: Array, rho: Array,
     frozen: Array, bits: Array, p: Array, bound: Array, ordered: Array, vbar: Array,
-    beta: Array, tau: float, limit: float, choose: bool, near: Array, top: Array, total: Array,
-    out: Array,
+    beta: Array, tau: float, room: int, limit: float, choose: bool, near: Array, top: Array,
+    total: Array, out: Array,
 ) -> None:  # fmt: skip
     """``out (n_q, w)``, the largest logit ``top`` that rows refer to, and ``total`` beside it.
 
-    ``near (n_q, most)`` int32 is written if ``choose``, and read otherwise: clusters, then -1.
+    ``near (n_q, most)`` int32 is written if ``choose``, and read otherwise: clusters of at most
+    ``room`` keys together, then -1.
     Logits of near keys may exceed ``top`` by ``limit``, which is far from an overflow; those that
     do move it.
     """
@@ -677,6 +710,7 @@ def attend(
     weight_buffer = np.empty(LIST * members, dtype)
     best = np.empty(most, dtype)
     place = np.empty(most, np.int64)
+    taken = np.empty(most, np.int64)
     lowest = dtype.type(-np.inf)
     zero = dtype.type(0.0)
     two = dtype.type(2.0)
@@ -752,6 +786,9 @@ def attend(
                 chosen = near[i0 + r]
                 if choose and most > 0:
                     _choose(s[r], u[r], top[i0 + r], total[i0 + r], threshold, best, place, chosen)
+                    if room < k.shape[0]:
+                        place[:] = chosen
+                        _within(s[r], starts, room, place, chosen, taken)
                 for y in range(most):
                     c = chosen[y]
                     if c < 0:
@@ -981,11 +1018,12 @@ def dense_rows(
             high = g[c] if g[c] > high else high
         if high == lowest:
             continue
-        sums = zero
+        # One by one in float32 a long row would lose digits.
+        sums = 0.0
         for j in range(own_low, own_high):
             e = exp2(dtype.type(line[j] - high))
             line[j] = e
-            sums += e
+            sums += np.float64(e)
         for a in range(most):
             c = near[i, a]
             if c < 0:
@@ -993,12 +1031,12 @@ def dense_rows(
             for j in range(starts[c], starts[c + 1]):
                 e = exp2(dtype.type(line[members[j]] - high))
                 line[members[j]] = e
-                sums += e
+                sums += np.float64(e)
         for c in range(end):
             e = exp2(dtype.type(g[c] - high))
             g[c] = e
-            sums += e
-        inverse = one / sums
+            sums += np.float64(e)
+        inverse = dtype.type(1.0 / sums)
         for j in range(own_low, own_high):
             line[j] *= inverse
         for a in range(most):

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import add_product, kernel, row_products, take
-from .nearfar import LIST, _choose, _log_masses, _scaled
+from .nearfar import LIST, _choose, _log_masses, _scaled, _within
 from .softmax import LN2, exp2, row_maximum
 
 Array = NDArray[Any]
@@ -94,17 +94,18 @@ def _chosen_by_weight(
 def attend_coreset(
     turn: Array, q: Array, tiles: Array, items: Array, factor: float, pivots: Array, sizes: Array,
     masses: Array, table: Array, whole: Array, kt: Array, starts: Array, wide: Array, kappa: Array,
-    half: Array, rho: Array, frozen: Array, bits: Array, ordered: Array, tau: float, limit: float,
-    small: float, choose: bool, decide: bool, near: Array, top: Array, total: Array, out: Array,
+    half: Array, rho: Array, frozen: Array, bits: Array, ordered: Array, tau: float, room: int,
+    limit: float, small: float, choose: bool, decide: bool, near: Array, top: Array, total: Array,
+    out: Array,
 ) -> None:  # fmt: skip
     """``out (n_q, w)``, the largest logit ``top`` that rows refer to, and ``total`` beside it.
 
     ``ordered (N, w)`` are values by clusters, ``whole (r', w)`` their sums by W, and
     ``table (R, r', w)`` less those of each cluster; ``masses (R + 1, r')`` are sums of W in each
     cluster and in all, ``sizes (r')`` of their absolute values.  ``near`` is written if ``choose``,
-    ``total`` if ``decide``, and they are read otherwise.  A row whose normaliser is at most
-    ``small`` of its absolute terms, or half of what was read exactly, has the total 0, and no use
-    of its output.
+    clusters of at most ``room`` keys together, ``total`` if ``decide``; they are read otherwise.
+    A row whose normaliser is at most ``small`` of its absolute terms, or half of what was read
+    exactly, has the total 0, and no use of its output.
     """
     d, width, count = q.shape[1], out.shape[1], starts.size - 1
     most, columns, size = near.shape[1], kappa.shape[1], pivots.shape[1]
@@ -134,6 +135,7 @@ def attend_coreset(
     weight_buffer = np.empty(LIST * members, dtype)
     best = np.empty(most, dtype)
     place = np.empty(most, np.int64)
+    taken = np.empty(most, np.int64)
     zero, one = dtype.type(0.0), dtype.type(1.0)
     threshold = dtype.type(tau)
     for _ in range(items.size - 1):
@@ -180,6 +182,9 @@ def attend_coreset(
                         s[r], u[r], bits, top[i0 + r], normalizer, threshold, weight, best, place,
                         near[i0 + r],
                     )  # fmt: skip
+                    if room < starts[count]:
+                        place[:] = near[i0 + r]
+                        _within(weight, starts, room, place, near[i0 + r], taken)
             for i in range(i0, i1):
                 for y in range(most):
                     c = near[i, y]

@@ -29,7 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import LANES, kernel, row_products, take
-from .nearfar import LIST, OWN, _choose, _fold, _log_masses, _scaled, _transposed, fold_near
+from .nearfar import (
+    LIST,
+    OWN,
+    _choose,
+    _fold,
+    _log_masses,
+    _scaled,
+    _transposed,
+    _within,
+    fold_near,
+)
 from .softmax import exp2
 
 Array = NDArray[Any]
@@ -128,14 +138,15 @@ def attend_levels(
     part: int, factor: float, kt: Array, starts: Array, wide: Array, table: Array, coarse: Array,
     kids: Array, first: Array, wide_of: Array, tables: Array, place: Array, ordered: Array,
     vbar: Array, beta: Array, vkids: Array, beta_kids: Array, vcoarse: Array, tau: float,
-    limit: float, choose: bool, refined: Array, near: Array, top: Array, total: Array, out: Array,
+    room: int, limit: float, choose: bool, refined: Array, near: Array, top: Array, total: Array,
+    out: Array,
 ) -> None:  # fmt: skip
     """``out (n_q, w)``, the largest logit ``top`` that rows refer to, and ``total`` beside it.
 
     ``refined`` and ``near``, int32, have a row of each row: coarse clusters, ascending, and
     clusters, then -1.  They are written if ``choose``, and read otherwise; arrays without rows say
-    that they are not to be kept.  Rows choose ``part`` at a time, or a tile more.  ``limit`` is
-    that of `attend`.
+    that they are not to be kept.  Rows choose ``part`` at a time, or a tile more.  ``room`` and
+    ``limit`` are those of `attend`.
     """
     d, width, count, h = q.shape[1], v.shape[1], starts.size - 1, beta.shape[0]
     height, many, groups = table.shape[0], refined.shape[1], first.size - 1
@@ -180,6 +191,7 @@ def attend_levels(
     lines = np.arange(max(tallest, LIST))
     best = np.empty(max(most, many), dtype)
     places = np.empty(max(most, many), np.int64)
+    taken = np.empty(most, np.int64)
     lowest = dtype.type(-np.inf)
     zero = dtype.type(0.0)
     threshold = dtype.type(tau)
@@ -370,6 +382,8 @@ def attend_levels(
                             chosen[y] = _cluster_at(
                                 chosen[y], low, direct_cols, refs[i], wide_of, first, kids
                             )
+                        if room < k.shape[0]:
+                            _within(g, starts, room, places, chosen, taken)
                     else:
                         for y in range(most):
                             if chosen[y] < 0:
@@ -625,20 +639,20 @@ def visit_levels(
                 largest = g[c] if g[c] > largest else largest
             if largest == lowest:
                 continue
-            sums = zero
+            sums = 0.0
             for j in range(own_high - own_low):
                 own[j] = exp2(dtype.type(own[j] - largest))
-                sums += own[j]
+                sums += np.float64(own[j])
             for j in range(read):
                 logits[j] = exp2(dtype.type(logits[j] - largest))
-                sums += logits[j]
+                sums += np.float64(logits[j])
             for c in range(end):
                 a[c] = exp2(dtype.type(a[c] - largest))
-                sums += a[c]
+                sums += np.float64(a[c])
             for c in range(seen):
                 g[c] = exp2(dtype.type(g[c] - largest))
-                sums += g[c]
-            inverse = one / sums
+                sums += np.float64(g[c])
+            inverse = dtype.type(1.0 / sums)
             for j in range(own_high - own_low):
                 own[j] *= inverse
             for j in range(read):

@@ -232,6 +232,8 @@ class NearFarAttention(AttentionOperator):
         What share times variance keeps a candidate.
     near : int32 array (n_q, most), optional
         The choice of an operator in another precision: clusters, then -1.
+    room : int, optional
+        Keys of these clusters that a row may read; None: all.
 
     Attributes
     ----------
@@ -263,6 +265,7 @@ class NearFarAttention(AttentionOperator):
         most: int,
         tau: float,
         near: Array | None = None,
+        room: int | None = None,
     ) -> None:
         super().__init__((problem.n_q, problem.n_k), problem.dtype, None)
         self.problem, self.clusters, self.layout = problem, clusters, rows
@@ -271,7 +274,7 @@ class NearFarAttention(AttentionOperator):
         self.k = kept_rows(problem, problem.arrays.k)
         self.moments = clusters.moments(self.k)
         nothing = np.empty((len(self.k), 0), self.dtype)
-        made = solve(problem, self.k, nothing, self.moments, rows, most, tau, near)
+        made = solve(problem, self.k, nothing, self.moments, rows, most, tau, near, room)
         self.near = made.near
         self._settle(made)
 
@@ -492,10 +495,11 @@ def solve(
     most: int,
     tau: float,
     near: Array | None = None,
+    room: int | None = None,
 ) -> Solved:
     """Return ``Ahat X`` with the clusters that rows choose, or with those of ``near``.
 
-    ``k (N, d)`` and ``x (N, w)`` are rows of kept keys.
+    ``k (N, d)`` and ``x (N, w)`` are rows of kept keys; arguments are those of `NearFarAttention`.
     """
     q, dtype, n_q = problem.arrays.q, problem.dtype, problem.n_q
     h, r, d = len(m.z), len(m.starts) - 1, q.shape[1]
@@ -520,7 +524,7 @@ def solve(
             attend, q, k, part, rows.stops, rows.tiles, rows.items, float(problem.scale * LOG2E),
             m.kt, m.starts, m.wide, m.kappa, m.half, m.rho, m.frozen, m.bits, m.p, m.bound, ordered,
             vbar,
-            beta, tau, limit, choose, chosen, top, total, target,
+            beta, tau, len(k) if room is None else room, limit, choose, chosen, top, total, target,
             work=(own + 2 * far + listed) * (0.5 + PRODUCT * (d + piece)),
         )  # fmt: skip
         choose = False

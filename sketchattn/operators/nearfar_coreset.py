@@ -118,6 +118,8 @@ class CoresetNearFarAttention(AttentionOperator):
         Near clusters of a row at most.
     tau : float
         What share times variance keeps a candidate.
+    room : int, optional
+        Keys of near clusters that a row may read; None: all.
     chosen : (int32 array (n_q, most), bool array (n_q,)), optional
         The choice of an operator in another precision, and which of its rows have moments.
 
@@ -155,6 +157,7 @@ class CoresetNearFarAttention(AttentionOperator):
         rows: Rows,
         most: int,
         tau: float,
+        room: int | None = None,
         chosen: tuple[Array, Array] | None = None,
     ) -> None:
         super().__init__((problem.n_q, problem.n_k), problem.dtype, None)
@@ -166,7 +169,9 @@ class CoresetNearFarAttention(AttentionOperator):
         self.coreset = coreset_of(self.k, pivots, weights, self.moments)
         nothing = np.empty((len(self.k), 0), self.dtype)
         near = None if chosen is None else chosen[0]
-        made = solve_coreset(problem, nothing, self.moments, self.coreset, rows, most, tau, near)
+        made = solve_coreset(
+            problem, nothing, self.moments, self.coreset, rows, most, tau, near, room=room
+        )
         self.near, self.top, self.total = made.near, made.top, made.total
         if chosen is not None:
             self.total[chosen[1]] = 0
@@ -207,7 +212,7 @@ class CoresetNearFarAttention(AttentionOperator):
         other[self.others] = True
         return CoresetNearFarAttention(
             self.problem.astype(np.float64), self.pivots, self.weights, self.clusters, self.layout,
-            self.most, self.tau, (self.near, other),
+            self.most, self.tau, chosen=(self.near, other),
         )  # fmt: skip
 
     def _matmat(self, x: Array) -> Array:
@@ -274,7 +279,7 @@ class CoresetNearFarAttention(AttentionOperator):
 
 def attend_once(
     problem: Head, x: Array, pivots: Array, weights: Array, clusters: Clusters, rows: Rows,
-    most: int, tau: float,
+    most: int, tau: float, room: int | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Return ``Ahat X`` and the log-normalisers; no operator is held.
 
@@ -283,7 +288,7 @@ def attend_once(
     k = kept_rows(problem, problem.arrays.k)
     m = clusters.moments(k)
     core = coreset_of(k, pivots, weights, m)
-    out, near, top, total = solve_coreset(problem, x, m, core, rows, most, tau)
+    out, near, top, total = solve_coreset(problem, x, m, core, rows, most, tau, room=room)
     lse = log_sums(top, total)
     others = np.flatnonzero(~(total > 0))
     rest = rest_of(problem, k, clusters, rows, most, tau, near, others)
@@ -316,6 +321,7 @@ def solve_coreset(
     tau: float,
     near: Array | None = None,
     total: Array | None = None,
+    room: int | None = None,
 ) -> Solved:
     """Return ``Ahat X`` with the clusters that rows choose, or with those of ``near``.
 
@@ -350,8 +356,8 @@ def solve_coreset(
         deal(
             attend_coreset, q, rows.tiles, rows.items, float(problem.scale * LOG2E), core.pivots,
             core.sizes, core.masses, table, whole, m.kt, m.starts, m.wide, m.kappa, m.half, m.rho,
-            m.frozen, m.bits, ordered, tau, limit, small, choose, decide, chosen, top, total,
-            target,
+            m.frozen, m.bits, ordered, tau, n if room is None else room, limit, small, choose,
+            decide, chosen, top, total, target,
             work=n_q * (size + r + most * n / max(r, 1)) * (0.5 + PRODUCT * (d + piece)),
         )  # fmt: skip
         if decide:

@@ -217,6 +217,7 @@ class TwoLevelAttention(NearFarAttention):
         most: int,
         tau: float,
         chosen: tuple[Array, Array] | None = None,
+        room: int | None = None,
     ) -> None:
         AttentionOperator.__init__(self, (problem.n_q, problem.n_k), problem.dtype, None)
         self.problem, self.clusters, self.groups, self.layout = problem, clusters, groups, rows
@@ -230,12 +231,12 @@ class TwoLevelAttention(NearFarAttention):
             chosen = _room(problem.n_q, groups.most), _room(problem.n_q, most)
         self.refined, self.near = chosen
         nothing = np.empty((len(self.k), 0), self.dtype)
-        self._settle(self._solve(nothing, choose))
+        self._settle(self._solve(nothing, choose, room))
 
-    def _solve(self, x: Array, choose: bool) -> Solved:
+    def _solve(self, x: Array, choose: bool, room: int | None = None) -> Solved:
         return solve_levels(
             self.problem, self.k, x, self.moments, self.levels, self.layout, self.tau,
-            (self.refined, self.near), choose,
+            (self.refined, self.near), choose, room,
         )  # fmt: skip
 
     @property
@@ -375,6 +376,7 @@ def solve_levels(
     tau: float,
     chosen: tuple[Array, Array],
     choose: bool,
+    room: int | None = None,
 ) -> Solved:
     """Return ``Ahat X`` with the clusters that rows choose, or with those of ``chosen``.
 
@@ -411,7 +413,7 @@ def solve_levels(
             PART, float(problem.scale * LOG2E), m.kt, m.starts, m.wide,
             levels.table, levels.coarse, levels.kids, levels.first, levels.wide, levels.tables,
             levels.place, ordered, vbar, beta, vkids, np.ascontiguousarray(beta[:, levels.kids]),
-            vcoarse, tau, limit, choose,
+            vcoarse, tau, len(k) if room is None else room, limit, choose,
             refined, near, top, total, target,
             work=seen * (0.5 + PRODUCT * (d + piece)),
         )  # fmt: skip

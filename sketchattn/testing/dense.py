@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Product = Callable[[Array, Array], Array]
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,28 @@ class Parts:
     empty_row: str
 
 
-def scaled_logits(p: Parts) -> Array:
+def in_sequence(a: Array, b: Array, stride: int = 1) -> Array:
+    """Return ``a b`` with sums one after the other, as ``np.matmul`` does not have them.
+
+    Every ``stride``-th term comes first, then those beside them; a negative one begins at the end.
+    """
+    total = np.zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
+    terms = np.arange(a.shape[-1])[:: 1 if stride > 0 else -1]
+    for t in np.concatenate([terms[start :: abs(stride)] for start in range(abs(stride))]):
+        total += a[..., t, None] * b[..., None, t, :]
+    return total
+
+
+def scaled_logits(p: Parts, multiply: Product = np.matmul) -> Array:
     """Return ``scale Q K^T``, without softcap and bias."""
-    products: Array = p.q @ np.swapaxes(p.k, -1, -2)
+    products: Array = multiply(p.q, np.swapaxes(p.k, -1, -2))
     products *= products.dtype.type(p.scale)
     return products
 
 
-def logits(p: Parts) -> Array:
+def logits(p: Parts, multiply: Product = np.matmul) -> Array:
     """Return the logits as they enter the softmax, hidden ones included."""
-    x = scaled_logits(p)
+    x = scaled_logits(p, multiply)
     if p.softcap:
         cap = x.dtype.type(p.softcap)
         x = cap * np.tanh(x / cap)

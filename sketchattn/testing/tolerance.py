@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dense import Parts, combine, logits, softmax, weights
+from .dense import Parts, Product, combine, in_sequence, logits, softmax, weights
 from .inputs import ROUNDOFF, Case, rounded
 
 Array = NDArray[Any]
@@ -103,16 +103,9 @@ def low_logits(p: Parts, dtype: str, where: str) -> Array:
     return x if p.bias is None else rounded(x + p.bias, dtype)
 
 
-def in_sequence(p: Parts) -> Array:
+def online(p: Parts) -> Array:
     """Return the output in float32 with sums one after the other, and the division at the end."""
-    x = np.zeros(p.seen.shape, np.float32)
-    for t in range(p.q.shape[-1]):
-        x += p.q[..., :, t, None] * p.k[..., None, :, t]
-    x *= np.float32(p.scale)
-    if p.softcap:
-        x = np.float32(p.softcap) * np.tanh(x / np.float32(p.softcap))
-    if p.bias is not None:
-        x = x + p.bias
+    x = logits(p, in_sequence)
     shown = np.where(p.seen, x, np.float32(-np.inf))
     top = shown.max(axis=-1, keepdims=True, initial=-np.inf)
     if p.sink is not None:
@@ -130,19 +123,16 @@ def in_sequence(p: Parts) -> Array:
     return combine(np.zeros_like(x), p) + out
 
 
-def base_two(p: Parts) -> Array:
-    """Return the output in float32 with ``exp(x)`` as ``exp2(x log2(e))``, as many kernels have it.
+def base_two(p: Parts, multiply: Product = np.matmul) -> Array:
+    """Return the logits in float32 times log2(e): many kernels have ``exp2`` for ``exp``.
 
     The factor goes into the scale, and that on q, so that logits that were exact are rounded and
     those that were equal are not.
     """
     factor = np.log2(math.e)
     if p.softcap or p.bias is not None:
-        x = logits(p) * np.float32(factor)
-    else:
-        x = (np.float32(p.scale * factor) * p.q) @ np.swapaxes(p.k, -1, -2)
-    sink = None if p.sink is None else p.sink * np.float32(factor)
-    return combine(softmax(x, p.seen, sink, np.exp2), p)
+        return logits(p, multiply) * np.float32(factor)
+    return multiply(np.float32(p.scale * factor) * p.q, np.swapaxes(p.k, -1, -2))
 
 
 def baselines(case: Case) -> Iterator[Array]:
@@ -154,8 +144,9 @@ def baselines(case: Case) -> Iterator[Array]:
         a = rounded(softmax(low_logits(p, case.dtype, where), p.seen, p.sink), case.dtype)
         yield rounded(combine(a, p), case.dtype)
     if case.dtype == "float32":
-        yield in_sequence(p)
-        yield base_two(p)
+        yield online(p)
+        sink = None if p.sink is None else p.sink * np.float32(np.log2(math.e))
+        yield combine(softmax(base_two(p), p.seen, sink, np.exp2), p)
 
 
 def spread(p: Parts, dtype: str) -> Array:

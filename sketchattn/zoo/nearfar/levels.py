@@ -11,7 +11,7 @@ from ...base.head import Head
 from ...kernels.clustering import nearest_centers
 from ...operators.nearfar import Clusters, Rows, kept_rows
 from ...operators.nearfar_levels import Groups, rows_in_levels
-from .regions import SAMPLE, SAMPLED, Sizes, clustered, in_metric
+from .regions import SAMPLE, SAMPLED, Sizes, clustered, in_metric, own_positions
 
 Array = NDArray[Any]
 
@@ -77,7 +77,7 @@ def levels_in_blocks(
     block directly, causal rows those before it, and all of another superblock as coarse clusters.
     Rows without a block see nothing directly.
     """
-    (b, c, _), k = sizes, kept_rows(problem, problem.arrays.k)
+    (b, c), k = sizes[:2], kept_rows(problem, problem.arrays.k)
     n, n_q, f = len(k), problem.n_q, coarse.blocks
     blocks = -(-n // b)
     starts = np.minimum(np.arange(blocks + 1) * b, n)
@@ -110,8 +110,8 @@ def levels_in_blocks(
         seen[:, 4:6] = first[:, None]
         seen[:, 6] = ends[above]
         kind = mine
-    elif n_q == n:
-        kind = np.arange(n) // b
+    elif n_q == problem.n_k:
+        kind = own_positions(problem) // b
         own = np.arange(blocks)
         above = own // f
         seen = np.zeros((blocks, 9), np.int64)

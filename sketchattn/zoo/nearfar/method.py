@@ -44,6 +44,7 @@ from .regions import (
     metric_root,
     of_all_keys,
     own_share,
+    spent,
     within_rank,
 )
 from .state import STEP_CLUSTERS, STEP_NEAR, STEP_TAU, NearFarState
@@ -126,6 +127,7 @@ class Plan(NamedTuple):
     regions: Regions | TwoLevels
     near: int
     tau: float
+    room: int | None
 
 
 class Table(NamedTuple):
@@ -161,17 +163,20 @@ class NearFar(Method):
     Parameters
     ----------
     rank : int, optional
-        Budget of clusters and near keys of a row, own keys not counted, in 1..n_k: half of it at
-        most is for clusters, what is left for near keys.  Fewer are read where tau says so; their
-        mean is ``effective_rank``.  None: no budget.
+        Budget of clusters and near keys of a row, own keys not counted, in 1..n_k: no row has more
+        of both together.  All of it is for clusters below ``sqrt(8 n_k)``, from there on half, and
+        what is left for near keys: the clusters of largest mass that fit.  Fewer are read where tau
+        says so; the mean of what is used is ``effective_rank``.  None: no budget.
     block : int, optional
-        Keys B of a block, at least 1.  None: the power of two up to ``4 sqrt(n_k)``.
+        Keys B of a block, at least 1.  None: the power of two up to ``4 sqrt(n_k)``, and more
+        where a rank asks for it.
     clusters : int, optional
-        Clusters C of a block, at least 1; of all n_k keys ``n_k C / B``.  None: 8.
+        Clusters C of a block, at least 1; of all n_k keys ``n_k C / B``, which a rank must hold.
+        None: 8, and fewer where a rank asks for it.
     near : int, optional
-        Clusters p that a row may read key by key: those of largest mass.  None: what the rank
-        leaves; without one 12 for clusters of all keys, 16 for blocks of causal rows, 24 for those
-        of others, and 32 from 16384 keys on.
+        Clusters p that a row may read key by key: those of largest mass.  None: as many as the rank
+        has room for; without one 12 for clusters of all keys, 16 for blocks of causal rows, 24 for
+        those of others, and 32 from 16384 keys on.
     tau : float, optional
         Of these, the clusters are read whose share times ``sigma^2`` is at least tau; 0: all.
         None: 0.01, and 0.015 for blocks of rows that are not causal.
@@ -225,8 +230,8 @@ class NearFar(Method):
     Ours, without a paper; relatives are treecodes, and Combiner with learned regions.  Nothing is
     drawn without a tolerance or a coreset.  Blocks are clustered one by one, from the farthest keys
     and with four steps of Lloyd, so that no causal row depends on later keys; its block is that of
-    the last key that it sees.  Rows that are not causal own the block of their position, if there
-    is one query for each kept key.
+    the last key that it sees.  Rows that are not causal own the block of their own key if n_q is
+    n_k, and that of the last kept key before it where it is hidden.
     Exact where rows may choose all that they see and tau is 0, where n_k is at most B with a mask
     of order, and where keys are equal inside each cluster.
 
@@ -242,10 +247,11 @@ class NearFar(Method):
     ``Zhat_i ohat_i = sum_s e_is (W V)_s + sum_{c near} [sum_{j in c} exp(L_ij) v_j - sum_s e_is
     (W_c V_c)_s]``, ``e_is = exp(L_is)``, and Zhat_i is the same with V = 1.  Near clusters, of all
     keys, are the p of largest mean weight ``exp(g_ic) / m_c``, by moments, of which tau keeps those
-    whose share of Zhat_i before asks for it; near is 4 by default and tau 0.  Rows sum to one;
-    entries may be negative, as those of W.  A row whose Zhat_i would be at most 1e-12 of its
-    absolute terms (or their rounding), or half of the mass that it reads key by key, and one whose
-    logits are too large for one normaliser in several products, has moments for its far clusters.
+    whose share of Zhat_i before asks for it; near is 4 by default and tau 0.  Rows sum to one, up
+    to the rounding of their absolute terms; entries may be negative, as those of W.  A row whose
+    Zhat_i would be at most 1e-12 of its absolute terms (or their rounding), or half of the mass
+    that it reads key by key, and one whose logits are too large for one normaliser in several
+    products, has moments for its far clusters.
     Exact where all clusters are near, WildCat without any.  A rank is pivots and near keys.  A draw
     holds ``pivots``, as that of `WildCat` with as many.
 
@@ -440,6 +446,10 @@ class NearFar(Method):
                 f"stand for all keys, got {problem.causal!r}; take far='moments'"
             )
         super()._check_for(problem, keys)
+        if self.rank is not None and self.far == "moments" and self.block is not None and keys:
+            block = min(int(self.block), keys)
+            clusters = min(CLUSTERS if self.clusters is None else int(self.clusters), block)
+            self._within_rank(keys, Sizes(block, clusters, 0), bool(problem.causal))
 
     # --- a coreset ------------------------------------------------------------------------
 
@@ -454,10 +464,10 @@ class NearFar(Method):
 
     def _coreset(self, problem: AttentionProblem, draw: Draw) -> tuple[Any, ...]:
         """Return what an operator with pivots is made of: those, clusters, rows and choices."""
-        regions, near, tau = self._plan(problem)
+        regions, near, tau, room = self._plan(problem)
         assert isinstance(regions, Regions)
         pivots, weights = self._wildcat(problem)._weighted(problem, draw)
-        return pivots, weights, *regions, near, tau
+        return pivots, weights, *regions, near, tau, room
 
     # --- a tolerance ----------------------------------------------------------------------
 
@@ -515,7 +525,8 @@ class NearFar(Method):
         """Return clusters, what rows see of them, and what they may choose."""
         layout = self._layout(problem)
         regions = self._regions(problem, layout)
-        return Plan(regions, min(layout.sizes.near, regions.clusters.count), layout.tau)
+        sizes = layout.sizes
+        return Plan(regions, min(sizes.near, regions.clusters.count), layout.tau, sizes.room)
 
     def _table(self, problem: AttentionProblem) -> Table:
         """Return the same with kept keys and their moments."""
@@ -535,12 +546,11 @@ class NearFar(Method):
             block = min(default_block(n) if self.block is None else int(self.block), n)
             clusters = min(CLUSTERS if c.clusters is None else int(c.clusters), block)
         sizes = Sizes(block, clusters, NEAR if c.near is None else int(c.near))
+        blocks = not coreset and self._in_blocks(problem, sizes.block)
         if coreset:
             sizes = self._sizes_beside(n, sizes)
         elif self.rank is not None:
-            fixed = self.block is not None or c.clusters is not None
-            sizes = within_rank(n, int(self.rank), sizes, fixed, c.near)
-        blocks = not coreset and self._in_blocks(problem, sizes.block)
+            sizes = self._within_rank(n, sizes, blocks)
         near, tau = default_choice(problem, blocks, two)
         if coreset:
             near, tau = CORESET_NEAR, CORESET_TAU
@@ -572,20 +582,24 @@ class NearFar(Method):
         return of_all_keys(problem, count, root, layout.directions, second)
 
     def _sizes_beside(self, n: int, sizes: Sizes) -> Sizes:
-        """Return sizes with near clusters of mean size within what the pivots leave of a rank."""
+        """Return sizes with near keys within what the pivots leave of a rank."""
         if self.rank is None:
             return sizes
-        room = int((int(self.rank) - self._pivots(n)) * sizes.clusters / sizes.block)
-        given = self.choices.near
-        return sizes._replace(near=room if given is None else min(int(given), room))
+        return spent(n, int(self.rank), sizes, self.choices.near, self._pivots(n))
+
+    def _within_rank(self, n: int, sizes: Sizes, blocks: bool) -> Sizes:
+        """Return sizes for n kept keys within the rank; presets give way to it."""
+        assert self.rank is not None
+        fixed = self.block is not None, self.clusters is not None
+        return within_rank(n, int(self.rank), sizes, fixed, self.choices.near, blocks)
 
     def _in_blocks(self, problem: AttentionProblem, block: int) -> bool:
         """Say whether clusters are those of blocks, for which a causal row has no choice."""
         if problem.causal or self.regions != "auto":
             return bool(problem.causal) or self.regions == "blocks"
-        if problem.n_q != len(problem.kept_keys):
+        if problem.n_q != problem.n_k:
             return False
-        equal = block / problem.n_q
+        equal = block / len(problem.kept_keys)
         return own_share(problem, block) >= equal + LOCAL * (1 - equal)
 
     def _state(self, problem: AttentionProblem, length: int) -> DecodingState:
@@ -604,8 +618,7 @@ class NearFar(Method):
         clusters = min(clusters if c.clusters is None else int(c.clusters), block)
         sizes = Sizes(block, clusters, near if c.near is None else int(c.near))
         if self.rank is not None:
-            fixed = given or c.clusters is not None
-            sizes = within_rank(length, int(self.rank), sizes, fixed, c.near)
+            sizes = self._within_rank(length, sizes, True)
         directions = 0 if self.first_order is None else min(int(self.first_order), problem.d)
         tau = tau if c.tau is None else float(c.tau)
         return NearFarState(problem, sizes, tau, directions, self.second_order == "frozen")
@@ -666,10 +679,10 @@ class NearFar(Method):
         """Return the matrix of a problem with a key that is kept."""
         if self.far == "coreset":
             return CoresetNearFarAttention(problem, *self._coreset(problem, draw))
-        regions, near, tau = self._plan(problem)
+        regions, near, tau, room = self._plan(problem)
         if isinstance(regions, TwoLevels):
-            return TwoLevelAttention(problem, *regions, near, tau)
-        return NearFarAttention(problem, *regions, near, tau)
+            return TwoLevelAttention(problem, *regions, near, tau, room=room)
+        return NearFarAttention(problem, *regions, near, tau, room=room)
 
 
 def same_keys(one: AttentionProblem, other: AttentionProblem) -> bool:
@@ -687,10 +700,10 @@ def same_keys(one: AttentionProblem, other: AttentionProblem) -> bool:
 
 def solved(problem: AttentionProblem, values: Array, table: Table) -> Solved:
     """Return the product with the values of kept keys; what rows choose is not kept."""
-    (regions, near, tau), k, m = table
+    (regions, near, tau, room), k, m = table
     if not isinstance(regions, TwoLevels):
-        return solve(problem, k, values, m, regions.rows, near, tau)
+        return solve(problem, k, values, m, regions.rows, near, tau, room=room)
     clusters, groups, rows = regions
     levels = levels_of(m, groups, clusters.second_order)
     chosen = np.empty((0, groups.most), np.int32), np.empty((0, near), np.int32)
-    return solve_levels(problem, k, values, m, levels, rows, tau, chosen, choose=True)
+    return solve_levels(problem, k, values, m, levels, rows, tau, chosen, choose=True, room=room)

@@ -25,11 +25,22 @@ SAMPLE, SAMPLED = 4, 512
 
 
 class Sizes(NamedTuple):
-    """Say how many keys a block has, how many clusters, and how many of them rows may choose."""
+    """Hold what a budget is spent on.
+
+    Attributes
+    ----------
+    block, clusters : int
+        Keys B of a block, and its clusters C.
+    near : int
+        Clusters that a row may read key by key.
+    room : int or None
+        How many keys these may have together; None: any number.
+    """
 
     block: int
     clusters: int
     near: int
+    room: int | None = None
 
 
 def default_block(n: int) -> int:
@@ -44,19 +55,52 @@ def default_block(n: int) -> int:
     return size
 
 
-def within_rank(n: int, rank: int, sizes: Sizes, fixed: bool, near: int | None) -> Sizes:
-    """Return sizes with ``n C/B`` clusters and ``p B/C`` keys of near ones below a rank.
+def most_clusters(n: int, rank: int, near: int | None) -> int:
+    """Return how many of ``rank`` slots clusters of n keys may take: half, or all.
 
-    Half of the rank at most is for clusters, unless ``fixed``; the rest is for keys.
+    With half of them for ``2 n / rank`` keys each, the other half holds two clusters of mean size
+    if ``rank^2 >= 8 n``; fewer near keys are worth less than as many clusters.
     """
-    block, clusters, _ = sizes
-    most = max(1, rank // 2)
-    if not fixed and n * clusters > most * block:
-        clusters = max(1, most * block // n)
-        block = max(block, -(-n // most)) if n > most * block else block
+    return rank if near == 0 or rank * rank < 8 * n else rank // 2
+
+
+def within_rank(
+    n: int, rank: int, sizes: Sizes, fixed: tuple[bool, bool], near: int | None, blocks: bool
+) -> Sizes:
+    """Return sizes with which clusters and near keys of a row are ``rank`` at most.
+
+    ``fixed`` says whether block and clusters are given, ``near`` is a number of near clusters that
+    is.  Clusters of all keys have no ``blocks``: any number of them can be made.
+    """
+    block, clusters = sizes[:2]
+    most = most_clusters(n, rank, near)
+    if not any(fixed) and not blocks:
+        block, clusters = n, min(most, -(-n * clusters // block))
+    elif n * clusters > most * block and not all(fixed):
+        if fixed[0]:
+            clusters = max(1, most * block // n)
+        else:
+            clusters = clusters if fixed[1] else max(1, most * block // n)
+            block = max(block, -(-n * clusters // most))
+    return spent(n, rank, Sizes(block, clusters, 0), near)
+
+
+def spent(
+    n: int, rank: int, sizes: Sizes, near: int | None, pivots: int | None = None
+) -> Sizes:
+    """Return the same block and clusters with near keys for what these, or pivots, leave."""
+    block, clusters = sizes[:2]
     regions = -(-n * clusters // block)
-    room = max(0, int((rank - regions) * clusters / block))
-    return Sizes(block, clusters, room if near is None else min(near, room))
+    if pivots is None and regions > rank:
+        raise ValueError(
+            f"rank must be at least {regions}, the number of clusters that block={block} and "
+            f"clusters={clusters} make of {n} keys, got {rank}; raise it or leave out block and "
+            f"clusters"
+        )
+    room = rank - (regions if pivots is None else pivots)
+    # Some clusters are smaller than the mean: as many again are looked at.
+    candidates = min(2 * -(-room * clusters // block), regions)
+    return Sizes(block, clusters, candidates if near is None else min(near, candidates), room)
 
 
 def metric_root(problem: Head) -> Array:
@@ -75,17 +119,28 @@ def metric_root(problem: Head) -> Array:
     return root
 
 
+def own_positions(problem: Head) -> Array:
+    """Return among the kept keys the position (n_q,) of the own key of each row; n_q is n_k.
+
+    That of a row whose own key is hidden is the last kept one before it, or else the first.
+    """
+    if problem.key_mask is None:
+        return np.arange(problem.n_q)
+    place: Array = np.maximum(np.cumsum(problem.key_mask) - 1, 0)
+    return place
+
+
 def own_share(problem: Head, block: int) -> float:
     """Return the share of its block of keys in a row of A, mean over a few rows."""
-    n = problem.n_q
+    k, place = kept_rows(problem, problem.arrays.k), own_positions(problem)
+    n = len(k)
     # Steps of the golden ratio: even ones would stand at the same place in all blocks.
-    rows = (np.arange(min(RULE_ROWS, n)) * GOLDEN % 1.0 * n).astype(np.int64)
+    rows = (np.arange(min(RULE_ROWS, problem.n_q)) * GOLDEN % 1.0 * problem.n_q).astype(np.int64)
     q = problem.dtype.type(problem.scale) * problem.q[rows]
-    k = kept_rows(problem, problem.arrays.k)
     share, step = 0.0, max(1, ENTRIES // n)
     for i in range(0, len(rows), step):
         weights = row_softmax(product(q[i : i + step], k.T))
-        own = (rows[i : i + step] // block * block)[:, None] + np.arange(block)
+        own = (place[rows[i : i + step]] // block * block)[:, None] + np.arange(block)
         inside = np.take_along_axis(weights, np.minimum(own, n - 1), axis=1)
         share += float(inside.sum(where=own < n))
     return share / len(rows)
@@ -104,10 +159,9 @@ def in_blocks(
     """Cut the kept keys into blocks, and cluster each.
 
     Causal rows own the keys from the block of the last one that they see, and see the blocks
-    before; other rows own the block of their position if each has a key of its own, and see all
-    other blocks.
+    before; other rows own the block of their own key if n_q is n_k, and see all other blocks.
     """
-    (b, c, _), k = sizes, kept_rows(problem, problem.arrays.k)
+    (b, c), k = sizes[:2], kept_rows(problem, problem.arrays.k)
     n, n_q = len(k), problem.n_q
     skip = None
     if problem.causal:
@@ -119,8 +173,8 @@ def in_blocks(
         full, rest = divmod(n, b)
         first = np.minimum(np.arange(full + 1) * c, full * c)
         ends = np.full(n_q, full * c + (-(-rest * c // b) if rest else 0))
-        if n_q == n:
-            block = np.arange(n) // b
+        if n_q == problem.n_k:
+            block = own_positions(problem) // b
             own, stops = block * b, np.minimum(block * b + b, n)
             first = np.append(first, ends[:1])
             skip = np.stack([first[block], first[block + 1]], axis=1)

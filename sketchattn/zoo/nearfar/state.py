@@ -30,7 +30,7 @@ class NearFarState(DecodingState):
     ----------
     problem : AttentionProblem
     sizes : Sizes
-        Keys of a block, its clusters, and how many a row may read key by key.
+        Keys of a block, its clusters, and how many a row may read key by key, of how many keys.
     tau : float
     directions : int
         Of the first-order correction.
@@ -66,7 +66,7 @@ class NearFarState(DecodingState):
 
     def _cluster(self, done: int, full: int) -> None:
         """Cluster the blocks ``done .. full - 1``, and sort their keys."""
-        block, per, _ = self.sizes
+        block, per = self.sizes[:2]
         low, high, count = done * block, full * block, (full - done) * per
         k, v, dtype = self._keys[low:high], self._values[low:high], self.dtype
         blocks = np.arange(full - done + 1)
@@ -97,10 +97,11 @@ class NearFarState(DecodingState):
         if not abs(self.scale) * self.d * most <= self._limit:
             for _ in self._wide_logits(q, stops, self._place[: self._held]):
                 pass  # what it refuses no kernel can tell from a key that is hidden
-        block, per, near = self.sizes
+        block, per, near, room = self.sizes
         read = block + 2 * self._held // block * per + near * block // per
         deal_without_blas(
             nearfar_rows, q, stops, self._keys, self._values, self._place, self._held,
             self._starts, self._far, self._terms, self._means, block, per,
-            float(self.scale * LOG2E), near, self.tau, out, work=len(q) * self._work(read),
+            float(self.scale * LOG2E), near, self.tau, self._held if room is None else room, out,
+            work=len(q) * self._work(read),
         )  # fmt: skip

@@ -185,9 +185,10 @@ def check_rows(problem: AttentionProblem, draw: Mapping[str, Any]) -> Draw:
             f"method.draw(problem, rng)"
         )
     shape = (ATTEMPTS, problem.n_q)
-    if times.dtype.kind != "f" or times.shape != shape or not (times > 0).all():
+    usable = times.dtype.kind == "f" and bool(((times > 0) & np.isfinite(times)).all())
+    if not usable or times.shape != shape:
         raise ValueError(
-            f"times must be positive numbers of shape {shape}, got {times.dtype} of shape "
+            f"times must be positive, finite numbers of shape {shape}, got {times.dtype} of shape "
             f"{times.shape}; use method.draw(problem, rng)"
         )
     return Draw(rows=rows.astype(np.int64), times=times.astype(np.float64))
