@@ -716,8 +716,8 @@ def summary(
     lines += losses(shown)
     if short:
         ranked = [x for x in found if x not in shown]
-        counts = [f"{sum(x['verdict'] == w for x in ranked)} {w}" for w in words(ranked)]
-        lines += ["", f"With a rank ({len(ranked)} settings): {', '.join(counts)}."]
+        counts = [f"{w} {sum(x['verdict'] == w for x in ranked)}" for w in words(ranked)]
+        lines += ["", f"With a rank, of {len(ranked)} settings: {', '.join(counts)}."]
     lines += ["", *left_lines(rows, short)]
     others = [x for x in about["others"].values() if not math.isnan(x)]
     busy = f"{max(others):.2f}" if others else "unknown"
