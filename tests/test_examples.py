@@ -319,7 +319,7 @@ def test_verdicts_compare_with_the_best_in_no_more_time() -> None:
     assert module.verdicts(rows)[0]["verdict"] == "loses"
     rows[3] |= {"error": 0.02, "worst": 0.3, "share_one": 0.4}
     rows[0] |= {"error": 0.0795, "worst": 0.9}
-    assert module.verdicts(rows)[0]["verdict"] == "ties, worst head loses"
+    assert module.verdicts(rows)[0]["verdict"] == "ties (worst head loses)"
 
 
 @pytest.mark.parametrize("fault", ["slow", "wrong"])

@@ -478,8 +478,10 @@ def test_masked_keys_might_as_well_not_exist(case: MethodCase, dtype: Any) -> No
     dense = made.to_dense()
     size = np.abs(expected.to_dense()).max()
     # Products of other shapes may be summed in another order.  The projection of Linformer belongs
-    # to positions: with fewer of them it is another draw.
-    if case.name != "linformer":
+    # to positions: with fewer of them it is another draw; and so do own blocks of NearFar: where
+    # n_q is not n_k no row has one.
+    own_blocks = case.name == "nearfar" and case.options.get("regions") == "blocks"
+    if case.name != "linformer" and not own_blocks:
         assert np.abs(dense[:, mask] - expected.to_dense()).max() <= rounding(problem) * size
     assert not dense[:, ~mask].any()
     poisoned = sa.AttentionProblem(

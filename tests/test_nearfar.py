@@ -586,6 +586,7 @@ def test_heads_with_mass_near_their_own_position_have_blocks() -> None:
 
 GIVEN: list[dict[str, Any]] = [
     {"tau": 0}, {"preset": "fast"}, {"tau": 0, "levels": 2}, {"tau": 0, "near": 2},
+    {"tau": 0, "block": 4, "clusters": 2},
 ]  # fmt: skip
 
 
@@ -634,7 +635,7 @@ def test_near_keys_within_a_rank_are_those_of_the_largest_clusters_that_fit(caus
 def test_what_a_rank_is_spent_on() -> None:
     def spent(n: int, rank: int, near: int | None = None, blocks: bool = True) -> Any:
         sizes = regions.Sizes(min(256, n), 8, 16)
-        return tuple(regions.within_rank(n, rank, sizes, (False, False), near, blocks))
+        return tuple(regions.within_rank(n, rank, sizes, near, blocks))
 
     # Half for clusters where the other half holds two of them.
     assert spent(4096, 256) == (256, 8, 8, 128)
@@ -643,15 +644,6 @@ def test_what_a_rank_is_spent_on() -> None:
     assert spent(4096, 40) == (256, 2, 2, 8)
     assert spent(4096, 10) == (410, 1, 0, 0)
     assert spent(4096, 40, blocks=False) == (4096, 40, 0, 0)
-
-
-@pytest.mark.parametrize("given", [{"block": 16}, {"block": 64, "clusters": 8}])
-def test_clusters_that_do_not_fit_into_a_rank_are_refused(given: dict[str, Any]) -> None:
-    problem = make_problem(256, 256)
-    least = 16 if given == {"block": 16} else 32
-    sa.NearFar(rank=least, **given).approximate(problem)
-    with pytest.raises(ValueError, match=f"rank must be at least {least}, the number of clusters"):
-        sa.NearFar(rank=least - 1, **given).approximate(problem)
 
 
 @pytest.mark.parametrize("options", [{"regions": "blocks"}, {}, {"levels": 2}])

@@ -168,11 +168,11 @@ class NearFar(Method):
         what is left for near keys: the clusters of largest mass that fit.  Fewer are read where tau
         says so; the mean of what is used is ``effective_rank``.  None: no budget.
     block : int, optional
-        Keys B of a block, at least 1.  None: the power of two up to ``4 sqrt(n_k)``, and more
-        where a rank asks for it.
+        Keys B of a block, at least 1; more where a rank asks for it.  None: the power of two up to
+        ``4 sqrt(n_k)``.
     clusters : int, optional
-        Clusters C of a block, at least 1; of all n_k keys ``n_k C / B``, which a rank must hold.
-        None: 8, and fewer where a rank asks for it.
+        Clusters C of a block, at least 1; of all n_k keys ``n_k C / B``; fewer where a rank asks
+        for it.  None: 8.
     near : int, optional
         Clusters p that a row may read key by key: those of largest mass.  None: as many as the rank
         has room for; without one 12 for clusters of all keys, 16 for blocks of causal rows, 24 for
@@ -446,10 +446,6 @@ class NearFar(Method):
                 f"stand for all keys, got {problem.causal!r}; take far='moments'"
             )
         super()._check_for(problem, keys)
-        if self.rank is not None and self.far == "moments" and self.block is not None and keys:
-            block = min(int(self.block), keys)
-            clusters = min(CLUSTERS if self.clusters is None else int(self.clusters), block)
-            self._within_rank(keys, Sizes(block, clusters, 0), bool(problem.causal))
 
     # --- a coreset ------------------------------------------------------------------------
 
@@ -550,7 +546,7 @@ class NearFar(Method):
         if coreset:
             sizes = self._sizes_beside(n, sizes)
         elif self.rank is not None:
-            sizes = self._within_rank(n, sizes, blocks)
+            sizes = within_rank(n, int(self.rank), sizes, c.near, blocks)
         near, tau = default_choice(problem, blocks, two)
         if coreset:
             near, tau = CORESET_NEAR, CORESET_TAU
@@ -585,13 +581,7 @@ class NearFar(Method):
         """Return sizes with near keys within what the pivots leave of a rank."""
         if self.rank is None:
             return sizes
-        return spent(n, int(self.rank), sizes, self.choices.near, self._pivots(n))
-
-    def _within_rank(self, n: int, sizes: Sizes, blocks: bool) -> Sizes:
-        """Return sizes for n kept keys within the rank; presets give way to it."""
-        assert self.rank is not None
-        fixed = self.block is not None, self.clusters is not None
-        return within_rank(n, int(self.rank), sizes, fixed, self.choices.near, blocks)
+        return spent(sizes, n, int(self.rank) - self._pivots(n), self.choices.near)
 
     def _in_blocks(self, problem: AttentionProblem, block: int) -> bool:
         """Say whether clusters are those of blocks, for which a causal row has no choice."""
@@ -618,7 +608,7 @@ class NearFar(Method):
         clusters = min(clusters if c.clusters is None else int(c.clusters), block)
         sizes = Sizes(block, clusters, near if c.near is None else int(c.near))
         if self.rank is not None:
-            sizes = self._within_rank(length, sizes, True)
+            sizes = within_rank(length, int(self.rank), sizes, c.near, True)
         directions = 0 if self.first_order is None else min(int(self.first_order), problem.d)
         tau = tau if c.tau is None else float(c.tau)
         return NearFarState(problem, sizes, tau, directions, self.second_order == "frozen")

@@ -64,42 +64,28 @@ def most_clusters(n: int, rank: int, near: int | None) -> int:
     return rank if near == 0 or rank * rank < 8 * n else rank // 2
 
 
-def within_rank(
-    n: int, rank: int, sizes: Sizes, fixed: tuple[bool, bool], near: int | None, blocks: bool
-) -> Sizes:
+def within_rank(n: int, rank: int, sizes: Sizes, near: int | None, blocks: bool) -> Sizes:
     """Return sizes with which clusters and near keys of a row are ``rank`` at most.
 
-    ``fixed`` says whether block and clusters are given, ``near`` is a number of near clusters that
-    is.  Clusters of all keys have no ``blocks``: any number of them can be made.
+    There are fewer clusters of a block, or larger blocks, where those of ``sizes`` do not fit.
+    Clusters of all keys have no ``blocks``: any number of them can be made.
     """
     block, clusters = sizes[:2]
     most = most_clusters(n, rank, near)
-    if not any(fixed) and not blocks:
+    if not blocks:
         block, clusters = n, min(most, -(-n * clusters // block))
-    elif n * clusters > most * block and not all(fixed):
-        if fixed[0]:
-            clusters = max(1, most * block // n)
-        else:
-            clusters = clusters if fixed[1] else max(1, most * block // n)
-            block = max(block, -(-n * clusters // most))
-    return spent(n, rank, Sizes(block, clusters, 0), near)
+    elif n * clusters > most * block:
+        clusters = max(1, most * block // n)
+        block = max(block, -(-n * clusters // most))
+    sizes = Sizes(block, clusters, 0)
+    return spent(sizes, n, rank - -(-n * clusters // block), near)
 
 
-def spent(
-    n: int, rank: int, sizes: Sizes, near: int | None, pivots: int | None = None
-) -> Sizes:
-    """Return the same block and clusters with near keys for what these, or pivots, leave."""
+def spent(sizes: Sizes, n: int, room: int, near: int | None) -> Sizes:
+    """Return the same block and clusters with ``room`` near keys in ``near`` clusters at most."""
     block, clusters = sizes[:2]
-    regions = -(-n * clusters // block)
-    if pivots is None and regions > rank:
-        raise ValueError(
-            f"rank must be at least {regions}, the number of clusters that block={block} and "
-            f"clusters={clusters} make of {n} keys, got {rank}; raise it or leave out block and "
-            f"clusters"
-        )
-    room = rank - (regions if pivots is None else pivots)
     # Some clusters are smaller than the mean: as many again are looked at.
-    candidates = min(2 * -(-room * clusters // block), regions)
+    candidates = min(2 * -(-room * clusters // block), -(-n * clusters // block))
     return Sizes(block, clusters, candidates if near is None else min(near, candidates), room)
 
 
