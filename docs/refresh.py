@@ -24,6 +24,15 @@ from pathlib import Path
 from building import measure, notebooks, readme
 
 ROOT = Path(__file__).resolve().parents[1]
+# What the page of an example adds to its command.
+OPTIONS = {
+    "encoder": (
+        "--methods",
+        "vmean,topk,uniform,skeinformer,nystromformer,linformer,wildcat,nearfar",
+        "--seeds",
+        "1",
+    )
+}
 
 
 def script(*arguments: str) -> None:
@@ -38,7 +47,8 @@ def examples() -> None:
         example = f"examples/{picture.stem}.py"
         if (ROOT / example).exists():
             out = str(ROOT / "build" / "examples" / picture.stem)
-            script(example, "--out", out, "--picture", str(picture))
+            options = OPTIONS.get(picture.stem, ())
+            script(example, *options, "--out", out, "--picture", str(picture))
 
 
 def chapters() -> None:
